@@ -1,0 +1,156 @@
+"""The hyperparameters of GaLore: one frozen, validated object, from keywords or from an ``optim_args`` string.
+
+Knows nothing of torch, so that a recipe can be checked without loading anything heavy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, cast, get_args
+
+ProjType = Literal["std", "reverse_std", "left", "right", "full"]
+PROJ_TYPES: tuple[ProjType, ...] = get_args(ProjType)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Option:
+    """What one key may be: how to read it from text, how to check it, and both in words."""
+
+    parse: Callable[[str], Any]
+    is_valid: Callable[[Any], bool]
+    allowed: str
+
+
+def _positive_int() -> _Option:
+    # bool is an int in Python; `rank=True` is a mistake, not rank 1.
+    return _Option(int, lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1, "an integer of at least 1")
+
+
+def _positive_float() -> _Option:
+    return _Option(
+        float,
+        lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) and v > 0,
+        "a finite number above 0",
+    )
+
+
+def _one_of(values: tuple[str, ...]) -> _Option:
+    return _Option(str, lambda v: isinstance(v, str) and v in values, "one of " + ", ".join(values))
+
+
+_OPTIONS: dict[str, _Option] = {
+    "rank": _positive_int(),
+    "update_proj_gap": _positive_int(),
+    "scale": _positive_float(),
+    "proj_type": _one_of(PROJ_TYPES),
+}
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """`` Did you mean 'x'?`` for the closest of `known`, or nothing where none is close."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _check(key: str, value: Any) -> None:
+    option = _OPTIONS.get(key)
+    if option is None:
+        known = list(_OPTIONS)
+        raise ValueError(f"GaLore has no argument {key!r}; it has {', '.join(known)}.{nearest(key, known)}")
+    if not option.is_valid(value):
+        raise ValueError(f"GaLore's {key} has to be {option.allowed}, but was given {value!r}.")
+
+
+def _parse_optim_args(text: str) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for item in text.split(","):
+        if not item.strip():
+            continue  # a trailing comma, or an empty string
+        key, equals, raw = (part.strip() for part in item.partition("="))
+        if not equals or not key or not raw:
+            raise ValueError(
+                f"optim_args has to read 'key=value, key=value', but it holds {item.strip()!r}. "
+                f"Keys: {', '.join(_OPTIONS)}."
+            )
+        if key in values:
+            raise ValueError(f"optim_args gives {key!r} twice: {values[key]!r} and {raw!r}. Give it once.")
+        option = _OPTIONS.get(key)
+        if option is None:
+            _check(key, raw)
+        else:
+            try:
+                values[key] = option.parse(raw)
+            except ValueError:
+                hint = " Items are separated by commas." if ";" in raw or "=" in raw else ""
+                raise ValueError(f"GaLore's {key} has to be {option.allowed}, but was given {raw!r}.{hint}") from None
+            _check(key, values[key])
+    return values
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GaLoreConfig:
+    """Hyperparameters of GaLore (Zhao et al., 2024, arXiv:2403.03507, algorithm 2), with their published defaults.
+
+    Args:
+        rank: columns r of a basis. A matrix whose smaller side is at most r is not projected.
+        update_proj_gap: optimizer steps from one refresh of a basis to the next.
+        scale: multiplies the projected-back update, and nothing else (α in the paper).
+        proj_type: which side is projected. `std` takes the smaller one, `reverse_std` the larger one,
+            `left`, `right` and `full` (both) what they say.
+
+    Raises:
+        ValueError: a value is of the wrong type or out of range; the message names the key, the value and
+            what is allowed.
+    """
+
+    rank: int = 128
+    update_proj_gap: int = 200
+    scale: float = 0.25
+    proj_type: ProjType = "std"
+
+    def __post_init__(self) -> None:
+        for key, value in self.group_options().items():
+            _check(key, value)
+
+    @classmethod
+    def from_optim_args(cls, optim_args: str | None) -> GaLoreConfig:
+        """Read the string of `TrainingArguments.optim_args`: ``"rank=1024, update_proj_gap=200, scale=2"``.
+
+        Args:
+            optim_args: comma-separated `key=value` items; spaces and a trailing comma are fine; `None` and an
+                empty string give the defaults.
+
+        Raises:
+            ValueError: an unknown or repeated key, a missing `=`, a value of the wrong type or out of range.
+            TypeError: something other than a string or `None`.
+        """
+        if optim_args is None:
+            return cls()
+        if not isinstance(optim_args, str):
+            raise TypeError(
+                f"optim_args has to be a string such as 'rank=128, scale=0.25', but is a "
+                f"{type(optim_args).__name__}: {optim_args!r}."
+            )
+        return cls(**_parse_optim_args(optim_args))
+
+    @classmethod
+    def from_group(cls, group: Mapping[str, Any]) -> GaLoreConfig | None:
+        """The configuration of an optimizer's parameter group; `None` for a group without a `rank`.
+
+        Raises:
+            ValueError: the group sets GaLore's options but no rank, or sets one out of range.
+        """
+        options = {key: group[key] for key in _OPTIONS if key in group}
+        if options and "rank" not in options:
+            raise ValueError(
+                f"A parameter group sets {', '.join(options)} but no rank. Add a rank to project its parameters, "
+                "or drop these to train them full-rank."
+            )
+        return cls(**options) if options else None
+
+    def group_options(self) -> dict[str, Any]:
+        """These hyperparameters as the entries of an optimizer's parameter group."""
+        return cast("dict[str, Any]", dataclasses.asdict(self))

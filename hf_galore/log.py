@@ -1,0 +1,22 @@
+"""The package's logger: its few lines are for the person at the terminal, so they show without being asked for."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+logger = logging.getLogger("hf_galore")
+
+
+class _Fallback(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to the present stderr, and only where nobody has set up logging: then that decides."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not logging.getLogger().handlers:
+            self.setStream(sys.stderr)
+            super().emit(record)
+
+
+if not logger.handlers:
+    logger.addHandler(_Fallback())
+    logger.setLevel(logging.INFO)
