@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 ProjType = Literal["std", "reverse_std", "left", "right", "full"]
 PROJ_TYPES: tuple[ProjType, ...] = get_args(ProjType)
@@ -153,4 +153,4 @@ class GaLoreConfig:
 
     def group_options(self) -> dict[str, Any]:
         """These hyperparameters as the entries of an optimizer's parameter group."""
-        return cast("dict[str, Any]", dataclasses.asdict(self))
+        return dataclasses.asdict(self)

@@ -85,7 +85,7 @@ class LayerwiseHooks:
         norms = [*self._norms.values(), *map(_norm, left)]
         if not norms:
             return None
-        return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+        return _norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
 
     def _start_step(self) -> None:
         self._runs.clear()
@@ -149,7 +149,7 @@ def _in_backward() -> bool:
 
 
 def _norm(gradient: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
+    return gradient.norm(dtype=torch.promote_types(gradient.dtype, torch.float32))
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

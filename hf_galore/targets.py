@@ -45,7 +45,8 @@ def find_targets(model: nn.Module, target_modules: Any, config: GaLoreConfig) ->
     trainable = {name: module for name, module in linear.items() if _weight(module).requires_grad}
     names: Iterable[str]
     if is_all_linear(target_modules):
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        get_head = getattr(model, "get_output_embeddings", None)
+        head = get_head() if get_head is not None else None
         names = [name for name, module in trainable.items() if module is not head]
         if not names:
             raise ValueError(

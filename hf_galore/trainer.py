@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import transformers
 from torch import Tensor, nn
@@ -118,10 +117,10 @@ def _get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | No
     The Trainer calls the class with its own parameter groups, so its split into decayed and undecayed parameters, or
     a subclass's, stands; `param_options` divides those groups further.
     """
-    name = str(getattr(args.optim, "value", args.optim))
+    name = _optim_name(args)
     kind = KINDS.get(name)
     if kind is None:
-        return _originals["get_optimizer_cls_and_kwargs"](args, model)
+        return cast("tuple[Any, Any]", _originals["get_optimizer_cls_and_kwargs"](args, model))
     config = GaLoreConfig.from_optim_args(args.optim_args)
     if args.optim_target_modules is None:
         raise ValueError(
@@ -153,13 +152,14 @@ def _get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | No
 def _create_optimizer(self: Trainer, model: nn.Module | None = None) -> Any:
     """Replaces `Trainer.create_optimizer`."""
     opt_model = self.model if model is None else model
-    # Hooks that an interrupted run left, of whatever optimizer: this trainer's own are put back below.
-    detach_all(opt_model)
+    if opt_model is not None:
+        # Hooks that an interrupted run left, of whatever optimizer: this trainer's own are put back below.
+        detach_all(opt_model)
     if _uses_galore(self):
         for engine in ("fsdp", "deepspeed"):
             if getattr(self, f"is_{engine}_enabled", False):
                 raise ValueError(
-                    f"optim={self.args.optim.value!r} does not work under {engine.upper()}, which shards or flattens "
+                    f"optim={_optim_name(self.args)!r} does not work under {engine.upper()}, which shards or flattens "
                     "the matrices that GaLore projects. Run it on one GPU, or under DDP without a layerwise optimizer."
                 )
     optimizer = _originals["create_optimizer"](self, model)
@@ -203,7 +203,12 @@ def _check_no_adam_arguments(name: str, args: TrainingArguments) -> None:
 
 
 def _uses_galore(trainer: Trainer) -> bool:
-    return trainer.optimizer is None and str(getattr(trainer.args.optim, "value", trainer.args.optim)) in KINDS
+    return trainer.optimizer is None and _optim_name(trainer.args) in KINDS
+
+
+def _optim_name(args: TrainingArguments) -> str:
+    # TrainingArguments turns names into enum members; arguments changed afterwards may hold either.
+    return str(getattr(args.optim, "value", args.optim))
 
 
 def _unwrapped(optimizer: Any) -> Any:

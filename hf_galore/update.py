@@ -173,12 +173,12 @@ def adam_8bit_direction(
 ) -> Tensor:
     """N for a low-rank gradient with 8-bit moments, in float32.
 
-    The kernel only knows how to move a weight; moving a zero of the gradient's size by −1 leaves −N in it. That
+    The kernel only knows how to move a weight. A zero of the gradient's size, moved by −η·N with η = −1, is N; that
     buffer is low-rank, so the weight itself is never cloned.
     """
-    minus_direction = torch.zeros(gradient.shape, dtype=torch.float32, device=gradient.device)
-    adam_8bit_(minus_direction, gradient, moments, codebooks, step=step, betas=betas, eps=eps, lr=1.0, weight_decay=0.0)
-    return minus_direction.neg_()
+    direction = torch.zeros(gradient.shape, dtype=torch.float32, device=gradient.device)
+    adam_8bit_(direction, gradient, moments, codebooks, step=step, betas=betas, eps=eps, lr=-1.0, weight_decay=0.0)
+    return direction
 
 
 def adafactor_direction(
@@ -214,7 +214,8 @@ def adafactor_direction(
         exp_avg_sq.lerp_(squared, 1 - beta2)
         direction = exp_avg_sq.rsqrt().mul_(gradient)
     else:
-        assert exp_avg_sq_row is not None and exp_avg_sq_col is not None
+        assert exp_avg_sq_row is not None
+        assert exp_avg_sq_col is not None
         exp_avg_sq_row.lerp_(squared.mean(dim=-1), 1 - beta2)
         exp_avg_sq_col.lerp_(squared.mean(dim=-2), 1 - beta2)
         row = (exp_avg_sq_row / exp_avg_sq_row.mean(dim=-1, keepdim=True)).rsqrt_().unsqueeze(-1)

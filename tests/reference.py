@@ -1,0 +1,72 @@
+"""GaLore with AdamW written straight from the paper in float64: slow, plain, and sharing no code with the package.
+
+Source: GaLore (Zhao et al., 2024, arXiv:2403.03507), algorithm 2, with AdamW's decay before the update.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Matrix = npt.NDArray[np.float64]
+
+
+class ReferenceGaLore:
+    """One matrix W (m × n) trained by GaLore."""
+
+    def __init__(
+        self,
+        weight: Matrix,
+        *,
+        rank: int,
+        gap: int,
+        scale: float,
+        proj_type: str,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+    ) -> None:
+        self.W = weight.astype(np.float64)
+        self.rank, self.gap, self.scale = rank, gap, scale
+        self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
+        tall = weight.shape[0] >= weight.shape[1]
+        sides = {
+            "std": ("right",) if tall else ("left",),
+            "reverse_std": ("left",) if tall else ("right",),
+            "left": ("left",),
+            "right": ("right",),
+            "full": ("left", "right"),
+        }
+        self.sides = sides[proj_type]
+        self.t = 0
+        self.P: Matrix | None = None
+        self.Q: Matrix | None = None
+        self.M: Matrix | float = 0.0
+        self.V: Matrix | float = 0.0
+
+    def step(self, gradient: Matrix) -> None:
+        """One update of W from its gradient."""
+        G = gradient.astype(np.float64)
+        self.t += 1
+        if (self.t - 1) % self.gap == 0:
+            U, _, Vt = np.linalg.svd(G, full_matrices=False)
+            self.P = U[:, : self.rank] if "left" in self.sides else None
+            self.Q = Vt[: self.rank].T if "right" in self.sides else None
+        R = G
+        if self.P is not None:
+            R = self.P.T @ R
+        if self.Q is not None:
+            R = R @ self.Q
+        beta1, beta2 = self.betas
+        self.M = beta1 * self.M + (1 - beta1) * R
+        self.V = beta2 * self.V + (1 - beta2) * R**2
+        m_hat = self.M / (1 - beta1**self.t)
+        v_hat = self.V / (1 - beta2**self.t)
+        N = m_hat / (np.sqrt(v_hat) + self.eps)
+        if self.P is not None:
+            N = self.P @ N
+        if self.Q is not None:
+            N = N @ self.Q.T
+        self.W = (1 - self.lr * self.weight_decay) * self.W
+        self.W = self.W - self.lr * self.scale * N
