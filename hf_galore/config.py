@@ -41,12 +41,23 @@ def _one_of(values: tuple[str, ...]) -> _Option:
     return _Option(str, lambda v: isinstance(v, str) and v in values, "one of " + ", ".join(values))
 
 
-_OPTIONS: dict[str, _Option] = {
+def _parse_bool(text: str) -> bool:
+    # bool("False") is true.
+    return {"true": True, "false": False}[text.lower()]
+
+
+def _optional_bool() -> _Option:
+    return _Option(_parse_bool, lambda v: v is None or isinstance(v, bool), "true or false")
+
+
+_GROUP_OPTIONS: dict[str, _Option] = {
     "rank": _positive_int(),
     "update_proj_gap": _positive_int(),
     "scale": _positive_float(),
     "proj_type": _one_of(PROJ_TYPES),
 }
+# These concern the optimizer as a whole.
+_OPTIONS: dict[str, _Option] = {**_GROUP_OPTIONS, "projected_backward": _optional_bool()}
 
 
 def nearest(name: str, known: list[str]) -> str:
@@ -83,7 +94,7 @@ def _parse_optim_args(text: str) -> dict[str, Any]:
         else:
             try:
                 values[key] = option.parse(raw)
-            except ValueError:
+            except (ValueError, KeyError):
                 hint = " Items are separated by commas." if ";" in raw or "=" in raw else ""
                 raise ValueError(f"GaLore's {key} has to be {option.allowed}, but was given {raw!r}.{hint}") from None
             _check(key, values[key])
@@ -100,6 +111,8 @@ class GaLoreConfig:
         scale: multiplies the projected-back update, and nothing else (α in the paper).
         proj_type: which side is projected. `std` takes the smaller one, `reverse_std` the larger one,
             `left`, `right` and `full` (both) what they say.
+        projected_backward: whether linear layers compute the low-rank gradient without the gradient; `None` stands
+            for: where the optimizer is layerwise.
 
     Raises:
         ValueError: a value is of the wrong type or out of range; the message names the key, the value and
@@ -110,9 +123,10 @@ class GaLoreConfig:
     update_proj_gap: int = 200
     scale: float = 0.25
     proj_type: ProjType = "std"
+    projected_backward: bool | None = None
 
     def __post_init__(self) -> None:
-        for key, value in self.group_options().items():
+        for key, value in dataclasses.asdict(self).items():
             _check(key, value)
 
     @classmethod
@@ -143,7 +157,7 @@ class GaLoreConfig:
         Raises:
             ValueError: the group sets GaLore's options but no rank, or sets one out of range.
         """
-        options = {key: group[key] for key in _OPTIONS if key in group}
+        options = {key: group[key] for key in _GROUP_OPTIONS if key in group}
         if options and "rank" not in options:
             raise ValueError(
                 f"A parameter group sets {', '.join(options)} but no rank. Add a rank to project its parameters, "
@@ -152,5 +166,5 @@ class GaLoreConfig:
         return cls(**options) if options else None
 
     def group_options(self) -> dict[str, Any]:
-        """These hyperparameters as the entries of an optimizer's parameter group."""
-        return dataclasses.asdict(self)
+        """What of this goes into a parameter group of an optimizer."""
+        return {key: getattr(self, key) for key in _GROUP_OPTIONS}

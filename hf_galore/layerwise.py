@@ -1,7 +1,21 @@
-"""Layerwise updates: hooks that update each weight during the backward pass, as its gradient appears.
+"""Hooks into the backward pass: layerwise updates, low-rank accumulation, and the projected backward's gradients.
 
-No more than one parameter's gradient is alive at a time. The optimizer stays an ordinary one: its `param_groups` are
-what schedulers move and its `state` is what checkpoints hold; `step()` finishes what the hooks left.
+The optimizer stays an ordinary one: its `param_groups` are what schedulers move and its `state` is what checkpoints
+hold. The hooks either update a weight as soon as its gradient appears, or hold its low-rank gradient for `step()`:
+
+===============================  ===================================================
+situation                        what happens to a target's low-rank gradient R
+===============================  ===================================================
+layerwise, one micro-batch,      the weight is updated at once, nothing is held
+nothing held on request
+accumulation window              R of the micro-batches adds up (projection is linear)
+`hold_gradients` (clipping)      R is held
+layer run more than once         R of the runs adds up
+not layerwise                    R is held (there is only a projected backward)
+===============================  ===================================================
+
+The basis is fixed within a window. A refresh that is due happens at its first micro-batch, from that micro-batch's
+whole gradient, which autograd builds for that one layer; the projected backward serves the others.
 """
 
 from __future__ import annotations
@@ -12,35 +26,60 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.state import GradientState
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+
+from .backward import ProjectedLinear, low_rank_gradient, patch_linear, why_not_patchable
+from .base import is_target, norm_of
+from .log import logger
 
 if TYPE_CHECKING:
-    from .optimizers import GaLoreOptimizer
+    from .base import GaLoreOptimizer, Group
 
 
-class LayerwiseHooks:
-    """Hooks on a model's parameters that make an optimizer update each one during the backward pass.
+class BackwardHooks:
+    """Hooks on a model that hand gradients to an optimizer during the backward pass.
 
-    A parameter whose module runs several times before the backward pass may get its gradient in several pieces (it
-    does under reentrant checkpointing): its gradient is left to gather, and `optimizer.step()` updates it.
-
-    The hooks die with the optimizer, with `optimizer.close()`, and when other layerwise hooks take the model over.
+    They go with the optimizer, with `optimizer.close()`, and when another optimizer's hooks take the model over.
 
     Args:
         optimizer: updates the parameters; referred to weakly.
         model: whose modules own the parameters; referred to weakly.
+        layerwise: whether weights are updated during the backward pass.
+        projected_backward: whether linear targets compute R without building their gradient.
+        hold_gradients: whether layerwise keeps R until `step()`.
     """
 
-    def __init__(self, optimizer: GaLoreOptimizer, model: nn.Module) -> None:
+    def __init__(
+        self,
+        optimizer: GaLoreOptimizer,
+        model: nn.Module,
+        *,
+        layerwise: bool,
+        projected_backward: bool,
+        hold_gradients: bool,
+    ) -> None:
+        self.layerwise = layerwise
+        self.projected_backward = projected_backward
+        self.hold_gradients = hold_gradients
         self._optimizer = weakref.ref(optimizer)
         self._model = weakref.ref(model)
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[Any] = []  # each with a remove()
         # A model outlives its trainers: hooks must not outlive theirs.
         self._finalizer = weakref.finalize(self, _remove, self._handles)
-        self._runs: Counter[int] = Counter()  # forward passes of a parameter's modules in this step
-        self._norms: dict[int, Tensor] = {}  # of the gradients that this step has used, by parameter
+        self._group_index: dict[int, int] = {}  # of each hooked parameter, by its id
+        self._said_why_not = False
+        # Of the present window, by the parameter's id:
+        self._runs: Counter[int] = Counter()  # of the modules that own it
+        self._held: dict[int, Tensor] = {}  # R so far
+        self._norms: dict[int, Tensor] = {}  # of the whole gradient, or of the R of an update that is done
+        self._refreshed: set[int] = set()
+        self._put_off: set[int] = set()  # the refresh failed: the window is lost
+        self._updated: set[int] = set()
+        self._accumulating = False  # the window has more than one micro-batch
         self.attach()
+
+    # ---- on and off the model
 
     @property
     def attached(self) -> bool:
@@ -48,93 +87,216 @@ class LayerwiseHooks:
         return bool(self._handles)
 
     def attach(self) -> None:
-        """Put the hooks on the model; detaches those of any other optimizer first. Does nothing if they are on."""
+        """Put the hooks on the model; takes those of any other optimizer off first. Does nothing if they are on."""
         optimizer, model = self._optimizer(), self._model()
         if self.attached or optimizer is None or model is None:
             return
         detach_all(model)
         me = weakref.ref(self)
-        hooked: set[int] = set()
+        targets: set[int] = set()
+        self._group_index.clear()
         for index, group in enumerate(optimizer.param_groups):
             for param in group["params"]:
-                if param.requires_grad:
-                    hooked.add(id(param))
-                    self._handles.append(param.register_post_accumulate_grad_hook(_GradientHook(me, index)))
-        for module in model.modules():
-            owned = [id(param) for param in module.parameters(recurse=False) if id(param) in hooked]
-            if owned:
-                self._handles.append(module.register_forward_pre_hook(_count_run(me, owned)))
+                if not param.requires_grad:
+                    continue
+                if is_target(param, group):
+                    targets.add(id(param))
+                elif not self.layerwise:
+                    continue
+                self._group_index[id(param)] = index
+                self._handles.append(param.register_post_accumulate_grad_hook(_GradientHook(me)))
+        not_served: dict[str, str] = {}
+        for name, module in model.named_modules():
+            owned = [id(param) for param in module.parameters(recurse=False) if id(param) in self._group_index]
+            if not owned:
+                continue
+            self._handles.append(module.register_forward_pre_hook(_count_run(me, owned)))
+            if self.projected_backward and targets.intersection(owned):
+                reason = why_not_patchable(module)
+                if reason is None:
+                    self._handles.append(patch_linear(module, me))
+                else:
+                    not_served[name] = reason
+        self._say_why_not(not_served)
 
     def detach(self) -> None:
-        """Take the hooks off the model."""
+        """Take the hooks off the model, and forget what they hold."""
         _remove(self._handles)
-        self._start_step()
+        self.start_window()
 
-    def end_step(self) -> None:
-        """Called by `optimizer.step()` when it is done."""
-        self._start_step()
-
-    def grad_norm(self) -> Tensor | None:
-        """Norm of this step's whole gradient, a 0-dimensional tensor; asked before `optimizer.step()`.
-
-        `None` where there was no gradient.
-        """
-        optimizer = self._optimizer()
-        groups = optimizer.param_groups if optimizer is not None else []
-        left = [param.grad for group in groups for param in group["params"] if param.grad is not None]
-        norms = [*self._norms.values(), *map(_norm, left)]
-        if not norms:
-            return None
-        return _norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
-
-    def _start_step(self) -> None:
-        self._runs.clear()
-        self._norms.clear()
-
-    def _on_gradient(self, param: Tensor, group_index: int) -> None:
-        optimizer = self._optimizer()
-        if optimizer is None or param.grad is None:
-            return
-        if id(param) in self._norms:
-            raise RuntimeError(
-                f"A second gradient arrived for a parameter of shape {tuple(param.shape)} that this step's backward "
-                "pass has already updated: backward ran twice before optimizer.step(), or a checkpointed segment "
-                "used the parameter without calling its module. Call backward once a step, and use "
-                "gradient_checkpointing_kwargs={'use_reentrant': False}; or use the optimizer without layerwise."
+    def _say_why_not(self, not_served: dict[str, str]) -> None:
+        if not_served and not self._said_why_not:
+            self._said_why_not = True
+            name, reason = next(iter(not_served.items()))
+            others = f", nor {len(not_served) - 1} other(s)" if len(not_served) > 1 else ""
+            logger.info(
+                "The projected backward cannot serve %s (%s)%s: gradients are built there.", name, reason, others
             )
-        if self._runs[id(param)] > 1:
+
+    # ---- what the optimizer asks
+
+    @property
+    def has_updated(self) -> bool:
+        """Whether weights have been updated in the present window."""
+        return bool(self._updated)
+
+    def held(self) -> list[Tensor]:
+        """The low-rank gradients held."""
+        return list(self._held.values())
+
+    def norms(self) -> list[Tensor]:
+        """Norms of what is held and of what updates have used in this window, one a parameter."""
+        known = list(self._norms.values())
+        return known + [norm_of(held) for key, held in self._held.items() if key not in self._norms]
+
+    def take_held(self, param: Tensor) -> Tensor | None:
+        """The low-rank gradient held for a parameter, which is forgotten."""
+        return self._held.pop(id(param), None)
+
+    def start_window(self) -> None:
+        """Forget everything about the window that is over."""
+        self.forget_gradients()
+        self._runs.clear()
+
+    def forget_gradients(self) -> None:
+        """Forget what the backward passes of this window brought; a forward pass may have begun the next."""
+        for of_window in (self._held, self._norms, self._refreshed, self._put_off, self._updated):
+            of_window.clear()
+        self._accumulating = False
+
+    # ---- what autograd brings
+
+    def serves(self, weight: Tensor) -> bool:
+        """Whether the projected backward is for this weight: not for a copy of it, nor after `detach()`."""
+        return id(weight) in self._group_index and self.attached
+
+    def take(self, weight: Tensor, output_gradient: Tensor, inputs: Tensor) -> bool:
+        """Use δ (T × m) and X (T × n) of one run of a target's layer; false where autograd has to build G."""
+        optimizer, group = self._optimizer_and_group(weight)
+        if optimizer is None or group is None or self._refresh_due(optimizer, weight, group):
+            return False
+        self._check_first_update(weight)
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            bases = optimizer.bases_of(weight, group)
+            held = self._held.get(id(weight))
+            if held is not None:
+                low_rank_gradient(output_gradient, inputs, bases, out=held)
+                self._norms.pop(id(weight), None)
+            else:
+                low_rank = low_rank_gradient(output_gradient, inputs, bases).to(weight.dtype)
+                self._use_or_hold(optimizer, weight, group, low_rank, norm=None)
+        return True
+
+    def on_gradient(self, param: Tensor) -> None:
+        """Use a gradient that autograd has put into `param.grad`."""
+        optimizer, group = self._optimizer_and_group(param)
+        if optimizer is None or group is None or param.grad is None:
             return
-        # Backward may run inside somebody's autocast; the update's precision is its own business.
-        with torch.autocast(param.device.type, enabled=False):
-            self._norms[id(param)] = _norm(param.grad)
-            optimizer.update_parameter(param, optimizer.param_groups[group_index])
+        if is_target(param, group):
+            # Backward may run inside somebody's autocast; the update's precision is its own business.
+            with torch.no_grad(), torch.autocast(param.device.type, enabled=False):
+                self._on_target_gradient(optimizer, param, group, param.grad)
+        elif not self._must_hold(param):
+            self._check_first_update(param)
+            with torch.autocast(param.device.type, enabled=False):
+                self._norms[id(param)] = norm_of(param.grad)
+                optimizer.update_parameter(param, group)
+            self._updated.add(id(param))
+            param.grad = None
+
+    def _on_target_gradient(self, optimizer: GaLoreOptimizer, param: Tensor, group: Group, gradient: Tensor) -> None:
+        key = id(param)
+        refresh = self._refresh_due(optimizer, param, group)
+        if refresh and self._runs[key] > 1:
+            return  # it may be the gradient of one run only: let it gather for step(), and take the basis from the sum
+        self._check_first_update(param)
         param.grad = None
+        if key in self._put_off:
+            return
+        low_rank = optimizer.project_gradient(param, group, gradient, refresh=refresh)
+        if low_rank is None:
+            self._put_off.add(key)
+            self._held.pop(key, None)
+            return
+        if refresh:
+            self._refreshed.add(key)
+        held = self._held.get(key)
+        if held is not None:
+            held.add_(low_rank)
+            self._norms.pop(key, None)  # that of the first part, no longer of the whole
+        else:
+            # With a projected backward the others' norms are those of R: be consistent.
+            norm = None if self.projected_backward else norm_of(gradient)
+            self._use_or_hold(optimizer, param, group, low_rank, norm)
+
+    def _use_or_hold(
+        self, optimizer: GaLoreOptimizer, param: Tensor, group: Group, low_rank: Tensor, norm: Tensor | None
+    ) -> None:
+        if self._must_hold(param):
+            self._held[id(param)] = low_rank
+            if norm is not None:
+                self._norms[id(param)] = norm
+            return
+        low_rank_norm = norm_of(low_rank)
+        self._norms[id(param)] = low_rank_norm if norm is None else norm
+        optimizer.update_low_rank(param, group, low_rank, low_rank_norm)
+        self._updated.add(id(param))
+
+    def _must_hold(self, param: Tensor) -> bool:
+        # accelerate knows whether this micro-batch closes the window; the last of several holds as the others did.
+        self._accumulating = self._accumulating or not GradientState().sync_gradients
+        return not self.layerwise or self.hold_gradients or self._accumulating or self._runs[id(param)] > 1
+
+    def _refresh_due(self, optimizer: GaLoreOptimizer, param: Tensor, group: Group) -> bool:
+        return id(param) not in self._refreshed and optimizer.refresh_due(param, group)
+
+    def _check_first_update(self, param: Tensor) -> None:
+        if id(param) in self._updated:
+            optimizer = self._optimizer()
+            name = "a parameter" if optimizer is None else optimizer.name_of(param)
+            raise RuntimeError(
+                f"A second gradient arrived for {name}, which this step's backward pass has already updated: backward "
+                "ran twice before optimizer.step(), or a checkpointed segment used the weight without calling its "
+                "module. Make the optimizer with hold_gradients=True (a Trainer does for max_grad_norm above 0), or "
+                "call backward once a step."
+            )
+
+    def _optimizer_and_group(self, param: Tensor) -> tuple[GaLoreOptimizer | None, Group | None]:
+        optimizer, index = self._optimizer(), self._group_index.get(id(param))
+        if optimizer is None or index is None:
+            return None, None
+        # By index: loading a checkpoint makes new groups, and schedulers move those.
+        return optimizer, optimizer.param_groups[index]
 
 
 class _GradientHook:
     """A parameter's post-accumulate-grad hook; a class, so that `detach_all` can tell it from other hooks."""
 
-    def __init__(self, hooks: weakref.ref[LayerwiseHooks], group_index: int) -> None:
+    def __init__(self, hooks: weakref.ref[BackwardHooks]) -> None:
         self.hooks = hooks
-        # Not the group itself: loading a checkpoint makes new ones, and schedulers move those.
-        self.group_index = group_index
 
     def __call__(self, param: Tensor) -> None:
         hooks = self.hooks()
         if hooks is not None:
-            hooks._on_gradient(param, self.group_index)
+            hooks.on_gradient(param)
 
 
 def detach_all(model: nn.Module) -> None:
-    """Take every layerwise hook off the parameters of `model`, whichever optimizer it serves."""
-    for param in model.parameters():
-        for hook in list((getattr(param, "_post_accumulate_grad_hooks", None) or {}).values()):
-            owner = hook.hooks() if isinstance(hook, _GradientHook) else None
-            if owner is not None:
-                owner.detach()
+    """Take the hooks of every GaLore optimizer off `model`."""
+    refs: list[weakref.ref[Any]] = [hook.hooks for param in model.parameters() for hook in _hooks_on(param)]
+    refs += [module._galore_sink for module in model.modules() if isinstance(module, ProjectedLinear)]
+    for ref in refs:
+        owner = ref()
+        if isinstance(owner, BackwardHooks):
+            owner.detach()
 
 
-def _count_run(me: weakref.ref[LayerwiseHooks], owned: list[int]) -> Callable[[nn.Module, Any], None]:
+def _hooks_on(param: Tensor) -> list[_GradientHook]:
+    hooks = getattr(param, "_post_accumulate_grad_hooks", None) or {}
+    return [hook for hook in hooks.values() if isinstance(hook, _GradientHook)]
+
+
+def _count_run(me: weakref.ref[BackwardHooks], owned: list[int]) -> Callable[[nn.Module, Any], None]:
     def count(module: nn.Module, args: Any) -> None:
         hooks = me()
         # Recomputation during the backward pass is the same run again, and evaluation is none.
@@ -148,11 +310,7 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _norm(gradient: Tensor) -> Tensor:
-    return gradient.norm(dtype=torch.promote_types(gradient.dtype, torch.float32))
-
-
-def _remove(handles: list[RemovableHandle]) -> None:
+def _remove(handles: list[Any]) -> None:
     for handle in handles:
         handle.remove()
     handles.clear()

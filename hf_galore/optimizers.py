@@ -3,28 +3,23 @@
 A parameter group with a `rank` is projected, one without is trained full-rank, as in `galore_torch`::
 
     GaLoreAdamW([{"params": rest}, {"params": matrices, "rank": 128, "update_proj_gap": 200, "scale": 0.25}])
-
-State is plain tensors, made at construction with a fixed set of keys and shapes, so that a checkpoint loads with
-`weights_only=True`, into tensors that are already there. What follows from the group and the shape (side, rank)
-is not in it.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, cast, overload
+from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from typing_extensions import Unpack
 
-from .config import GaLoreConfig
-from .projection import Bases, add_projected_back_, basis_shapes, is_projectable, low_rank_shape, project, side_of
-from .refresh import svd_bases
+from .base import GaLoreOptimizer, GaLoreOptions, Group, State
 from .update import (
     Codebooks,
     QuantizedMoments,
     adafactor_direction,
+    adam_,
     adam_8bit_,
     adam_8bit_direction,
     adam_32bit_,
@@ -33,236 +28,8 @@ from .update import (
     dynamic_codebooks,
 )
 
-if TYPE_CHECKING:
-    from .layerwise import LayerwiseHooks
-
-logger = logging.getLogger(__name__)
-
-Group = dict[str, Any]
-State = dict[str, Tensor]
-ParamOptions = Mapping[Tensor, Mapping[str, Any]]
-
 # bitsandbytes keeps the moments of smaller tensors in 32 bits: they save nothing and hurt most.
 MIN_8BIT_ELEMENTS = 4096
-
-
-class GaLoreOptimizer(torch.optim.Optimizer):
-    """What the three optimizers share: groups, bases, projection, layerwise hooks, loading.
-
-    A subclass says what its moments are (`_moment_shapes`) and how they turn a gradient into a direction.
-    """
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        defaults: dict[str, Any],
-        *,
-        param_options: ParamOptions | None = None,
-        layerwise: nn.Module | None = None,
-    ) -> None:
-        self._hooks: LayerwiseHooks | None = None
-        super().__init__(_split_groups(params, param_options or {}), defaults)
-        if layerwise is not None:
-            from .layerwise import LayerwiseHooks
-
-            self._hooks = LayerwiseHooks(self, layerwise)
-
-    # ---- groups and state
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group and make its state.
-
-        Raises:
-            ValueError: GaLore's options are out of range, or a parameter of a group with a `rank` is not a matrix.
-        """
-        config = GaLoreConfig.from_group(param_group)
-        if config is not None:
-            param_group = {**param_group, **config.group_options()}
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        try:
-            self._check_group(group)
-        except ValueError:
-            del self.param_groups[-1]
-            raise
-        for param in group["params"]:
-            if param.requires_grad:
-                self.state[param] = self._new_state(param, group)
-
-    def _check_group(self, group: Group) -> None:
-        names = dict(zip(map(id, group["params"]), group.get("param_names", ()), strict=False))
-        full_rank = []
-        for param in group["params"]:
-            if _is_dtensor(param):
-                raise ValueError(
-                    "GaLore cannot train a parameter that is sharded over processes (a DTensor, as FSDP2 makes "
-                    "them). Run it on one GPU, or under DDP without a layerwise optimizer."
-                )
-            if "rank" not in group:
-                continue
-            name = names.get(id(param), f"a parameter of shape {tuple(param.shape)}")
-            if param.ndim != 2:
-                raise ValueError(
-                    f"Only matrices can be projected, but {name} has {param.ndim} dimension(s): {tuple(param.shape)}. "
-                    "Move it to a group without a rank."
-                )
-            if not is_projectable(param.shape, group["rank"]):
-                full_rank.append(name)
-        if full_rank:
-            logger.info(
-                "Trained full-rank, because rank %d is not below the smaller side: %s.",
-                group["rank"],
-                ", ".join(full_rank),
-            )
-
-    def _new_state(self, param: Tensor, group: Group) -> State:
-        shape: tuple[int, ...] = tuple(param.shape)
-        bases: State = {}
-        if _is_target(param, group):
-            side = side_of(shape, group["proj_type"])
-            shapes = basis_shapes(shape, side, group["rank"])
-            if shapes.left is not None:
-                bases["basis_left"] = param.new_zeros(shapes.left)
-            if shapes.right is not None:
-                bases["basis_right"] = param.new_zeros(shapes.right)
-            shape = low_rank_shape(shape, side, group["rank"])
-        # `step` lives on the CPU, as in torch.optim: reading it never waits for the device.
-        return {"step": torch.tensor(0.0), **bases, **self._new_moments(param, shape, group)}
-
-    def _new_moments(self, param: Tensor, shape: tuple[int, ...], group: Group) -> State:
-        """Moments for a gradient of `shape`: that of the parameter, or low-rank for a target."""
-        raise NotImplementedError
-
-    # ---- the update
-
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update every parameter that has a gradient; with layerwise hooks, those that they left."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    self.update_parameter(param, group)
-        if self._hooks is not None:
-            self._hooks.end_step()
-        return loss
-
-    @torch.no_grad()
-    def update_parameter(self, param: Tensor, group: Group) -> None:
-        """One optimizer step of one parameter from its `.grad`, which is left as it is.
-
-        Raises:
-            RuntimeError: the gradient is sparse.
-        """
-        gradient = param.grad
-        assert gradient is not None
-        if gradient.is_sparse:
-            raise RuntimeError(
-                f"{type(self).__name__} cannot use sparse gradients. Build the embedding with sparse=False."
-            )
-        state = cast("State", self.state[param])
-        if not state:  # frozen when the optimizer was made
-            state.update(self._new_state(param, group))
-        # Out of place: under fake tensors the value of a CPU scalar survives that, and not `+=`.
-        state["step"] = state["step"] + 1
-        step = int(state["step"].item())
-        if not _is_target(param, group):
-            self._update_full_rank(param, gradient, state, group, step)
-            return
-        if (step - 1) % group["update_proj_gap"] == 0:
-            _refresh(param, gradient, state, group)
-        bases = Bases(state.get("basis_left"), state.get("basis_right"))
-        direction, step_size = self._direction(project(gradient, bases), state, group, step)
-        add_projected_back_(param, direction, bases, decay=_decay(group), alpha=-step_size * group["scale"])
-
-    def _direction(self, gradient: Tensor, state: State, group: Group, step: int) -> tuple[Tensor, float]:
-        """N for a gradient of the moments' shape, and the factor that it is subtracted with; updates the moments."""
-        raise NotImplementedError
-
-    def _update_full_rank(self, param: Tensor, gradient: Tensor, state: State, group: Group, step: int) -> None:
-        direction, step_size = self._direction(gradient, state, group, step)
-        param.mul_(_decay(group))
-        param.add_(direction, alpha=-step_size)
-
-    # ---- layerwise
-
-    @property
-    def layerwise_hooks(self) -> LayerwiseHooks | None:
-        """The hooks that update weights during the backward pass; `None` for a plain optimizer."""
-        return self._hooks
-
-    def close(self) -> None:
-        """Remove the layerwise hooks, if any: the model is as it was, and `step()` alone updates it."""
-        if self._hooks is not None:
-            self._hooks.detach()
-
-    # ---- loading
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict()` gave, bit for bit, into the tensors that are there.
-
-        `torch.optim.Optimizer` would cast every floating-point tensor to the dtype of its parameter: float32
-        moments of bfloat16 weights would lose their lower half.
-
-        Raises:
-            ValueError: the groups, GaLore's hyperparameters, or keys and shapes of the state are not this
-                optimizer's. Nothing is loaded then.
-        """
-        groups, saved_groups = self.param_groups, state_dict["param_groups"]
-        if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved_groups]:
-            raise ValueError(
-                "The checkpoint's optimizer state was made for other parameter groups: it has "
-                f"{[len(g['params']) for g in saved_groups]} parameters in its groups, this optimizer has "
-                f"{[len(g['params']) for g in groups]}. Resume with the optim, optim_target_modules and model of "
-                "the run that wrote it, or start from its weights only."
-            )
-        copies: list[tuple[Tensor, str, Tensor]] = []
-        for group, saved_group in zip(groups, saved_groups, strict=True):
-            _check_same_options(group, saved_group)
-            for param, index in zip(group["params"], saved_group["params"], strict=True):
-                saved = state_dict["state"].get(index, {})
-                self._check_same_state(param, index, group, saved)
-                copies.extend((param, key, value) for key, value in saved.items())
-
-        # The parent restores groups and runs its hooks; it gets no state, which it would cast.
-        state = self.state
-        super().load_state_dict({**state_dict, "state": {}})
-        self.state = state
-        for param, key, value in copies:
-            current = self.state[param]
-            device = torch.device("cpu") if key == "step" else param.device
-            if key in current and current[key].device == device:
-                if current[key] is not value:
-                    current[key].copy_(value)
-            else:  # the model has moved since the state was made, or the parameter was frozen then
-                current[key] = value.to(device, copy=True)
-
-    def _check_same_state(self, param: Tensor, index: int, group: Group, saved: Mapping[str, Tensor]) -> None:
-        if not saved and not self.state.get(param):
-            return
-        with torch.device("meta"):
-            expected = {
-                key: (tuple(value.shape), value.dtype)
-                for key, value in self._new_state(param.detach().to("meta"), group).items()
-            }
-        found = {key: (tuple(value.shape), value.dtype) for key, value in saved.items()}
-        if found == expected:
-            return
-        differing = sorted(key for key in {**found, **expected} if found.get(key) != expected.get(key))
-        details = "; ".join(f"{key}: saved {found.get(key)}, needed {expected.get(key)}" for key in differing)
-        raise ValueError(
-            f"The checkpoint's optimizer state does not fit {type(self).__name__} at parameter {index} of shape "
-            f"{tuple(param.shape)} ({details}). Resume with the optim and optim_args of the run that wrote it, or "
-            "start from its weights only."
-        )
 
 
 class GaLoreAdamW(GaLoreOptimizer):
@@ -275,9 +42,7 @@ class GaLoreAdamW(GaLoreOptimizer):
         betas: decay rates β₁, β₂ of the moments.
         eps: ε, added to √v̂.
         weight_decay: λ, decoupled; applied before the update and to targets too.
-        param_options: group entries for single parameters (`{weight: {"rank": 128}}`): a group with such
-            parameters is split. The way to project parameters of groups that somebody else has made.
-        layerwise: the model, to update its weights during its backward pass; see `hf_galore.layerwise`.
+        options: see `GaLoreOptions`.
 
     Raises:
         ValueError: a hyperparameter is out of range, or a parameter of a group with a `rank` is no matrix.
@@ -292,12 +57,10 @@ class GaLoreAdamW(GaLoreOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
-        *,
-        param_options: ParamOptions | None = None,
-        layerwise: nn.Module | None = None,
+        **options: Unpack[GaLoreOptions],
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults, param_options=param_options, layerwise=layerwise)
+        super().__init__(params, defaults, **options)
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
@@ -309,11 +72,36 @@ class GaLoreAdamW(GaLoreOptimizer):
     def _new_moments(self, param: Tensor, shape: tuple[int, ...], group: Group) -> State:
         return {key: _new_moment(param, shape) for key in ("exp_avg", "exp_avg_sq")}
 
-    def _direction(self, gradient: Tensor, state: State, group: Group, step: int) -> tuple[Tensor, float]:
+    def _direction(self, gradient: Tensor, state: State, group: Group, step: int, skip: Tensor) -> tuple[Tensor, float]:
         direction = adam_direction(
-            gradient, state["exp_avg"], state["exp_avg_sq"], step=step, betas=group["betas"], eps=group["eps"]
+            gradient,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            step=step,
+            betas=group["betas"],
+            eps=group["eps"],
+            skip=skip,
         )
         return direction, float(group["lr"])
+
+    def _update_full_rank(
+        self, param: Tensor, gradient: Tensor, state: State, group: Group, step: int, skip: Tensor
+    ) -> None:
+        if param.dtype != state["exp_avg"].dtype or not param.is_contiguous():
+            super()._update_full_rank(param, gradient, state, group, step, skip)
+            return
+        adam_(
+            param,
+            gradient.contiguous(),
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            step=step,
+            betas=group["betas"],
+            eps=group["eps"],
+            lr=float(group["lr"]),
+            weight_decay=group["weight_decay"],
+            skip=skip,
+        )
 
 
 class GaLoreAdamW8bit(GaLoreAdamW):
@@ -339,9 +127,7 @@ class GaLoreAdamW8bit(GaLoreAdamW):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
-        *,
-        param_options: ParamOptions | None = None,
-        layerwise: nn.Module | None = None,
+        **options: Unpack[GaLoreOptions],
     ) -> None:
         try:
             import bitsandbytes  # noqa: F401  (fail here, not in the first step)
@@ -351,7 +137,7 @@ class GaLoreAdamW8bit(GaLoreAdamW):
                 "without it."
             ) from error
         self._codebooks: dict[torch.device, Codebooks] = {}
-        super().__init__(params, lr, betas, eps, weight_decay, param_options=param_options, layerwise=layerwise)
+        super().__init__(params, lr, betas, eps, weight_decay, **options)
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
@@ -380,31 +166,34 @@ class GaLoreAdamW8bit(GaLoreAdamW):
             self._codebooks[device] = dynamic_codebooks(device)
         return self._codebooks[device]
 
-    def _direction(self, gradient: Tensor, state: State, group: Group, step: int) -> tuple[Tensor, float]:
+    def _direction(self, gradient: Tensor, state: State, group: Group, step: int, skip: Tensor) -> tuple[Tensor, float]:
         moments = _quantized_moments(state)
         if moments is None:
-            return super()._direction(gradient, state, group, step)
+            return super()._direction(gradient, state, group, step, skip)
         direction = adam_8bit_direction(
-            gradient,
+            gradient.masked_fill_(skip.bool(), 0.0),
             moments,
             self._codebooks_on(gradient.device),
             step=step,
             betas=group["betas"],
             eps=group["eps"],
         )
-        return direction, float(group["lr"])
+        # The moments' past would still move the weight.
+        return direction.mul_(1 - skip), float(group["lr"])
 
-    def _update_full_rank(self, param: Tensor, gradient: Tensor, state: State, group: Group, step: int) -> None:
+    def _update_full_rank(
+        self, param: Tensor, gradient: Tensor, state: State, group: Group, step: int, skip: Tensor
+    ) -> None:
         if not param.is_contiguous():  # bitsandbytes' kernels walk the memory as if it were
-            super()._update_full_rank(param, gradient, state, group, step)
+            super()._update_full_rank(param, gradient, state, group, step, skip)
             return
-        lr = float(group["lr"])
-        options = {key: group[key] for key in ("betas", "eps", "weight_decay")}
+        gradient.masked_fill_(skip.bool(), 0.0)
+        options = {key: group[key] for key in ("betas", "eps", "lr", "weight_decay")}
         moments = _quantized_moments(state)
         if moments is None:
-            adam_32bit_(param, gradient, state["exp_avg"], state["exp_avg_sq"], step=step, lr=lr, **options)
+            adam_32bit_(param, gradient, state["exp_avg"], state["exp_avg_sq"], step=step, **options)
         else:
-            adam_8bit_(param, gradient, moments, self._codebooks_on(param.device), step=step, lr=lr, **options)
+            adam_8bit_(param, gradient, moments, self._codebooks_on(param.device), step=step, **options)
 
 
 class GaLoreAdafactor(GaLoreOptimizer):
@@ -419,8 +208,7 @@ class GaLoreAdafactor(GaLoreOptimizer):
         decay_rate: exponent of β₂ₜ = 1 − t^decay_rate.
         beta1: decay rate of a first moment of the updates; `None` for none.
         weight_decay: λ, applied before the update, as in `transformers`.
-        param_options: as `GaLoreAdamW`.
-        layerwise: as `GaLoreAdamW`.
+        options: see `GaLoreOptions`.
 
     Source: GaLore (arXiv:2403.03507), section 4.3; Adafactor (arXiv:1804.04235), algorithm 4.
     """
@@ -434,9 +222,7 @@ class GaLoreAdafactor(GaLoreOptimizer):
         decay_rate: float = -0.8,
         beta1: float | None = None,
         weight_decay: float = 0.0,
-        *,
-        param_options: ParamOptions | None = None,
-        layerwise: nn.Module | None = None,
+        **options: Unpack[GaLoreOptions],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -446,7 +232,7 @@ class GaLoreAdafactor(GaLoreOptimizer):
             "beta1": beta1,
             "weight_decay": weight_decay,
         }
-        super().__init__(params, defaults, param_options=param_options, layerwise=layerwise)
+        super().__init__(params, defaults, **options)
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
@@ -469,7 +255,7 @@ class GaLoreAdafactor(GaLoreOptimizer):
             moments["exp_avg"] = _new_moment(param, shape)
         return moments
 
-    def _direction(self, gradient: Tensor, state: State, group: Group, step: int) -> tuple[Tensor, float]:
+    def _direction(self, gradient: Tensor, state: State, group: Group, step: int, skip: Tensor) -> tuple[Tensor, float]:
         direction = adafactor_direction(
             gradient,
             exp_avg_sq=state.get("exp_avg_sq"),
@@ -479,52 +265,15 @@ class GaLoreAdafactor(GaLoreOptimizer):
             decay_rate=group["decay_rate"],
             eps=group["eps"],
             clip_threshold=group["clip_threshold"],
+            skip=skip,
         )
         lr = float(group["lr"])
         if group["beta1"] is None:
             return direction, lr
         # transformers averages updates that the learning rate is already in.
-        exp_avg = state["exp_avg"].lerp_(direction.mul_(lr), 1 - group["beta1"])
-        return exp_avg, 1.0
-
-
-def _split_groups(params: Iterable[Any], options: ParamOptions) -> list[dict[str, Any]]:
-    """Groups in which all parameters have the same options: those of each group, in the order given."""
-    groups = list(params)
-    if not groups:
-        raise ValueError("The optimizer was given no parameters.")
-    if not isinstance(groups[0], dict):
-        groups = [{"params": groups}]
-    split: list[dict[str, Any]] = []
-    for group in groups:
-        entries = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-        # Keyed by the options themselves: parameters with equal options share a group.
-        parts: dict[tuple[tuple[str, Any], ...], list[Any]] = {}
-        for entry in entries:
-            param = entry[1] if isinstance(entry, tuple) else entry
-            parts.setdefault(tuple(sorted(options.get(param, {}).items())), []).append(entry)
-        # A group that was empty stays: callers may fill it later.
-        split.extend({**group, **dict(key), "params": part} for key, part in (parts or {(): []}).items())
-    return split
-
-
-def _is_target(param: Tensor, group: Group) -> bool:
-    return "rank" in group and is_projectable(param.shape, group["rank"])
-
-
-def _is_dtensor(param: Tensor) -> bool:
-    return hasattr(param, "device_mesh")  # without importing torch.distributed.tensor, which takes a second
-
-
-def _decay(group: Group) -> float:
-    return 1.0 - float(group["lr"] * group["weight_decay"])
-
-
-def _refresh(param: Tensor, gradient: Tensor, state: State, group: Group) -> None:
-    bases = svd_bases(gradient, side_of(param.shape, group["proj_type"]), group["rank"])
-    for key, basis in (("basis_left", bases.left), ("basis_right", bases.right)):
-        if basis is not None:
-            state[key].copy_(basis)
+        keep = 1 - skip.to(direction.dtype)
+        exp_avg = state["exp_avg"].lerp_(direction.mul_(lr), keep * (1 - group["beta1"]))
+        return exp_avg * keep, 1.0
 
 
 def _new_moment(param: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -542,19 +291,3 @@ def _check_not_negative(group: Group, *keys: str) -> None:
     for key in keys:
         if not group[key] >= 0:
             raise ValueError(f"{key} has to be at least 0, but is {group[key]!r}.")
-
-
-def _check_same_options(group: Group, saved_group: Group) -> None:
-    own, saved = GaLoreConfig.from_group(group), GaLoreConfig.from_group(saved_group)
-    if own == saved:
-        return
-
-    def words(config: GaLoreConfig | None) -> str:
-        if config is None:
-            return "no projection"
-        return ", ".join(f"{key}={value}" for key, value in config.group_options().items())
-
-    raise ValueError(
-        f"The checkpoint was written with {words(saved)}, this optimizer was made with {words(own)}. A resumed run "
-        "continues the old one: give it the same, or start a new one from the checkpoint's weights."
-    )

@@ -82,24 +82,22 @@ def project(gradient: Tensor, bases: Bases) -> Tensor:
     return low_rank
 
 
-def add_projected_back_(weight: Tensor, direction: Tensor, bases: Bases, *, decay: float, alpha: float) -> None:
-    """W ← decay·W + alpha·back(N) in place, with back(N) = PN, NQᵀ or PNQᵀ.
+def add_projected_back_(weight: Tensor, direction: Tensor, bases: Bases, alpha: float) -> None:
+    """W ← W + alpha·back(N) in place, with back(N) = PN, NQᵀ or PNQᵀ.
 
-    One fused matrix product: neither the full-rank update nor a copy of the weight exists, and a low-precision
-    weight is rounded once, after decay and update both.
+    One fused matrix product: neither the full-rank update nor a copy of the weight exists.
 
     Args:
         weight: m × n.
         direction: N, of the shape of the low-rank gradient, in any floating-point dtype.
         bases: the bases that the gradient was projected with, in the weight's dtype.
-        decay: factor on the weight, 1 − ηλ.
-        alpha: factor on the projected-back direction, −η·scale.
+        alpha: −η·scale.
     """
     direction = direction.to(weight.dtype)
     if bases.left is None:
         assert bases.right is not None
-        weight.addmm_(direction, bases.right.mT, beta=decay, alpha=alpha)
+        weight.addmm_(direction, bases.right.mT, alpha=alpha)
     elif bases.right is None:
-        weight.addmm_(bases.left, direction, beta=decay, alpha=alpha)
+        weight.addmm_(bases.left, direction, alpha=alpha)
     else:
-        weight.addmm_(bases.left @ direction, bases.right.mT, beta=decay, alpha=alpha)
+        weight.addmm_(bases.left @ direction, bases.right.mT, alpha=alpha)

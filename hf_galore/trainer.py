@@ -1,6 +1,6 @@
 """All contact with the internals of transformers: the optimizer names, and what a Trainer has to do differently.
 
-`register()` replaces three methods of `transformers.Trainer`; `unregister()` puts them back. Each replacement
+`register()` replaces four methods of `transformers.Trainer`; `unregister()` puts them back. Each replacement
 concerns itself with the `galore_*` optimizers only and hands everything else on.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
 from typing import Any, cast
 
 import transformers
@@ -17,10 +16,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer import Trainer
 from transformers.training_args import ParallelMode
 
+from .base import GaLoreOptimizer
 from .config import GaLoreConfig
-from .layerwise import LayerwiseHooks, detach_all
+from .layerwise import detach_all
 from .log import logger
-from .optimizers import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, GaLoreOptimizer
+from .optimizers import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 from .targets import embedding_weights, find_targets, summarize
 
 
@@ -43,6 +43,7 @@ KINDS: dict[str, _Kind] = {
 PATCHED: dict[str, str] = {
     "get_optimizer_cls_and_kwargs": "(args, model=None)",
     "create_optimizer": "(self, model=None)",
+    "_clip_grad_norm": "(self, model)",
     "_get_grad_norm": "(self, model, grad_norm=None)",
 }
 
@@ -66,6 +67,7 @@ def register() -> None:
     replacements = {
         "get_optimizer_cls_and_kwargs": staticmethod(_get_optimizer_cls_and_kwargs),
         "create_optimizer": _create_optimizer,
+        "_clip_grad_norm": _clip_grad_norm,
         "_get_grad_norm": _get_grad_norm,
     }
     for name, replacement in replacements.items():
@@ -100,14 +102,21 @@ def moved_internals() -> list[str]:
     return moved
 
 
-class LayerwiseCallback(TrainerCallback):
-    """Takes the layerwise hooks off the model when training ends: a later backward pass trains nothing."""
+class HooksCallback(TrainerCallback):
+    """Looks after an optimizer's hooks: takes them off the model when training ends, and warns of skipped updates."""
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The Trainer has just waited for the device: what the optimizer counted there costs nothing more to read."""
+        optimizer = _galore_optimizer(kwargs.get("optimizer"))
+        if optimizer is not None:
+            optimizer.warn_of_skipped()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        optimizer = _unwrapped(kwargs.get("optimizer"))
-        if isinstance(optimizer, GaLoreOptimizer):
+        """A later backward pass on the model trains nothing."""
+        optimizer = _galore_optimizer(kwargs.get("optimizer"))
+        if optimizer is not None:
             optimizer.close()
 
 
@@ -129,8 +138,9 @@ def _get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | No
         )
     if model is None:
         raise ValueError(f"optim={name!r} needs the model, to find optim_target_modules in it.")
-    if kind.layerwise:
-        _check_layerwise(name, args)
+    projected_backward = kind.layerwise if config.projected_backward is None else config.projected_backward
+    if kind.layerwise or projected_backward:
+        _check_can_hook(name, config, args)
 
     targets = find_targets(model, args.optim_target_modules, config)
     options: dict[Tensor, dict[str, Any]] = {}
@@ -139,13 +149,18 @@ def _get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | No
     options.update((weight, config.group_options()) for weight in targets.projected.values())
     logger.info(summarize(model, targets, config))
 
-    kwargs: dict[str, Any] = {"lr": args.learning_rate, "param_options": options}
+    kwargs: dict[str, Any] = {
+        "lr": args.learning_rate,
+        "param_options": options,
+        "module": model,
+        "layerwise": kind.layerwise,
+        "projected_backward": projected_backward,
+        "hold_gradients": args.max_grad_norm > 0,
+    }
     if issubclass(kind.cls, GaLoreAdamW):
         kwargs.update(betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon)
     else:
         _check_no_adam_arguments(name, args)
-    if kind.layerwise:
-        kwargs["layerwise"] = model
     return kind.cls, kwargs
 
 
@@ -162,37 +177,45 @@ def _create_optimizer(self: Trainer, model: nn.Module | None = None) -> Any:
                     f"optim={_optim_name(self.args)!r} does not work under {engine.upper()}, which shards or flattens "
                     "the matrices that GaLore projects. Run it on one GPU, or under DDP without a layerwise optimizer."
                 )
-    optimizer = _originals["create_optimizer"](self, model)
-    hooks = _hooks_of(optimizer)
-    if hooks is not None:
-        hooks.attach()
-        if not any(isinstance(callback, LayerwiseCallback) for callback in self.callback_handler.callbacks):
-            self.add_callback(LayerwiseCallback)
-    return optimizer
+    wrapper = _originals["create_optimizer"](self, model)
+    optimizer = _galore_optimizer(wrapper)
+    if optimizer is not None:
+        if optimizer.hooks is not None:
+            optimizer.hooks.attach()
+        if not any(isinstance(callback, HooksCallback) for callback in self.callback_handler.callbacks):
+            self.add_callback(HooksCallback)
+    return wrapper
+
+
+def _clip_grad_norm(self: Trainer, model: nn.Module) -> Any:
+    """Replaces `Trainer._clip_grad_norm`, which would see no gradient that the hooks hold."""
+    optimizer = _hooked_optimizer(self.optimizer)
+    if optimizer is not None:
+        return optimizer.clip_grad_norm_(self.args.max_grad_norm)
+    return _originals["_clip_grad_norm"](self, model)
 
 
 def _get_grad_norm(self: Trainer, model: nn.Module, grad_norm: Any = None) -> Any:
     """Replaces `Trainer._get_grad_norm`: layerwise gradients are gone when the Trainer looks for them."""
-    hooks = _hooks_of(self.optimizer)
-    if hooks is not None and hooks.attached:
-        return hooks.grad_norm()
+    optimizer = _hooked_optimizer(self.optimizer)
+    if optimizer is not None:
+        return optimizer.grad_norm() if grad_norm is None else grad_norm
     return _originals["_get_grad_norm"](self, model, grad_norm)
 
 
-def _check_layerwise(name: str, args: TrainingArguments) -> None:
-    plain = name.removesuffix("_layerwise")
-    reasons: dict[str, Callable[[], bool]] = {
-        f"gradient_accumulation_steps={args.gradient_accumulation_steps}; set it to 1": (
-            lambda: args.gradient_accumulation_steps > 1
-        ),
-        f"max_grad_norm={args.max_grad_norm}, clipping; set max_grad_norm=0": (lambda: args.max_grad_norm > 0),
-        "fp16 loss scaling; set bf16=True": (lambda: bool(args.fp16)),
-        "more than one process; launch one": (lambda: args.parallel_mode == ParallelMode.DISTRIBUTED),
-        "more than one GPU in a process; set CUDA_VISIBLE_DEVICES=0": (lambda: args.n_gpu > 1),
-    }
-    for reason, applies in reasons.items():
-        if applies():
-            raise ValueError(f"optim={name!r} does not work with {reason}, or use optim={plain!r}.")
+def _check_can_hook(name: str, config: GaLoreConfig, args: TrainingArguments) -> None:
+    """Refuse what the hooks into the backward pass cannot do."""
+    asked = f"optim={name!r}" + (" with projected_backward=true" if config.projected_backward else "")
+    instead = f"optim={name.removesuffix('_layerwise')!r} without projected_backward"
+    problem = None
+    if args.fp16:
+        problem = "fp16: its loss scaling unscales and checks gradients that are not there. Set bf16=True"
+    elif args.parallel_mode == ParallelMode.DISTRIBUTED:
+        problem = "more than one process: low-rank gradients are not reduced over them. Launch one"
+    elif args.n_gpu > 1:
+        problem = "several GPUs in one process. Set CUDA_VISIBLE_DEVICES=0"
+    if problem is not None:
+        raise ValueError(f"{asked} does not work with {problem}, or use {instead}.")
 
 
 def _check_no_adam_arguments(name: str, args: TrainingArguments) -> None:
@@ -203,7 +226,8 @@ def _check_no_adam_arguments(name: str, args: TrainingArguments) -> None:
 
 
 def _uses_galore(trainer: Trainer) -> bool:
-    return trainer.optimizer is None and _optim_name(trainer.args) in KINDS
+    made_elsewhere = trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None
+    return not made_elsewhere and _optim_name(trainer.args) in KINDS
 
 
 def _optim_name(args: TrainingArguments) -> str:
@@ -211,11 +235,13 @@ def _optim_name(args: TrainingArguments) -> str:
     return str(getattr(args.optim, "value", args.optim))
 
 
-def _unwrapped(optimizer: Any) -> Any:
-    """The optimizer inside accelerate's wrapper, if there is one."""
-    return getattr(optimizer, "optimizer", optimizer)
+def _galore_optimizer(optimizer: Any) -> GaLoreOptimizer | None:
+    """The GaLore optimizer that this is, or that accelerate's wrapper holds."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return inner if isinstance(inner, GaLoreOptimizer) else None
 
 
-def _hooks_of(optimizer: Any) -> LayerwiseHooks | None:
-    inner = _unwrapped(optimizer)
-    return inner.layerwise_hooks if isinstance(inner, GaLoreOptimizer) else None
+def _hooked_optimizer(optimizer: Any) -> GaLoreOptimizer | None:
+    """Likewise, where its hooks are on the model."""
+    galore = _galore_optimizer(optimizer)
+    return galore if galore is not None and galore.hooks is not None and galore.hooks.attached else None

@@ -2,6 +2,9 @@
 
 Each returns a direction N with the shape of the gradient; what happens to it (projection back, scale, learning
 rate, decay) is the optimizer's business. `step` counts from 1 and includes the present one.
+
+bitsandbytes' kernels have no way to skip an update that is only known to the device: their callers give them a zero
+gradient instead.
 """
 
 from __future__ import annotations
@@ -11,9 +14,65 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 # bitsandbytes' kernels quantise moments in blocks of this many elements; it is not configurable there.
 BLOCKWISE_SIZE = 256
+
+
+def skip_unless_finite(norm: Tensor) -> Tensor:
+    """1 where a gradient's norm is NaN or infinite and its update has to be skipped, else 0; no waiting for the device.
+
+    A norm that overflows counts: so would the second moment.
+
+    Args:
+        norm: 0-dimensional.
+    """
+    return norm.isfinite().logical_not_().to(torch.float32)
+
+
+def adam_(
+    weight: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    step: int,
+    betas: tuple[float, float],
+    eps: float,
+    lr: float,
+    weight_decay: float,
+    skip: Tensor,
+) -> None:
+    """W ← (1 − ηλ)W − ηN in place, N = m̂ / (√v̂ + ε): torch's own fused AdamW on one tensor.
+
+    Args:
+        weight: contiguous, as are the others, which have its dtype and shape.
+        gradient: G.
+        exp_avg: first moment m, updated in place.
+        exp_avg_sq: second moment v, likewise.
+        skip: 0-dimensional float32; at 1 nothing is changed.
+
+    Source: Adam (Kingma and Ba, 2015, arXiv:1412.6980), algorithm 1; AdamW (arXiv:1711.05101), algorithm 2.
+    """
+    adamw(
+        [weight],
+        [gradient],
+        [exp_avg],
+        [exp_avg_sq],
+        [],
+        # It counts on the device and adds 1 itself.
+        [torch.full((), step - 1, dtype=torch.float32, device=weight.device)],
+        fused=True,
+        found_inf=skip,
+        amsgrad=False,
+        beta1=betas[0],
+        beta2=betas[1],
+        lr=lr,
+        weight_decay=weight_decay,
+        eps=eps,
+        maximize=False,
+    )
 
 
 def adam_direction(
@@ -24,22 +83,33 @@ def adam_direction(
     step: int,
     betas: tuple[float, float],
     eps: float,
+    skip: Tensor,
 ) -> Tensor:
-    """N = m̂ / (√v̂ + ε), as `torch.optim.AdamW` computes it.
+    """N = m̂ / (√v̂ + ε), in the moments' dtype; zero where `skip` is 1.
+
+    The kernel only knows how to move a weight. A zero of the gradient's size, moved by −η·N with η = −1, is N.
 
     Args:
         gradient: G or R, any floating-point dtype.
-        exp_avg: first moment m, same shape, float32 (float64 for float64 weights); updated in place.
-        exp_avg_sq: second moment v, likewise.
-
-    Source: Adam (Kingma and Ba, 2015, arXiv:1412.6980), algorithm 1; AdamW (arXiv:1711.05101), algorithm 2.
+        exp_avg: first moment, float32 (float64 for float64 weights), contiguous; updated in place.
+        exp_avg_sq: second moment, likewise.
+        skip: as in `adam_`.
     """
-    beta1, beta2 = betas
-    gradient = gradient.to(exp_avg.dtype)
-    exp_avg.lerp_(gradient, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    denominator = exp_avg_sq.sqrt().div_(math.sqrt(1 - beta2**step)).add_(eps)
-    return torch.div(exp_avg, denominator, out=denominator).div_(1 - beta1**step)
+    direction = torch.zeros_like(exp_avg)
+    gradient = gradient.to(exp_avg.dtype).contiguous()
+    adam_(
+        direction,
+        gradient,
+        exp_avg,
+        exp_avg_sq,
+        step=step,
+        betas=betas,
+        eps=eps,
+        lr=-1.0,
+        weight_decay=0.0,
+        skip=skip,
+    )
+    return direction
 
 
 class QuantizedMoments(NamedTuple):
@@ -171,11 +241,7 @@ def adam_8bit_direction(
     betas: tuple[float, float],
     eps: float,
 ) -> Tensor:
-    """N for a low-rank gradient with 8-bit moments, in float32.
-
-    The kernel only knows how to move a weight. A zero of the gradient's size, moved by −η·N with η = −1, is N; that
-    buffer is low-rank, so the weight itself is never cloned.
-    """
+    """N for a low-rank gradient with 8-bit moments, in float32; see `adam_direction` for how."""
     direction = torch.zeros(gradient.shape, dtype=torch.float32, device=gradient.device)
     adam_8bit_(direction, gradient, moments, codebooks, step=step, betas=betas, eps=eps, lr=-1.0, weight_decay=0.0)
     return direction
@@ -191,6 +257,7 @@ def adafactor_direction(
     decay_rate: float,
     eps: float,
     clip_threshold: float,
+    skip: Tensor,
 ) -> Tensor:
     """The clipped update U of Adafactor, before the learning rate, as `transformers.Adafactor` computes it.
 
@@ -202,24 +269,27 @@ def adafactor_direction(
         decay_rate: exponent of β₂ₜ = 1 − t^decay_rate.
         eps: added to the squared gradient.
         clip_threshold: the largest root mean square of U.
+        skip: 0-dimensional float32; at 1 the moments stay and U is zero.
 
     Source: Adafactor (Shazeer and Stern, 2018, arXiv:1804.04235), algorithm 4.
     """
     moment = exp_avg_sq if exp_avg_sq is not None else exp_avg_sq_row
     assert moment is not None
-    gradient = gradient.to(moment.dtype)
-    beta2 = 1.0 - step**decay_rate
+    skipped = skip.bool()
+    gradient = gradient.to(moment.dtype).masked_fill(skipped, 0.0)
+    weight = (step**decay_rate) * (1 - skip.to(moment.dtype))  # 1 − β₂ₜ, or 0
     squared = gradient.square().add_(eps)
     if exp_avg_sq is not None:
-        exp_avg_sq.lerp_(squared, 1 - beta2)
+        exp_avg_sq.lerp_(squared, weight)
         direction = exp_avg_sq.rsqrt().mul_(gradient)
     else:
         assert exp_avg_sq_row is not None
         assert exp_avg_sq_col is not None
-        exp_avg_sq_row.lerp_(squared.mean(dim=-1), 1 - beta2)
-        exp_avg_sq_col.lerp_(squared.mean(dim=-2), 1 - beta2)
+        exp_avg_sq_row.lerp_(squared.mean(dim=-1), weight)
+        exp_avg_sq_col.lerp_(squared.mean(dim=-2), weight)
         row = (exp_avg_sq_row / exp_avg_sq_row.mean(dim=-1, keepdim=True)).rsqrt_().unsqueeze(-1)
         column = exp_avg_sq_col.rsqrt().unsqueeze(-2)
         direction = (row * column).mul_(gradient)
     rms = direction.norm(2) / math.sqrt(direction.numel())
-    return direction.div_((rms / clip_threshold).clamp_(min=1.0))
+    # Moments that are still zero make 0 · ∞ of a gradient that is skipped.
+    return direction.div_((rms / clip_threshold).clamp_(min=1.0)).masked_fill_(skipped, 0.0)

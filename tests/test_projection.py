@@ -101,9 +101,9 @@ def test_projecting_back_is_the_definition(shape: tuple[int, int], side: Side) -
     weight = torch.randn(shape)
     left = bases.left if bases.left is not None else torch.eye(shape[0])
     right = bases.right if bases.right is not None else torch.eye(shape[1])
-    expected = 0.9 * weight - 0.3 * (left @ direction @ right.mT)
+    expected = weight - 0.3 * (left @ direction @ right.mT)
     pointer = weight.data_ptr()
-    add_projected_back_(weight, direction, bases, decay=0.9, alpha=-0.3)
+    add_projected_back_(weight, direction, bases, alpha=-0.3)
     torch.testing.assert_close(weight, expected)
     assert weight.data_ptr() == pointer
 
@@ -111,5 +111,5 @@ def test_projecting_back_is_the_definition(shape: tuple[int, int], side: Side) -
 def test_a_low_precision_weight_takes_a_float32_direction() -> None:
     weight = torch.zeros(4, 2, dtype=torch.bfloat16)
     bases = Bases(None, torch.eye(2, 1, dtype=torch.bfloat16))
-    add_projected_back_(weight, torch.ones(4, 1), bases, decay=1.0, alpha=-0.5)
+    add_projected_back_(weight, torch.ones(4, 1), bases, alpha=-0.5)
     assert weight.tolist() == [[-0.5, 0.0]] * 4

@@ -1,0 +1,153 @@
+"""The projected backward of a linear layer: the low-rank gradient straight from δ and X, with no gradient in between.
+
+For Y = XWᵀ + b, with T rows of X (tokens), the weight's gradient is G = δᵀX, and GaLore uses nothing but
+
+    PᵀG = (δP)ᵀX        GQ = δᵀ(XQ)        PᵀGQ = (δP)ᵀ(XQ).
+
+Computed in that order this takes Tr(m + n) multiply-adds instead of the Tmn of G and the rmn of projecting it, and
+no m × n tensor ever exists. (Shapes as in `hf_galore.projection`; DESIGN: GaLore is cheaper than AdamW for
+r < mn/(m + n).)
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .projection import Bases
+
+
+class LinearGradientSink(Protocol):
+    """Where a patched layer's δ and X go."""
+
+    def serves(self, weight: Tensor) -> bool:
+        """Whether `take` wants this weight; asked in the forward pass."""
+
+    def take(self, weight: Tensor, output_gradient: Tensor, inputs: Tensor) -> bool:
+        """Use δ (T × m) and X (T × n) of one run of a layer; false to have autograd build the gradient."""
+
+
+def low_rank_gradient(output_gradient: Tensor, inputs: Tensor, bases: Bases, *, out: Tensor | None = None) -> Tensor:
+    """R from δ and X, as `project(δᵀX, bases)` would give it.
+
+    Args:
+        output_gradient: δ, T × m.
+        inputs: X, T × n, in δ's dtype.
+        bases: cast to δ's dtype for the products.
+        out: a tensor of R's shape to add R to; returned.
+    """
+    left = output_gradient
+    if bases.left is not None:
+        left = left @ bases.left.to(left.dtype)
+    right = inputs
+    if bases.right is not None:
+        right = right @ bases.right.to(right.dtype)
+    if out is None:
+        return left.mT @ right
+    if out.dtype == left.dtype:
+        return out.addmm_(left.mT, right)
+    return out.add_(left.mT @ right)
+
+
+class ProjectedLinear(nn.Linear):
+    """The class of a patched `nn.Linear`: the same layer, whose weight's gradient goes to a sink.
+
+    Never constructed: `patch_linear` turns a layer into one and back. Copies and pickles of it are plain layers.
+    """
+
+    _galore_sink: weakref.ref[LinearGradientSink]
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+    def forward(self, input: Tensor) -> Tensor:
+        """As `nn.Linear.forward`."""
+        sink = self._galore_sink()
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias  # type: ignore[assignment, unused-ignore]
+        if sink is None or not torch.is_grad_enabled() or not weight.requires_grad or not sink.serves(weight):
+            return F.linear(input, weight, bias)
+        device_type = input.device.type
+        if torch.is_autocast_enabled(device_type):
+            # What autocast does to F.linear, which it cannot see inside a custom function.
+            dtype = torch.get_autocast_dtype(device_type)
+            input = input.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        elif input.dtype != weight.dtype:
+            return F.linear(input, weight, bias)  # raises, as it does unpatched
+        return cast("Tensor", _ProjectedLinearFunction.apply(input, weight, bias, sink))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        state = {key: value for key, value in self.__dict__.items() if key != "_galore_sink"}
+        return _new_linear, (), state
+
+
+def _new_linear() -> nn.Linear:
+    return nn.Linear.__new__(nn.Linear)
+
+
+class _ProjectedLinearFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sink: LinearGradientSink) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.sink = sink
+        ctx.has_bias = bias is not None
+        return F.linear(x, weight.to(x.dtype), bias)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        # Before the sink, which may update the weight.
+        grad_x = delta @ weight.to(delta.dtype) if needs_x else None
+        rows = delta.reshape(-1, delta.shape[-1])
+        grad_bias = rows.sum(dim=0) if ctx.has_bias and needs_bias else None
+        grad_weight = None
+        if needs_weight:
+            inputs = x.reshape(-1, x.shape[-1])
+            if not ctx.sink.take(weight, rows, inputs):
+                grad_weight = (rows.mT @ inputs).to(weight.dtype)
+        return grad_x, grad_weight, grad_bias, None
+
+
+def why_not_patchable(module: nn.Module) -> str | None:
+    """Why `patch_linear` cannot serve a module, in words; `None` where it can."""
+    if type(module) is not nn.Linear:
+        return f"it is a {type(module).__name__}, not a plain nn.Linear"
+    if "forward" in module.__dict__:
+        return "its forward has been replaced"
+    return None
+
+
+class LinearPatch:
+    """A patched layer, to be put back with `remove()`; see `patch_linear`."""
+
+    def __init__(self, module: nn.Linear) -> None:
+        self._module = weakref.ref(module)
+
+    def remove(self) -> None:
+        """Make the layer a plain `nn.Linear` again."""
+        module = self._module()
+        if module is not None and type(module) is ProjectedLinear:
+            del module.__dict__["_galore_sink"]
+            module.__class__ = nn.Linear  # type: ignore[assignment]
+
+
+def patch_linear(module: nn.Module, sink: weakref.ref[Any]) -> LinearPatch:
+    """Send the gradient of a layer's weight to `sink`, which is referred to weakly.
+
+    Raises:
+        ValueError: the module is no plain `nn.Linear`; see `why_not_patchable`.
+    """
+    reason = why_not_patchable(module)
+    if reason is not None:
+        raise ValueError(f"The projected backward cannot serve this module: {reason}.")
+    # The class and not an attribute `forward`: a copy of the module would run the original's weight.
+    module.__class__ = ProjectedLinear
+    patched = cast("ProjectedLinear", module)
+    patched._galore_sink = sink
+    return LinearPatch(patched)

@@ -1,0 +1,493 @@
+"""The optimizer that the three of `hf_galore.optimizers` are thin over: groups, bases, projection, hooks, loading.
+
+State is plain tensors, made at construction with a fixed set of keys and shapes, so that a checkpoint loads with
+`weights_only=True`, into tensors that are already there. What follows from the group and the shape (side, rank)
+is not in it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, TypedDict, cast, overload
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from .config import GaLoreConfig
+from .log import logger
+from .nonfinite import Skipped, SkippedUpdates
+from .projection import Bases, add_projected_back_, basis_shapes, is_projectable, low_rank_shape, project, side_of
+from .refresh import svd_bases
+from .update import skip_unless_finite
+
+if TYPE_CHECKING:
+    from .layerwise import BackwardHooks
+
+Group = dict[str, Any]
+State = dict[str, Tensor]
+ParamOptions = Mapping[Tensor, Mapping[str, Any]]
+
+
+class GaLoreOptions(TypedDict, total=False):
+    """What every GaLore optimizer takes besides its hyperparameters, all by keyword."""
+
+    param_options: ParamOptions | None
+    """Group entries for single parameters (`{weight: {"rank": 128}}`): a group with such parameters is split. The way
+    to project parameters of groups that somebody else has made."""
+    module: nn.Module | None
+    """The model that the parameters belong to: names them in messages; needed by the options below. (Not called
+    `model`: a Trainer takes that from an optimizer's arguments.)"""
+    layerwise: bool
+    """Whether to update each weight during the backward pass, so that no two gradients are alive at a time."""
+    projected_backward: bool | None
+    """Whether linear layers compute their low-rank gradient without the gradient; by default as `layerwise`."""
+    hold_gradients: bool
+    """Whether layerwise holds low-rank gradients until `step()`, as clipping needs; an accumulation does so itself."""
+
+
+class GaLoreOptimizer(torch.optim.Optimizer):
+    """What the three optimizers share: groups, bases, projection, hooks into the backward pass, loading.
+
+    A subclass says what its moments are (`_new_moments`) and how they turn a gradient into a direction.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        defaults: dict[str, Any],
+        **options: Unpack[GaLoreOptions],
+    ) -> None:
+        model = options.get("module")
+        layerwise = options.get("layerwise", False)
+        projected_backward = options.get("projected_backward")
+        self._hooks: BackwardHooks | None = None
+        self._skipped = SkippedUpdates()
+        self._warned_of_skipped = False
+        self._names = {} if model is None else {id(param): name for name, param in model.named_parameters()}
+        super().__init__(_split_groups(params, options.get("param_options") or {}), defaults)
+        if projected_backward is None:
+            projected_backward = layerwise
+        if layerwise or projected_backward:
+            if model is None:
+                raise ValueError(
+                    f"{type(self).__name__} hooks into the backward pass of the model for layerwise=True and "
+                    "projected_backward=True: pass it, module=model."
+                )
+            from .layerwise import BackwardHooks
+
+            self._hooks = BackwardHooks(
+                self,
+                model,
+                layerwise=layerwise,
+                projected_backward=projected_backward,
+                hold_gradients=options.get("hold_gradients", False),
+            )
+
+    # ---- groups and state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group and make its state.
+
+        Raises:
+            ValueError: GaLore's options are out of range, or a parameter of a group with a `rank` is not a matrix.
+        """
+        config = GaLoreConfig.from_group(param_group)
+        if config is not None:
+            param_group = {**param_group, **config.group_options()}
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group)
+        except ValueError:
+            del self.param_groups[-1]
+            raise
+        for param in group["params"]:
+            if param.requires_grad:
+                self.state[param] = self._new_state(param, group)
+
+    def _check_group(self, group: Group) -> None:
+        for param, name in zip(group["params"], group.get("param_names", ()), strict=False):
+            self._names.setdefault(id(param), name)
+        full_rank = []
+        for param in group["params"]:
+            if _is_dtensor(param):
+                raise ValueError(
+                    "GaLore cannot train a parameter that is sharded over processes (a DTensor, as FSDP2 makes "
+                    "them). Run it on one GPU, or under DDP without a layerwise optimizer."
+                )
+            if "rank" not in group:
+                continue
+            if param.ndim != 2:
+                raise ValueError(
+                    f"Only matrices can be projected, but {self.name_of(param)} has {param.ndim} dimension(s): "
+                    f"{tuple(param.shape)}. Move it to a group without a rank."
+                )
+            if not is_projectable(param.shape, group["rank"]):
+                full_rank.append(self.name_of(param))
+        if full_rank:
+            logger.info(
+                "Trained full-rank, because rank %d is not below the smaller side: %s.",
+                group["rank"],
+                ", ".join(full_rank),
+            )
+
+    def name_of(self, param: Tensor) -> str:
+        """The name of a parameter in the model, or words for it where none is known."""
+        return self._names.get(id(param), f"a parameter of shape {tuple(param.shape)}")
+
+    def _new_state(self, param: Tensor, group: Group) -> State:
+        shape: tuple[int, ...] = tuple(param.shape)
+        bases: State = {}
+        if is_target(param, group):
+            side = side_of(shape, group["proj_type"])
+            shapes = basis_shapes(shape, side, group["rank"])
+            if shapes.left is not None:
+                bases["basis_left"] = param.new_zeros(shapes.left)
+            if shapes.right is not None:
+                bases["basis_right"] = param.new_zeros(shapes.right)
+            shape = low_rank_shape(shape, side, group["rank"])
+        # `step` lives on the CPU, as in torch.optim: reading it never waits for the device.
+        return {"step": torch.tensor(0.0), **bases, **self._new_moments(param, shape, group)}
+
+    def _new_moments(self, param: Tensor, shape: tuple[int, ...], group: Group) -> State:
+        """Moments for a gradient of `shape`: that of the parameter, or low-rank for a target."""
+        raise NotImplementedError
+
+    def _state_of(self, param: Tensor, group: Group) -> State:
+        state = cast("State", self.state[param])
+        if not state:  # frozen when the optimizer was made
+            state.update(self._new_state(param, group))
+        # The model may have been moved or cast since: bases go with the weight, moments keep their precision.
+        for key, value in state.items():
+            if key.startswith("basis"):
+                state[key] = value.to(param)
+            elif key != "step":
+                state[key] = value.to(param.device)
+        return state
+
+    # ---- the update
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient; with hooks, those that they left.
+
+        A parameter whose gradient, or low-rank gradient, is not finite is skipped: it and its moments stay as they
+        are, and a warning says so, at once on a CPU and with the Trainer's next log on a GPU. (bitsandbytes' 8-bit
+        moments decay as if the gradient were zero; so does a full-rank weight that its kernels update.)
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for param in group["params"]:
+                held = None if self._hooks is None else self._hooks.take_held(param)
+                if held is not None:
+                    if param.grad is not None:  # somebody has set it by hand
+                        held.add_(project(param.grad, self.bases_of(param, group)))
+                    self.update_low_rank(param, group, held)
+                elif param.grad is not None:
+                    self.update_parameter(param, group)
+        if self._hooks is not None:
+            self._hooks.start_window()
+        if all(param.device.type == "cpu" for group in self.param_groups for param in group["params"][:1]):
+            self.warn_of_skipped()
+        return loss
+
+    @torch.no_grad()
+    def update_parameter(self, param: Tensor, group: Group) -> None:
+        """One optimizer step of one parameter from its `.grad`, which is left as it is.
+
+        Raises:
+            RuntimeError: the gradient is sparse.
+        """
+        gradient = param.grad
+        assert gradient is not None
+        if gradient.is_sparse:
+            raise RuntimeError(
+                f"{type(self).__name__} cannot use sparse gradients. Build the embedding with sparse=False."
+            )
+        if is_target(param, group):
+            low_rank = self.project_gradient(param, group, gradient, refresh=self.refresh_due(param, group))
+            if low_rank is not None:
+                self.update_low_rank(param, group, low_rank)
+            return
+        state = self._state_of(param, group)
+        step = _count_step(state)
+        skip = skip_unless_finite(norm_of(gradient))
+        self._skipped.note(param, skip, step)
+        self._update_full_rank(param, gradient, state, group, step, skip)
+
+    def refresh_due(self, param: Tensor, group: Group) -> bool:
+        """Whether the next step of a target is one with a new basis: the first, and every `update_proj_gap`-th."""
+        return int(self._state_of(param, group)["step"].item()) % int(group["update_proj_gap"]) == 0
+
+    def bases_of(self, param: Tensor, group: Group) -> Bases:
+        """The present bases of a target."""
+        state = self._state_of(param, group)
+        return Bases(state.get("basis_left"), state.get("basis_right"))
+
+    @torch.no_grad()
+    def project_gradient(self, param: Tensor, group: Group, gradient: Tensor, *, refresh: bool) -> Tensor | None:
+        """The low-rank gradient R of a target, with new bases from this gradient where `refresh` says so.
+
+        `None` where the gradient of a refresh is not finite: the refresh is put off to the next step, and this step
+        is over for the parameter. (A refresh waits for the device anyway, inside the SVD.)
+        """
+        bases = self.bases_of(param, group)
+        if refresh:
+            norm = norm_of(gradient)
+            if not math.isfinite(norm.item()):
+                step = int(self.state[param]["step"].item()) + 1
+                self._skipped.note(param, torch.ones_like(norm), step)
+                return None
+            new = svd_bases(gradient, side_of(param.shape, group["proj_type"]), group["rank"])
+            for old_basis, new_basis in zip(bases, new, strict=True):
+                if old_basis is not None and new_basis is not None:
+                    old_basis.copy_(new_basis)
+        return project(gradient, bases)
+
+    @torch.no_grad()
+    def update_low_rank(self, param: Tensor, group: Group, low_rank: Tensor, norm: Tensor | None = None) -> None:
+        """One optimizer step of a target from its low-rank gradient R.
+
+        Args:
+            norm: ‖R‖, where it is known already.
+        """
+        state = self._state_of(param, group)
+        step = _count_step(state)
+        skip = skip_unless_finite(norm_of(low_rank) if norm is None else norm)
+        self._skipped.note(param, skip, step)
+        direction, step_size = self._direction(low_rank, state, group, step, skip)
+        if group["weight_decay"] != 0:
+            param.mul_(_decay(param, group, skip))
+        add_projected_back_(
+            param, direction, Bases(state.get("basis_left"), state.get("basis_right")), -step_size * group["scale"]
+        )
+
+    def _direction(self, gradient: Tensor, state: State, group: Group, step: int, skip: Tensor) -> tuple[Tensor, float]:
+        """N for a gradient of the moments' shape, and the factor that it is subtracted with; updates the moments.
+
+        Where `skip` is 1, N is zero and the moments stay.
+        """
+        raise NotImplementedError
+
+    def _update_full_rank(
+        self, param: Tensor, gradient: Tensor, state: State, group: Group, step: int, skip: Tensor
+    ) -> None:
+        direction, step_size = self._direction(gradient, state, group, step, skip)
+        if group["weight_decay"] != 0:
+            param.mul_(_decay(param, group, skip))
+        param.add_(direction, alpha=-step_size)
+
+    # ---- hooks into the backward pass
+
+    @property
+    def hooks(self) -> BackwardHooks | None:
+        """What acts during the backward pass; `None` for a plain optimizer without projected backward."""
+        return self._hooks
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients, those that the hooks hold too."""
+        super().zero_grad(set_to_none)
+        if self._hooks is not None:
+            self._hooks.forget_gradients()
+
+    @torch.no_grad()
+    def grad_norm(self) -> Tensor | None:
+        """Norm of all that the next step would use, or this step's backward pass has used; 0-dimensional.
+
+        That of the gradient where there is one; of the low-rank gradient for a target that has only that. `None`
+        where there is nothing.
+        """
+        norms = [] if self._hooks is None else self._hooks.norms()
+        norms += [norm_of(param.grad) for param in self._params() if param.grad is not None]
+        if not norms:
+            return None
+        return norm_of(torch.stack([norm.to(norms[0].device) for norm in norms]))
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> Tensor | None:
+        """Scale all gradients, held low-rank ones too, to a global norm of at most `max_norm`.
+
+        Returns:
+            `grad_norm()` before clipping.
+
+        Raises:
+            RuntimeError: layerwise hooks have already updated weights in this step: `hold_gradients` was not set.
+        """
+        if self._hooks is not None and self._hooks.has_updated:
+            raise RuntimeError(
+                "The gradients cannot be clipped: weights were already updated during the backward pass. Make the "
+                "optimizer with hold_gradients=True."
+            )
+        norm = self.grad_norm()
+        if norm is not None:
+            # As torch.nn.utils.clip_grad_norm_, which sees no held gradients.
+            factor = (max_norm / (norm + 1e-6)).clamp_(max=1.0)
+            gradients = [param.grad for param in self._params() if param.grad is not None]
+            gradients += [] if self._hooks is None else self._hooks.held()
+            for gradient in gradients:
+                gradient.mul_(factor.to(gradient.device))
+        return norm
+
+    def _params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def close(self) -> None:
+        """Take the hooks off the model, if any: it is as it was, and `step()` alone updates it."""
+        if self._hooks is not None:
+            self._hooks.detach()
+
+    # ---- gradients that are not finite
+
+    def skipped_updates(self) -> dict[str, Skipped]:
+        """The updates skipped so far because a gradient was not finite, by parameter. Waits for the device."""
+        return {self.name_of(param): skipped for param, skipped in self._skipped.read().items()}
+
+    def warn_of_skipped(self) -> None:
+        """Warn, once, if updates were skipped. Waits for the device."""
+        if self._warned_of_skipped:
+            return
+        skipped = self.skipped_updates()
+        if skipped:
+            self._warned_of_skipped = True
+            name, (_, step) = min(skipped.items(), key=lambda item: item[1].first_step)
+            others = f" and {len(skipped) - 1} other(s)" if len(skipped) > 1 else ""
+            logger.warning(
+                "A gradient was NaN or infinite: the update of %s%s was skipped at step %d. This is said once; "
+                "optimizer.skipped_updates() counts.",
+                name,
+                others,
+                step,
+            )
+
+    # ---- loading
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict()` gave, bit for bit, into the tensors that are there.
+
+        `torch.optim.Optimizer` would cast every floating-point tensor to the dtype of its parameter: float32
+        moments of bfloat16 weights would lose their lower half.
+
+        Raises:
+            ValueError: the groups, GaLore's hyperparameters, or keys and shapes of the state are not this
+                optimizer's. Nothing is loaded then.
+        """
+        groups, saved_groups = self.param_groups, state_dict["param_groups"]
+        if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved_groups]:
+            raise ValueError(
+                "The checkpoint's optimizer state was made for other parameter groups: it has "
+                f"{[len(g['params']) for g in saved_groups]} parameters in its groups, this optimizer has "
+                f"{[len(g['params']) for g in groups]}. Resume with the optim, optim_target_modules and model of "
+                "the run that wrote it, or start from its weights only."
+            )
+        copies: list[tuple[Tensor, str, Tensor]] = []
+        for group, saved_group in zip(groups, saved_groups, strict=True):
+            _check_same_options(group, saved_group)
+            for param, index in zip(group["params"], saved_group["params"], strict=True):
+                saved = state_dict["state"].get(index, {})
+                self._check_same_state(param, index, group, saved)
+                copies.extend((param, key, value) for key, value in saved.items())
+
+        # The parent restores groups and runs its hooks; it gets no state, which it would cast.
+        state = self.state
+        super().load_state_dict({**state_dict, "state": {}})
+        self.state = state
+        for param, key, value in copies:
+            current = self.state[param]
+            device = torch.device("cpu") if key == "step" else param.device
+            if key in current and current[key].device == device:
+                if current[key] is not value:
+                    current[key].copy_(value)
+            else:  # the model has moved since the state was made, or the parameter was frozen then
+                current[key] = value.to(device, copy=True)
+
+    def _check_same_state(self, param: Tensor, index: int, group: Group, saved: Mapping[str, Tensor]) -> None:
+        if not saved and not self.state.get(param):
+            return
+        with torch.device("meta"):
+            expected = {
+                key: (tuple(value.shape), value.dtype)
+                for key, value in self._new_state(param.detach().to("meta"), group).items()
+            }
+        found = {key: (tuple(value.shape), value.dtype) for key, value in saved.items()}
+        if found == expected:
+            return
+        differing = sorted(key for key in {**found, **expected} if found.get(key) != expected.get(key))
+        details = "; ".join(f"{key}: saved {found.get(key)}, needed {expected.get(key)}" for key in differing)
+        raise ValueError(
+            f"The checkpoint's optimizer state does not fit {type(self).__name__} at parameter {index} of shape "
+            f"{tuple(param.shape)} ({details}). Resume with the optim and optim_args of the run that wrote it, or "
+            "start from its weights only."
+        )
+
+
+def _split_groups(params: Iterable[Any], options: ParamOptions) -> list[dict[str, Any]]:
+    """Groups in which all parameters have the same options: those of each group, in the order given."""
+    groups = list(params)
+    if not groups:
+        raise ValueError("The optimizer was given no parameters.")
+    if not isinstance(groups[0], dict):
+        groups = [{"params": groups}]
+    split: list[dict[str, Any]] = []
+    for group in groups:
+        entries = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        # Keyed by the options themselves: parameters with equal options share a group.
+        parts: dict[tuple[tuple[str, Any], ...], list[Any]] = {}
+        for entry in entries:
+            param = entry[1] if isinstance(entry, tuple) else entry
+            parts.setdefault(tuple(sorted(options.get(param, {}).items())), []).append(entry)
+        # A group that was empty stays: callers may fill it later.
+        split.extend({**group, **dict(key), "params": part} for key, part in (parts or {(): []}).items())
+    return split
+
+
+def is_target(param: Tensor, group: Group) -> bool:
+    """Whether a parameter of a group is projected."""
+    return "rank" in group and is_projectable(param.shape, group["rank"])
+
+
+def norm_of(tensor: Tensor) -> Tensor:
+    """The Frobenius norm, 0-dimensional and of at least float32."""
+    norm: Tensor = tensor.norm(dtype=torch.promote_types(tensor.dtype, torch.float32))
+    return norm
+
+
+def _count_step(state: State) -> int:
+    # Out of place: under fake tensors the value of a CPU scalar survives that, and not `+=`.
+    state["step"] = state["step"] + 1
+    return int(state["step"].item())
+
+
+def _is_dtensor(param: Tensor) -> bool:
+    return hasattr(param, "device_mesh")  # without importing torch.distributed.tensor, which takes a second
+
+
+def _decay(param: Tensor, group: Group, skip: Tensor) -> Tensor:
+    """1 − ηλ, or 1 for a skipped update; 0-dimensional, precise enough for the weight's dtype."""
+    keep = 1 - skip.to(torch.promote_types(param.dtype, torch.float32))
+    return 1 - float(group["lr"] * group["weight_decay"]) * keep
+
+
+def _check_same_options(group: Group, saved_group: Group) -> None:
+    own, saved = GaLoreConfig.from_group(group), GaLoreConfig.from_group(saved_group)
+    if own == saved:
+        return
+
+    def words(config: GaLoreConfig | None) -> str:
+        if config is None:
+            return "no projection"
+        return ", ".join(f"{key}={value}" for key, value in config.group_options().items())
+
+    raise ValueError(
+        f"The checkpoint was written with {words(saved)}, this optimizer was made with {words(own)}. A resumed run "
+        "continues the old one: give it the same, or start a new one from the checkpoint's weights."
+    )
