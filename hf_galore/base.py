@@ -457,7 +457,7 @@ def is_target(param: Tensor, group: Group) -> bool:
 
 def norm_of(tensor: Tensor) -> Tensor:
     """The Frobenius norm, 0-dimensional and of at least float32."""
-    norm: Tensor = tensor.norm(dtype=torch.promote_types(tensor.dtype, torch.float32))
+    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
     return norm
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
@@ -32,7 +32,7 @@ def _positive_int() -> _Option:
 def _positive_float() -> _Option:
     return _Option(
         float,
-        lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) and v > 0,
+        lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v <= sys.float_info.max,
         "a finite number above 0",
     )
 

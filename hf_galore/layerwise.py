@@ -107,10 +107,10 @@ class BackwardHooks:
                 self._handles.append(param.register_post_accumulate_grad_hook(_GradientHook(me)))
         not_served: dict[str, str] = {}
         for name, module in model.named_modules():
-            owned = [id(param) for param in module.parameters(recurse=False) if id(param) in self._group_index]
+            owned = tuple(id(param) for param in module.parameters(recurse=False) if id(param) in self._group_index)
             if not owned:
                 continue
-            self._handles.append(module.register_forward_pre_hook(_count_run(me, owned)))
+            self._handles.append(module.register_forward_pre_hook(_RunCounter(me, weakref.ref(module), owned)))
             if self.projected_backward and targets.intersection(owned):
                 reason = why_not_patchable(module)
                 if reason is None:
@@ -296,14 +296,30 @@ def _hooks_on(param: Tensor) -> list[_GradientHook]:
     return [hook for hook in hooks.values() if isinstance(hook, _GradientHook)]
 
 
-def _count_run(me: weakref.ref[BackwardHooks], owned: list[int]) -> Callable[[nn.Module, Any], None]:
-    def count(module: nn.Module, args: Any) -> None:
-        hooks = me()
-        # Recomputation during the backward pass is the same run again, and evaluation is none.
-        if hooks is not None and module.training and not _in_backward():
-            hooks._runs.update(owned)
+class _RunCounter:
+    """A module's forward pre-hook: counts the runs of the parameters that it owns."""
 
-    return count
+    def __init__(
+        self, hooks: Callable[[], BackwardHooks | None], module: Callable[[], nn.Module | None], owned: tuple[int, ...]
+    ) -> None:
+        self.hooks = hooks
+        self.module = module
+        self.owned = owned
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        hooks = self.hooks()
+        if hooks is None or module is not self.module():  # a copy of the module has this hook too
+            return
+        # Recomputation during the backward pass is the same run again, and evaluation is none.
+        if module.training and not _in_backward():
+            hooks._runs.update(self.owned)
+
+    def __reduce__(self) -> Any:
+        return _RunCounter, (_gone, _gone, ())  # weak references cannot be pickled
+
+
+def _gone() -> None:
+    """What a dead weak reference returns."""
 
 
 def _in_backward() -> bool:

@@ -31,7 +31,9 @@ class SkippedUpdates:
         """
         record = self._records.get(param)
         if record is None or record.device != param.device:
-            record = self._records[param] = torch.tensor([0.0, _NEVER]).to(param.device)
+            # Filled there: copying from the host would wait.
+            record = self._records[param] = torch.zeros(2, device=param.device)
+            record[1].fill_(_NEVER)
         record[0].add_(skip)
         record[1].clamp_(max=step + (1 - skip) * _NEVER)
 

@@ -88,7 +88,7 @@ def _entries(target_modules: Any) -> dict[str, Callable[[str], bool]]:
     if isinstance(target_modules, str):
         try:
             pattern = re.compile(target_modules)
-        except re.error as error:
+        except (re.error, OverflowError) as error:
             raise ValueError(
                 f"optim_target_modules {target_modules!r} is not a valid regular expression: {error}. A string is "
                 "one; for parts of module names give a list, such as ['attn', 'mlp']."
@@ -110,7 +110,7 @@ def _entries(target_modules: Any) -> dict[str, Callable[[str], bool]]:
 def _list_rule(entry: str) -> Callable[[str], bool]:
     try:
         pattern = re.compile(entry)
-    except re.error:  # still a substring, such as 'layers.0.('
+    except (re.error, OverflowError):  # still a substring, such as 'layers.0.('
         return lambda name: entry in name
     return lambda name: entry in name or pattern.fullmatch(name) is not None
 

@@ -1,0 +1,26 @@
+"""What holds for every test: no network, one thread, one seed."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports transformers, which reads them once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import hypothesis
+import pytest
+import torch
+
+# pytest-xdist fills the cores; and one thread sums in one order, which the bit-for-bit tests rest on.
+torch.set_num_threads(1)
+
+# A busy machine is no failure, and a failure prints how to repeat it.
+hypothesis.settings.register_profile("tests", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("tests")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
