@@ -62,10 +62,9 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         model = options.get("module")
         layerwise = options.get("layerwise", False)
         projected_backward = options.get("projected_backward")
-        self._hooks: BackwardHooks | None = None
-        self._skipped = SkippedUpdates()
-        self._warned_of_skipped = False
-        self._names = {} if model is None else {id(param): name for name, param in model.named_parameters()}
+        self._init_unsaved()
+        if model is not None:
+            self._names.update((id(param), name) for name, param in model.named_parameters())
         super().__init__(_split_groups(params, options.get("param_options") or {}), defaults)
         if projected_backward is None:
             projected_backward = layerwise
@@ -84,6 +83,17 @@ class GaLoreOptimizer(torch.optim.Optimizer):
                 projected_backward=projected_backward,
                 hold_gradients=options.get("hold_gradients", False),
             )
+
+    def _init_unsaved(self) -> None:
+        self._hooks: BackwardHooks | None = None
+        self._skipped = SkippedUpdates()
+        self._warned_of_skipped = False
+        self._names: dict[int, str] = {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_hooks" not in self.__dict__:  # a copy: torch's optimizers copy groups and state only
+            self._init_unsaved()
 
     # ---- groups and state
 

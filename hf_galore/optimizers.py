@@ -136,8 +136,11 @@ class GaLoreAdamW8bit(GaLoreAdamW):
                 f"{type(self).__name__} needs bitsandbytes: pip install bitsandbytes. The 32-bit optimizers work "
                 "without it."
             ) from error
-        self._codebooks: dict[torch.device, Codebooks] = {}
         super().__init__(params, lr, betas, eps, weight_decay, **options)
+
+    def _init_unsaved(self) -> None:
+        super()._init_unsaved()
+        self._codebooks: dict[torch.device, Codebooks] = {}
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)

@@ -147,7 +147,8 @@ def _get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | No
     if kind.cls is GaLoreAdamW8bit:  # bitsandbytes' rule, which the Trainer applies to its 8-bit optimizers
         options.update((weight, {"optim_bits": 32}) for weight in embedding_weights(model))
     options.update((weight, config.group_options()) for weight in targets.projected.values())
-    logger.info(summarize(model, targets, config))
+    if args.process_index == 0:
+        logger.info(summarize(model, targets, config))
 
     kwargs: dict[str, Any] = {
         "lr": args.learning_rate,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -371,6 +372,18 @@ def test_a_closure_is_called_with_gradients_on() -> None:
     first = optimizer.step(closure)
     second = optimizer.step(closure)
     assert second < first
+
+
+@pytest.mark.parametrize("cls", [GaLoreAdamW, GaLoreAdamW8bit, GaLoreAdafactor])
+def test_a_copy_goes_on_by_itself(cls: type[Any]) -> None:
+    params = parameters((96, 80), (80,))
+    optimizer = cls([{"params": params[:1], "rank": 60}, {"params": params[1:]}])
+    train(optimizer, params, 3)
+    twin = copy.deepcopy(optimizer)
+    twins = [param for group in twin.param_groups for param in group["params"]]
+    train(optimizer, params, 3)
+    train(twin, twins, 3)
+    assert_same(params, twins, atol=0, rtol=0)
 
 
 def test_moments_of_low_precision_weights_are_float32() -> None:
