@@ -19,7 +19,7 @@ from .config import GaLoreConfig
 from .log import logger
 from .nonfinite import Skipped, SkippedUpdates
 from .projection import Bases, add_projected_back_, basis_shapes, is_projectable, low_rank_shape, project, side_of
-from .refresh import svd_bases
+from .refresh import align_signs, svd_bases
 from .update import skip_unless_finite
 
 if TYPE_CHECKING:
@@ -53,6 +53,8 @@ class GaLoreOptimizer(torch.optim.Optimizer):
     A subclass says what its moments are (`_new_moments`) and how they turn a gradient into a direction.
     """
 
+    _hooks: BackwardHooks | None
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -65,7 +67,8 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         self._init_unsaved()
         if model is not None:
             self._names.update((id(param), name) for name, param in model.named_parameters())
-        super().__init__(_split_groups(params, options.get("param_options") or {}), defaults)
+        groups = _split_groups(params, options.get("param_options") or {})
+        super().__init__(_with_names(groups, self._names), defaults)
         if projected_backward is None:
             projected_backward = layerwise
         if layerwise or projected_backward:
@@ -85,7 +88,8 @@ class GaLoreOptimizer(torch.optim.Optimizer):
             )
 
     def _init_unsaved(self) -> None:
-        self._hooks: BackwardHooks | None = None
+        """What is not in `state_dict()` and not copied."""
+        self._hooks = None
         self._skipped = SkippedUpdates()
         self._warned_of_skipped = False
         self._names: dict[int, str] = {}
@@ -261,7 +265,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
             new = svd_bases(gradient, side_of(param.shape, group["proj_type"]), group["rank"])
             for old_basis, new_basis in zip(bases, new, strict=True):
                 if old_basis is not None and new_basis is not None:
-                    old_basis.copy_(new_basis)
+                    old_basis.copy_(align_signs(new_basis, old_basis))
         return project(gradient, bases)
 
     @torch.no_grad()
@@ -402,6 +406,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         copies: list[tuple[Tensor, str, Tensor]] = []
         for group, saved_group in zip(groups, saved_groups, strict=True):
             _check_same_options(group, saved_group)
+            _check_same_names(group, saved_group)
             for param, index in zip(group["params"], saved_group["params"], strict=True):
                 saved = state_dict["state"].get(index, {})
                 self._check_same_state(param, index, group, saved)
@@ -460,6 +465,17 @@ def _split_groups(params: Iterable[Any], options: ParamOptions) -> list[dict[str
     return split
 
 
+def _with_names(groups: list[dict[str, Any]], names: Mapping[int, str]) -> list[dict[str, Any]]:
+    """The groups with (name, parameter) pairs, where all names are known: torch keeps them in checkpoints.
+
+    Without them moments could be loaded into other matrices of the same shapes.
+    """
+    params = [entry for group in groups for entry in group["params"]]
+    if not all(isinstance(param, Tensor) and id(param) in names for param in params):
+        return groups
+    return [{**group, "params": [(names[id(param)], param) for param in group["params"]]} for group in groups]
+
+
 def is_target(param: Tensor, group: Group) -> bool:
     """Whether a parameter of a group is projected."""
     return "rank" in group and is_projectable(param.shape, group["rank"])
@@ -485,6 +501,23 @@ def _decay(param: Tensor, group: Group, skip: Tensor) -> Tensor:
     """1 − ηλ, or 1 for a skipped update; 0-dimensional, precise enough for the weight's dtype."""
     keep = 1 - skip.to(torch.promote_types(param.dtype, torch.float32))
     return 1 - float(group["lr"] * group["weight_decay"]) * keep
+
+
+def _check_same_names(group: Group, saved_group: Group) -> None:
+    # Wrappers (torch.compile, DistributedDataParallel) put these before a name.
+    own, saved = (
+        [name.replace("_orig_mod.", "").removeprefix("module.") for name in g.get("param_names", ())]
+        for g in (group, saved_group)
+    )
+    differing = [pair for pair in zip(saved, own, strict=False) if pair[0] != pair[1]]
+    if differing:
+        there, here = differing[0]
+        others = f", and {len(differing) - 1} more" if len(differing) > 1 else ""
+        raise ValueError(
+            f"The checkpoint's optimizer state is of other parameters: of {there} where this optimizer has {here}"
+            f"{others}. Resume with the optim_target_modules and model of the run that wrote it, or start from its "
+            "weights only."
+        )
 
 
 def _check_same_options(group: Group, saved_group: Group) -> None:

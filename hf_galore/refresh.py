@@ -28,3 +28,17 @@ def svd_bases(gradient: Tensor, side: Side, rank: int) -> Bases:
         left=u[:, :rank].to(gradient.dtype, copy=True) if side != "right" else None,
         right=vh[:rank].mT.to(gradient.dtype, copy=True) if side != "left" else None,
     )
+
+
+def align_signs(basis: Tensor, old: Tensor) -> Tensor:
+    """`basis` with each column turned to the side of the old basis's column: their products are not negative.
+
+    Singular vectors have no sign of their own, and rounding decides which comes out of a factorisation. The moments
+    are kept over a refresh, and a column that flips would turn its momentum round.
+
+    Args:
+        basis: k × r.
+        old: k × r; zeros before the first refresh.
+    """
+    flipped = (basis * old).sum(dim=0) < 0
+    return torch.where(flipped, -basis, basis)

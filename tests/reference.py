@@ -11,6 +11,13 @@ import numpy.typing as npt
 Matrix = npt.NDArray[np.float64]
 
 
+def _like(basis: Matrix, old: Matrix | None) -> Matrix:
+    """The paper leaves the signs of singular vectors open; here they point where the old basis's point."""
+    if old is None:
+        return basis
+    return np.stack([-p if p @ q < 0 else p for p, q in zip(basis.T, old.T, strict=True)], axis=1)
+
+
 class ReferenceGaLore:
     """One matrix W (m × n) trained by GaLore."""
 
@@ -51,8 +58,8 @@ class ReferenceGaLore:
         self.t += 1
         if (self.t - 1) % self.gap == 0:
             U, _, Vt = np.linalg.svd(G, full_matrices=False)
-            self.P = U[:, : self.rank] if "left" in self.sides else None
-            self.Q = Vt[: self.rank].T if "right" in self.sides else None
+            self.P = _like(U[:, : self.rank], self.P) if "left" in self.sides else None
+            self.Q = _like(Vt[: self.rank].T, self.Q) if "right" in self.sides else None
         R = G
         if self.P is not None:
             R = self.P.T @ R

@@ -11,12 +11,14 @@ import galore_torch
 import pytest
 import torch
 from bitsandbytes.optim.adamw import AdamW8bit
+from galore_torch.galore_projector import GaLoreProjector
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.optimization import Adafactor
 
 from hf_galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, optimizers
 from hf_galore.config import PROJ_TYPES, ProjType
+from hf_galore.refresh import align_signs
 from hf_galore.update import Codebooks
 from tests.reference import ReferenceGaLore
 
@@ -140,10 +142,29 @@ def test_svd_refresh_follows_the_paper(
     torch.testing.assert_close(param.double(), torch.from_numpy(reference.W), atol=tolerance, rtol=0)
 
 
+def keep_signs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have galore_torch turn its singular vectors to the side of the old ones, as hf_galore does."""
+    original = GaLoreProjector.get_orthogonal_matrix
+
+    def aligned(self: Any, weights: Tensor, rank: int, type: str) -> Any:
+        new, old = original(self, weights, rank, type), self.ortho_matrix
+        if old is None:
+            return new
+        if type == "full":
+            return [align_signs(new[0], old[0]), align_signs(new[1].mT, old[1].mT).mT]
+        return align_signs(new, old) if type == "left" else align_signs(new.mT, old.mT).mT
+
+    monkeypatch.setattr(GaLoreProjector, "get_orthogonal_matrix", aligned)
+
+
 @pytest.mark.parametrize("proj_type", PROJ_TYPES)
 @pytest.mark.parametrize("shape", [(12, 7), (7, 12), (9, 9)])
-def test_it_follows_galore_torch_but_for_two_definitions(proj_type: ProjType, shape: tuple[int, int]) -> None:
-    """galore_torch 1.0 decays after the update and adds ε before the bias correction; all else is the same."""
+def test_it_follows_galore_torch_but_for_three_definitions(
+    proj_type: ProjType, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """galore_torch 1.0 decays after the update, adds ε before the bias correction, and takes singular vectors with the
+    signs that LAPACK gives them; all else is the same."""
+    keep_signs(monkeypatch)
     if proj_type == "reverse_std" and shape[0] == shape[1]:
         pytest.skip("galore_torch guesses the side from the low-rank gradient's shape")
     lr, betas, eps, weight_decay = ADAM["lr"], (0.9, 0.95), 1e-3, 0.1
@@ -167,7 +188,8 @@ def test_it_follows_galore_torch_but_for_two_definitions(proj_type: ProjType, sh
     assert_same(ours, theirs, atol=1e-5, rtol=0)
 
 
-def test_projected_adafactor_follows_galore_torch() -> None:
+def test_projected_adafactor_follows_galore_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    keep_signs(monkeypatch)
     ours, theirs = parameters((12, 7)), parameters((12, 7))
     options = {"rank": 3, "update_proj_gap": 20, "scale": 0.5, "proj_type": "std"}
     train(GaLoreAdafactor([{"params": ours, **options}], lr=1e-2, weight_decay=0.1), ours, 50)

@@ -18,7 +18,7 @@ from hf_galore.projection import (
     project,
     side_of,
 )
-from hf_galore.refresh import svd_bases
+from hf_galore.refresh import align_signs, svd_bases
 
 SHAPES = [(12, 7), (7, 12), (9, 9)]
 SIDES: list[Side] = ["left", "right", "full"]
@@ -113,3 +113,14 @@ def test_a_low_precision_weight_takes_a_float32_direction() -> None:
     bases = Bases(None, torch.eye(2, 1, dtype=torch.bfloat16))
     add_projected_back_(weight, torch.ones(4, 1), bases, alpha=-0.5)
     assert weight.tolist() == [[-0.5, 0.0]] * 4
+
+
+def test_signs_follow_the_old_basis() -> None:
+    torch.manual_seed(0)
+    old = torch.linalg.qr(torch.randn(9, 4))[0]
+    drifted = torch.linalg.qr(old + 0.1 * torch.randn(9, 4))[0]
+    flips = torch.tensor([1.0, -1.0, -1.0, 1.0])
+    aligned = align_signs(drifted * flips, old)
+    torch.testing.assert_close(aligned, align_signs(drifted, old), atol=0, rtol=0)
+    assert ((aligned * old).sum(dim=0) > 0).all()
+    torch.testing.assert_close(align_signs(drifted, torch.zeros(9, 4)), drifted, atol=0, rtol=0)

@@ -1,0 +1,320 @@
+"""`optim_target_modules`: which weights are projected, and what is said where none, or not all, can be."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
+from transformers.trainer_utils import check_target_module_exists
+
+from hf_galore import GaLoreConfig
+from hf_galore.targets import Targets, embedding_weights, find_targets
+from tests.helpers import GAP, RANK, make_trainer, optimizer_of, snapshot, tiny_llama, train
+
+LAYERS = [
+    f"model.layers.{layer}.{name}"
+    for layer in (0, 1)
+    for name in (
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    )
+]
+ATTENTION = [name for name in LAYERS if "self_attn" in name]
+MLP = [name for name in LAYERS if "mlp" in name]
+
+
+@functools.cache
+def llama() -> LlamaForCausalLM:
+    """Shared by the tests that leave it as it is."""
+    return tiny_llama()
+
+
+def find(target_modules: Any, model: nn.Module | None = None, rank: int = RANK) -> Targets:
+    return find_targets(llama() if model is None else model, target_modules, GaLoreConfig(rank=rank))
+
+
+def gpt2() -> GPT2LMHeadModel:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=128, n_positions=32, n_embd=64, n_layer=1, n_head=2))
+
+
+# ---- what matches
+
+
+SELECTED: list[tuple[Any, list[str]]] = [
+    (["attn", "mlp"], LAYERS),
+    (("attn", "mlp"), LAYERS),  # Without hf_galore: a tuple gave TypeError
+    (["attn"], ATTENTION),
+    (["mlp", "q_proj"], sorted([*MLP, "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"])),
+    (["model.layers.0.mlp.up_proj"], ["model.layers.0.mlp.up_proj"]),
+    ([r"model\.layers\.1\..*attn.*", "0.mlp"], [*ATTENTION[4:], *MLP[:3]]),
+    (["lm_head"], ["lm_head"]),
+    (r".*\.mlp\..*", MLP),
+    (r"model\.layers\.0\.self_attn\.[qk]_proj", ATTENTION[:2]),
+    ("lm_head", ["lm_head"]),
+    ("all-linear", LAYERS),  # Without hf_galore: includes lm_head
+    ("all_linear", LAYERS),
+    (["all-linear"], LAYERS),  # Without hf_galore: `No target modules found`
+]
+
+
+@pytest.mark.parametrize(("target_modules", "expected"), SELECTED, ids=[repr(case[0]) for case in SELECTED])
+def test_selects(target_modules: Any, expected: list[str]) -> None:
+    targets = find(target_modules)
+    assert sorted(targets.projected) == sorted(expected)
+    assert targets.too_small == {}
+    modules = dict(llama().named_modules())
+    assert all(weight is modules[name].weight for name, weight in targets.projected.items())
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return bool(text)
+
+
+pieces = st.sampled_from(
+    [*LAYERS[:3], "model", "layers", "attn", "mlp", "proj", "lm_head", "norm", "0", "1", ".", ".*", "up|down", "[qkv]_"]
+)
+letters = st.text("adlmoprv_.01|()?+", min_size=1, max_size=6)
+patterns = st.one_of(pieces, st.lists(pieces, min_size=1, max_size=4).map("".join), letters).filter(_is_pattern)
+
+
+@settings(max_examples=300)
+@given(st.one_of(patterns, st.lists(patterns, min_size=1, max_size=3)))
+@example(["attn", ".*mlp.*up_proj"])
+@example([".*o_proj", "model.layers.1.self_attn.o_proj"])
+@example("model.layers.0.mlp.up_proj")
+def test_matching_is_that_of_transformers(target_modules: str | list[str]) -> None:
+    linear = [name for name, module in llama().named_modules() if isinstance(module, nn.Linear)]
+    entries = [target_modules] if isinstance(target_modules, str) else [[entry] for entry in target_modules]
+    if any(not any(check_target_module_exists(entry, name) for name in linear) for entry in entries):
+        with pytest.raises(ValueError, match="matches no trainable linear layer"):  # transformers passes over it
+            find(target_modules, rank=1)
+    else:
+        expected = {name for name in linear if check_target_module_exists(target_modules, name)}
+        assert set(find(target_modules, rank=1).projected) == expected
+
+
+def test_an_entry_that_is_no_regular_expression_is_still_a_substring() -> None:
+    model = nn.ModuleDict({"odd(name": nn.Linear(32, 32), "other": nn.Linear(32, 32)})
+    assert list(find(["odd(name"], model).projected) == ["odd(name"]
+
+
+def test_frozen_weights_are_left_alone() -> None:
+    model = tiny_llama()
+    for name in ("model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj"):
+        model.get_submodule(name).requires_grad_(False)
+    expected = set(LAYERS) - {"model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj"}
+    assert set(find(["attn", "mlp"], model).projected) == expected
+    assert set(find("all-linear", model).projected) == expected
+
+
+def test_a_weight_of_several_modules_appears_once() -> None:
+    model = tiny_llama()
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    for target_modules in (["attn", "mlp"], "all-linear", ["layers.1.mlp.up_proj", "layers.0.mlp.up_proj"]):
+        names = [name for name in find(target_modules, model).projected if name.endswith("up_proj")]
+        assert names == ["model.layers.0.mlp.up_proj"]
+    # Through either of its modules, it is the same weight.
+    (weight,) = find(["layers.1.mlp.up_proj"], model).projected.values()
+    assert weight is model.model.layers[0].mlp.up_proj.weight
+
+
+def test_tied_embeddings_are_projected_through_the_head(tmp_path: Path) -> None:
+    """Without hf_galore: no target, silently plain AdamW: names are looked up in `named_parameters()`."""
+    model = tiny_llama(tie_word_embeddings=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    trainer = make_trainer(model, tmp_path, "galore_adamw", optim_target_modules=["lm_head"])
+    optimizer = trainer.create_optimizer()
+    projected = [param for group in optimizer.param_groups if "rank" in group for param in group["params"]]
+    assert [id(param) for param in projected] == [id(model.lm_head.weight)]
+    assert optimizer.state[projected[0]]["exp_avg"].shape == (128, RANK)
+    # "all-linear" leaves the head out under this name too.
+    assert set(find("all-linear", model).projected) == set(LAYERS)
+
+
+def test_conv1d_of_gpt2_is_projected(tmp_path: Path) -> None:
+    """Without hf_galore: `No target modules found`, or, with "all-linear", silently no target."""
+    model = gpt2()
+    expected = {f"transformer.h.0.{name}" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
+    assert set(find(["attn", "mlp"], model).projected) == expected
+    assert set(find("all-linear", model).projected) == expected
+    assert {name for name, module in model.named_modules() if isinstance(module, Conv1D)} == expected
+
+    before = snapshot(model)
+    trainer = train(model, tmp_path, "galore_adamw", max_steps=2 * GAP)
+    after = snapshot(model)
+    for name in expected:
+        weight = model.get_parameter(f"{name}.weight")
+        assert min(optimizer_of(trainer).state[weight]["exp_avg"].shape) == RANK
+        assert not after[f"{name}.weight"].equal(before[f"{name}.weight"])
+
+
+def test_embedding_weights() -> None:
+    assert [id(weight) for weight in embedding_weights(llama())] == [id(llama().model.embed_tokens.weight)]
+    assert len(embedding_weights(gpt2())) == 2
+
+
+# ---- what is refused
+
+SUGGESTIONS = {
+    "atn": ["'atn'", "self_attn"],
+    "attn_": ["'attn_'", "self_attn"],
+    "q_prj": ["'q_prj'", "Did you mean", "'q_proj'"],
+    "up_porj": ["'up_porj'", "Did you mean", "'up_proj'"],
+    "ml_p": ["'ml_p'", "Did you mean", "'mlp'"],
+    "zzzz": ["'zzzz'", "Names in it", "mlp", "q_proj", "self_attn"],
+}
+
+
+@pytest.mark.parametrize(("entry", "words"), SUGGESTIONS.items(), ids=list(SUGGESTIONS))
+@pytest.mark.parametrize("others", [[], ["mlp"]], ids=["alone", "beside one that matches"])
+def test_an_entry_that_matches_nothing_is_named_with_near_names(
+    entry: str, words: list[str], others: list[str]
+) -> None:
+    """Without hf_galore: `["atn","mlp"]` silently targeted half; no match at all gave `No target modules found`."""
+    with pytest.raises(ValueError, match="matches no trainable linear layer of LlamaForCausalLM") as error:
+        find([entry, *others])
+    assert [word for word in words if word not in str(error.value)] == []
+
+
+REFUSED: list[tuple[Any, type[Exception], list[str]]] = [
+    ("(unclosed", ValueError, ["'(unclosed'", "not a valid regular expression", "['attn', 'mlp']"]),
+    ("[a-", ValueError, ["'[a-'", "not a valid regular expression"]),
+    ("a{99999999999999999999}", ValueError, ["not a valid regular expression"]),
+    ("attn", ValueError, ["'attn'", "whole name", "model.layers.0.self_attn.q_proj", "['attn']"]),
+    ([], ValueError, ["[]", "at least one module", "all-linear"]),
+    ((), ValueError, ["()", "at least one module"]),
+    ([""], ValueError, ["['']", "match everything"]),
+    (["mlp", ""], ValueError, ["['mlp', '']", "match everything"]),
+    (["all-linear", "nothing"], ValueError, ["'all-linear'"]),
+    (8, TypeError, ["8", "string or a list of strings"]),
+    ([8], TypeError, ["[8]", "string or a list of strings"]),
+    ({"mlp": True}, TypeError, ["{'mlp': True}", "string or a list of strings"]),
+    ({"mlp"}, TypeError, ["{'mlp'}", "string or a list of strings"]),
+]
+
+
+@pytest.mark.parametrize(("target_modules", "kind", "words"), REFUSED, ids=[repr(case[0]) for case in REFUSED])
+def test_refused_in_words(target_modules: Any, kind: type[Exception], words: list[str]) -> None:
+    """Without hf_galore: a raw `re` error, `No target modules found`, a bare TypeError."""
+    with pytest.raises(kind) as error:
+        find(target_modules)
+    assert type(error.value) is kind  # not a subclass such as UnicodeError
+    message = str(error.value)
+    assert [word for word in ["optim_target_modules", *words] if word not in message] == []
+
+
+@pytest.mark.parametrize(
+    ("target_modules", "kinds"),
+    [(["norm"], "LlamaRMSNorm"), (["embed_tokens"], "Embedding"), (r"model\.norm", "LlamaRMSNorm")],
+    ids=repr,
+)
+def test_a_match_of_other_modules_only_says_so(target_modules: Any, kinds: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"matches only modules of other kinds ({kinds})")):
+        find(target_modules)
+
+
+@pytest.mark.parametrize("target_modules", [["mlp", "q_proj"], r".*\.q_proj"], ids=repr)
+def test_a_match_of_frozen_layers_only_says_so(target_modules: Any) -> None:
+    model = tiny_llama()
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"q_proj.* matches no trainable linear layer .* It matches frozen ones"):
+        find(target_modules, model)
+
+
+def test_all_linear_of_a_model_without_linear_layers() -> None:
+    with pytest.raises(ValueError, match="'all-linear', but Sequential has no trainable linear layer"):
+        find("all-linear", nn.Sequential(nn.Embedding(8, 8), nn.LayerNorm(8)))
+
+
+# ---- rank and size
+
+
+@pytest.mark.parametrize("proj_type", ["std", "reverse_std", "left", "right", "full"])
+@pytest.mark.parametrize("rank", [64, 256, 1000])
+def test_a_rank_at_or_above_every_smaller_side_is_refused(rank: int, proj_type: Any) -> None:
+    """Without hf_galore: rank ≥ both sides ran, and cost more memory than AdamW."""
+    with pytest.raises(ValueError, match=rf"rank {rank} is not below the smaller side .*at most 64.*at most 63"):
+        find_targets(llama(), ["attn", "mlp"], GaLoreConfig(rank=rank, proj_type=proj_type))
+
+
+def test_a_rank_just_below_the_smaller_side_is_accepted() -> None:
+    assert set(find(["attn", "mlp"], rank=63).projected) == set(LAYERS)
+
+
+@pytest.mark.parametrize("proj_type", ["std", "reverse_std", "left", "right", "full"])
+def test_matrices_that_are_too_small_train_full_rank_and_are_named(
+    proj_type: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without hf_galore: `proj_type=reverse_std` with rank ≥ a side ended in a shape error."""
+    model = tiny_llama(num_key_value_heads=1)  # k_proj and v_proj are 32 × 64
+    before = snapshot(model)
+    with caplog.at_level(logging.INFO, "hf_galore"):
+        trainer = train(model, tmp_path, "galore_adamw", optim_args=f"rank=48, proj_type={proj_type}", max_steps=2)
+    (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("hf_galore")]
+    small = [name for name in LAYERS if "k_proj" in name or "v_proj" in name]
+    assert line.endswith(f"among them targets with no side above the rank: {', '.join(small)}.")
+    assert line.startswith("GaLore projects 10 matrices")
+
+    optimizer = optimizer_of(trainer)
+    for name, param in model.named_parameters():
+        assert not param.detach().equal(before[name])
+        projected = any(key.startswith("basis") for key in optimizer.state[param])
+        assert projected == (name.removesuffix(".weight") in set(LAYERS) - set(small)), name
+
+
+def test_a_long_list_of_small_matrices_is_cut(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_llama(num_key_value_heads=1, num_hidden_layers=6)
+    with caplog.at_level(logging.INFO, "hf_galore"):
+        make_trainer(model, tmp_path, "galore_adamw", optim_args="rank=48").create_optimizer()
+    (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("hf_galore")]
+    assert line.count("k_proj") + line.count("v_proj") == 8
+    assert line.endswith(" and 4 more.")
+
+
+def _count(text: str) -> float:
+    """The number that `20.48K` stands for."""
+    return float(text.rstrip("KMB")) * {"K": 1e3, "M": 1e6, "B": 1e9}.get(text[-1], 1)
+
+
+@pytest.mark.parametrize("name", ["galore_adamw", "galore_adamw_8bit_layerwise"])
+def test_one_line_says_what_is_projected(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Without hf_galore: a warning for each container that matches: 6 lines for 2 layers."""
+    model = tiny_llama()
+    model.model.embed_tokens.requires_grad_(False)
+    with caplog.at_level(logging.INFO):
+        train(model, tmp_path, name, max_steps=2)
+    lines = [r.getMessage() for r in caplog.records if r.name.startswith("hf_galore") or "matched" in r.getMessage()]
+    assert len(lines) == 1
+    found = re.fullmatch(
+        r"GaLore projects (\d+) matrices \(([\d.]+[KMB]?) parameters\) at rank (\d+); "
+        r"(\d+) tensors \(([\d.]+[KMB]?) parameters\) train full-rank\.",
+        lines[0],
+    )
+    assert found is not None, lines[0]
+    projected = [model.get_parameter(f"{target}.weight").numel() for target in LAYERS]
+    trainable = [param.numel() for param in model.parameters() if param.requires_grad]
+    assert int(found[1]) == len(projected)
+    assert int(found[3]) == RANK
+    assert int(found[4]) == len(trainable) - len(projected)
+    # Four digits are printed.
+    assert _count(found[2]) == pytest.approx(sum(projected), rel=5e-4)
+    assert _count(found[5]) == pytest.approx(sum(trainable) - sum(projected), rel=5e-4)
