@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tests.helpers import ONE_BASIS_ARGS, PLAIN, snapshot, tiny_llama, train
+from tests.helpers import OPTIM_ARGS, PLAIN, snapshot, tiny_llama, train
 
 GLOBAL_BATCH = 4
 
@@ -20,7 +20,7 @@ def main(output: Path, processes: int) -> None:
         batch_size = GLOBAL_BATCH // processes
         overrides: dict[str, Any] = {
             "per_device_train_batch_size": batch_size,
-            "optim_args": ONE_BASIS_ARGS,
+            "optim_args": OPTIM_ARGS,
             "max_grad_norm": 0.5,
         }
         trainer = train(model, output, name, **overrides)

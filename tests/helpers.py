@@ -24,9 +24,6 @@ RANK, GAP, SCALE = 16, 3, 0.5
 OPTIM_ARGS = f"rank={RANK}, update_proj_gap={GAP}, scale={SCALE}"
 # Layerwise as plain computes it: the gradient first, then its projection, with the same rounding.
 EXACT_ARGS = f"{OPTIM_ARGS}, projected_backward=false"
-# One refresh, in the first step. Where two runs differ by rounding, a later SVD may give a singular vector the other
-# sign, and the moments that are kept over it then mean something else: the runs part.
-ONE_BASIS_ARGS = f"rank={RANK}, update_proj_gap=100, scale={SCALE}"
 VOCABULARY = 128
 
 

@@ -31,7 +31,7 @@ from tests.helpers import (
     GAP,
     LAYERWISE,
     NAMES,
-    ONE_BASIS_ARGS,
+    OPTIM_ARGS,
     PLAIN,
     RANK,
     SCALE,
@@ -151,14 +151,15 @@ def test_layerwise_gives_the_very_weights_of_plain(name: str, make: Any, tmp_pat
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_layerwise_goes_where_plain_goes(name: str, tmp_path: Path) -> None:
-    """With the projected backward, its default, which multiplies in another order than plain."""
+    """With the projected backward, its default, which multiplies in another order than plain; over four bases."""
     ends = []
     for optim in (name, f"{name}_layerwise"):
         model = tiny_llama(tie_word_embeddings=True)
         start = snapshot(model)
-        train(model, tmp_path, optim, weight_decay=0.1, optim_args=ONE_BASIS_ARGS, **COSINE)
+        train(model, tmp_path, optim, weight_decay=0.1, optim_args=OPTIM_ARGS, **COSINE)
         ends.append(snapshot(model))
-    assert_same_path(ends[1], ends[0], start, tolerance=1e-5)  # ten steps' rounding in float32
+    # Ten steps' rounding in float32; 8-bit moments at times round to another code for it.
+    assert_same_path(ends[1], ends[0], start, tolerance=1e-3 if "8bit" in name else 1e-5)
 
 
 # ---- the learning rate that a parameter really used
@@ -469,9 +470,9 @@ def test_a_parameter_shared_by_checkpointed_segments_takes_one_step(
 ) -> None:
     """Without hf_galore: layerwise with `use_reentrant=True` took one optimizer step per use."""
     ends = {}
-    layerwise_args = f"{ONE_BASIS_ARGS}, projected_backward={projected_backward}"
+    layerwise_args = f"{OPTIM_ARGS}, projected_backward={projected_backward}"
     for name, optim_args, use_reentrant in (
-        (plain, ONE_BASIS_ARGS, None),
+        (plain, OPTIM_ARGS, None),
         (f"{plain}_layerwise", layerwise_args, True),
         (f"{plain}_layerwise", layerwise_args, False),
     ):

@@ -13,7 +13,6 @@ from transformers import Trainer
 from hf_galore.base import GaLoreOptimizer
 from tests.helpers import (
     LAYERWISE,
-    ONE_BASIS_ARGS,
     OPTIM_ARGS,
     PLAIN,
     Counting,
@@ -57,7 +56,7 @@ def test_layerwise_accumulates_and_clips_as_plain_does(plain: str, max_grad_norm
 @pytest.mark.parametrize("plain", PLAIN)
 def test_clipping_is_by_the_norm_of_the_gradient_where_it_is_built(plain: str, tmp_path: Path) -> None:
     """Against the Trainer's own clipping, which the plain optimizer leaves as it is."""
-    overrides: dict[str, Any] = {"optim_args": ONE_BASIS_ARGS, "max_grad_norm": 0.5, "max_steps": 8}
+    overrides: dict[str, Any] = {"optim_args": OPTIM_ARGS, "max_grad_norm": 0.5, "max_steps": 8}
     expected = train(tiny_llama(), tmp_path / "plain", plain, **overrides)
     overrides["optim_args"] += ", projected_backward=false"
     found = train(tiny_llama(), tmp_path / "layerwise", f"{plain}_layerwise", **overrides)

@@ -1,0 +1,1 @@
+"""The `hf-galore` command: one file a subcommand, found by `main.py`."""

@@ -1,0 +1,74 @@
+"""Entry point of `hf-galore`: finds the subcommand, and turns its errors into one line and an exit status."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import hf_galore
+
+from .errors import Stopped, UserError
+
+# Each is a module of this package with `run(arguments) -> exit status`; imported only when it is asked for.
+COMMANDS = {
+    "quickstart": "train a small chat model on this machine, without downloads, and talk to it",
+    "sft": "fine-tune a model as a recipe says: what `trl sft` reads, with a galore_* optim",
+}
+
+USER_ERROR = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}. See {self.prog} --help.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    width = max(map(len, COMMANDS))
+    parser = _Parser(
+        prog="hf-galore",
+        description="Train all weights of a large model on one graphics card, with GaLore.",
+        usage="%(prog)s COMMAND [--key value ...]",
+        epilog="commands:\n" + "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {hf_galore.__version__}")
+    parser.add_argument("command", choices=COMMANDS, help=argparse.SUPPRESS)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `hf-galore` and return its exit status.
+
+    Args:
+        argv: the arguments after the command's name; those of the process where `None`.
+
+    Returns:
+        0, 2 for something wrong in what was given, 130 for Ctrl-C. Anything else that goes wrong is a bug and
+        keeps its traceback.
+    """
+    prog = "hf-galore"
+    try:
+        chosen = _parser().parse_args(argv)
+        prog = f"hf-galore {chosen.command}"
+        command = importlib.import_module(f"{__package__}.{chosen.command}")
+        status: int = command.run(chosen.arguments)
+    except UserError as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return USER_ERROR
+    except Stopped as stopped:
+        print(f"\n{prog}: {stopped}", file=sys.stderr)
+        return INTERRUPTED
+    except KeyboardInterrupt:  # before there was anything to resume
+        print(f"\n{prog}: interrupted before training began; run the same command again.", file=sys.stderr)
+        return INTERRUPTED
+    return status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

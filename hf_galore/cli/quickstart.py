@@ -1,0 +1,226 @@
+"""`hf-galore quickstart`: a chat model trained with GaLore, from nothing, and what came of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from trl import SFTTrainer
+
+from . import recipe
+from .embedded import conversations, embedded, is_asked_in, split
+from .errors import Stopped, UserError
+from .sft import make_trainer, reporting_errors, train_and_save
+
+PROG = "hf-galore quickstart"
+ABOUT = """Train a small chat model on this machine, without downloads, and talk to it. It does what
+recipes/quickstart.yaml says, with a model and data that it makes; every key below can override that."""
+
+# The last of them is in the held-out part.
+QUESTIONS = ("My computer won't turn on.", "Who was the 37th President of the United States?", "Who are you?")
+LONGEST_ANSWER = 48  # tokens
+
+# What the quickstart itself decides.
+_OWN = ("config", "model_name_or_path", "dataset_name", "datasets")
+
+
+class Answer(NamedTuple):
+    """What a model says to a question."""
+
+    question: str
+    answer: str
+
+
+def run(arguments: Sequence[str]) -> int:
+    """`hf-galore quickstart [--key value ...]`.
+
+    Raises:
+        UserError: something that was given is wrong.
+        Stopped: Ctrl-C.
+    """
+    for item in arguments:
+        if item.partition("=")[0].lstrip("-").replace("-", "_") in _OWN and item.startswith("--"):
+            raise UserError(f"{item} is not for the quickstart, which makes its own. For yours: hf-galore sft --help.")
+    console = Console()
+    try:
+        trainer = _train(arguments, console)
+    except KeyboardInterrupt:
+        raise Stopped(f"interrupted; nothing was saved. Run {PROG} again.") from None
+    answers = ask(Path(trainer.args.output_dir), trainer.args.device)
+    train, _ = split(conversations())
+    console.print(
+        conversation_table(answers, {answer.question: is_asked_in(answer.question, train) for answer in answers})
+    )
+    console.print(summary_table(trainer))
+    trainer.end()
+    return 0
+
+
+def _train(arguments: Sequence[str], console: Console) -> SFTTrainer:
+    _hide_progress_of_libraries()
+    _limit_threads()
+    config = recipe.recipes_folder() / "quickstart.yaml"
+    # Parsed without model and data first: a mistake, or --help, is found before anything is made.
+    recipe.parse(["--config", str(config), *arguments], PROG, ABOUT)
+    made = embedded()
+    own = ["--model_name_or_path", str(made.model), "--dataset_name", str(made.data)]
+    parsed = recipe.parse(["--config", str(config), *own, *arguments], PROG, ABOUT)
+    with reporting_errors(parsed.training.output_dir):
+        trainer = make_trainer(parsed.script, parsed.training, parsed.model, parsed.dataset)
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(LossBar(console))
+        train_and_save(trainer)
+    return trainer
+
+
+def _hide_progress_of_libraries() -> None:
+    """One bar is enough; theirs are for downloads and for models a thousand times as large."""
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _limit_threads() -> None:
+    """One thread, unless OMP_NUM_THREADS asks for more.
+
+    The matrices are so small that a second thread gains little; and where another program wants the same cores, the
+    threads spend their time waiting for each other: six times as long on two busy cores, measured.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+
+
+class LossBar(TrainerCallback):
+    """One progress bar with the latest losses; on something that is no terminal, one line for each evaluation."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("loss {task.fields[loss]}  held-out {task.fields[held_out]}"),
+            console=console,
+        )
+        self._task: TaskID | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._task = self._bar.add_task("training", total=state.max_steps, loss="-", held_out="-")
+        if self._console.is_terminal:
+            self._bar.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._task is not None:
+            self._bar.update(self._task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        logs = logs or {}
+        if self._task is None:
+            return
+        if "loss" in logs:
+            self._bar.update(self._task, loss=f"{float(logs['loss']):.2f}")
+        if "eval_loss" in logs:
+            self._bar.update(self._task, held_out=f"{float(logs['eval_loss']):.2f}")
+        if "eval_loss" in logs and not self._console.is_terminal:
+            fields = self._bar.tasks[self._task].fields
+            self._console.print(
+                f"step {state.global_step}/{state.max_steps}: loss {fields['loss']}, held-out {fields['held_out']}"
+            )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._bar.stop()
+
+
+# ---- what came of it
+
+
+def ask(folder: Path, device: torch.device, questions: Sequence[str] = QUESTIONS) -> list[Answer]:
+    """Load the model that was saved in `folder`, and take its likeliest answers to `questions`."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
+    return [Answer(question, _answer(model, tokenizer, question)) for question in questions]
+
+
+def _answer(model: Any, tokenizer: Any, question: str) -> str:
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    ).to(model.device)
+    output = model.generate(**prompt, max_new_tokens=LONGEST_ANSWER, do_sample=False)
+    answer: str = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    return answer.strip()
+
+
+def conversation_table(answers: Sequence[Answer], trained_on: Mapping[str, bool]) -> Table:
+    """Questions and answers; what the model may have learned by heart is marked as such."""
+    table = Table(title="The saved model, loaded again, is asked", title_justify="left")
+    for column in ("question", "answer", "trained on it"):
+        table.add_column(column)
+    for question, answer in answers:
+        table.add_row(question, answer, "yes" if trained_on[question] else "no")
+    return table
+
+
+def optimizer_bytes(trainer: SFTTrainer) -> tuple[int, int]:
+    """Bytes of the optimizer's state as it is, and what `torch.optim.AdamW` would need: two float32 moments."""
+    own = sum(
+        value.numel() * value.element_size()
+        for state in trainer.optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    )
+    trained = sum(param.numel() for param in trainer.model.parameters() if param.requires_grad)
+    return own, 2 * 4 * trained
+
+
+def summary_table(trainer: SFTTrainer) -> Table:
+    """The closing table: losses first and last, optimizer bytes beside AdamW's, seconds, where the model is."""
+    history, args = trainer.state.log_history, trainer.args
+    own, adamw = optimizer_bytes(trainer)
+    parameters = sum(param.numel() for param in trainer.model.parameters())
+    seconds = next(entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry)
+    table = Table(
+        title=f"{parameters / 1e6:.1f}M parameters, {args.optim.value}", title_justify="left", show_header=False
+    )
+    table.add_row("training loss", _first_and_last(history, "loss"))
+    table.add_row("held-out loss", _first_and_last(history, "eval_loss"))
+    table.add_row("optimizer state", f"{own / 1e6:.2f} MB; AdamW's would be {adamw / 1e6:.2f} MB")
+    table.add_row("training time", f"{seconds:.0f} s for {trainer.state.global_step} steps")
+    table.add_row("the model is in", Text(str(args.output_dir), overflow="fold"))
+    return table
+
+
+def _first_and_last(history: Sequence[Mapping[str, Any]], key: str) -> str:
+    values = [float(entry[key]) for entry in history if key in entry]
+    if not values:
+        return "not measured"
+    lowest = f", lowest {min(values):.2f}" if min(values) < values[-1] else ""
+    return f"{values[0]:.2f} first, {values[-1]:.2f} last{lowest}"

@@ -1,0 +1,265 @@
+"""`hf-galore sft`: fine-tune a model as a recipe says."""
+
+from __future__ import annotations
+
+import contextlib
+import linecache
+import os
+import shlex
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import datasets
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import (
+    DatasetMixtureConfig,
+    ModelConfig,
+    ScriptArguments,
+    SFTConfig,
+    SFTTrainer,
+    get_dataset,
+    get_peft_config,
+    get_quantization_config,
+)
+
+import hf_galore
+from hf_galore.trainer import KINDS
+
+from . import recipe
+from .errors import Stopped, UserError
+
+PROG = "hf-galore sft"
+ABOUT = """Fine-tune a model with TRL's SFTTrainer. The file holds 'key: value' lines, with the keys below: those of
+`trl sft`, optim: galore_* among them. Options on the command line come after the file and override it."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """`hf-galore sft --config FILE [--key value ...]`.
+
+    Raises:
+        UserError: something that was given is wrong.
+        Stopped: Ctrl-C.
+    """
+    if not arguments:
+        raise UserError("give a recipe: --config recipe.yaml, and --key value to override what it says.")
+    parsed = recipe.parse(arguments, PROG, ABOUT)
+    try:
+        trainer = run_sft(parsed.script, parsed.training, parsed.model, parsed.dataset)
+    except KeyboardInterrupt:
+        _stop(arguments, parsed.training.output_dir)
+    trainer.accelerator.print(f"The model is in {parsed.training.output_dir}.")
+    trainer.end()
+    return 0
+
+
+def run_sft(
+    script_args: ScriptArguments,
+    training_args: SFTConfig,
+    model_args: ModelConfig,
+    dataset_args: DatasetMixtureConfig,
+) -> SFTTrainer:
+    """Load model and data, train, save: what `trl sft` does, with mistakes said in one line.
+
+    Args:
+        script_args: which dataset.
+        training_args: how to train. `resume_from_checkpoint` may be "true": the last checkpoint in `output_dir`.
+        model_args: which model.
+        dataset_args: a mixture of datasets, in place of the one of `script_args`.
+
+    Returns:
+        The trainer after training; the model has been saved to `output_dir`.
+
+    Raises:
+        UserError: something in the arguments is wrong. No file or folder is left behind then.
+    """
+    with reporting_errors(training_args.output_dir):
+        trainer = make_trainer(script_args, training_args, model_args, dataset_args)
+        train_and_save(trainer, script_args.dataset_name)
+    return trainer
+
+
+def make_trainer(
+    script_args: ScriptArguments,
+    training_args: SFTConfig,
+    model_args: ModelConfig,
+    dataset_args: DatasetMixtureConfig,
+) -> SFTTrainer:
+    """The first half of `run_sft`: everything up to the training.
+
+    What needs neither model nor data is checked before they are loaded, which may take minutes.
+    """
+    hf_galore.register()
+    if model_args.model_name_or_path is None:
+        raise UserError("model_name_or_path is missing: give a model's name or folder.")
+    if str(getattr(training_args.optim, "value", training_args.optim)) in KINDS:
+        hf_galore.GaLoreConfig.from_optim_args(training_args.optim_args)
+    _check_writable(Path(training_args.output_dir))
+    training_args.resume_from_checkpoint = _checkpoint(training_args)
+    if training_args.device.type == "cpu":
+        training_args.dataloader_pin_memory = False  # there is no device to copy to
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    splits = _load_dataset(script_args, dataset_args)
+    evaluates = training_args.eval_strategy != "no"
+    return SFTTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=_split(splits, script_args.dataset_train_split, "dataset_train_split", training_args),
+        eval_dataset=(
+            _split(splits, script_args.dataset_test_split, "dataset_test_split", training_args) if evaluates else None
+        ),
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+
+
+def train_and_save(trainer: SFTTrainer, dataset_name: str | None = None) -> None:
+    """The second half of `run_sft`: train, or go on training, and save the model."""
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    trainer.save_model(trainer.args.output_dir)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(dataset_name=dataset_name)
+
+
+# ---- data
+
+
+def _load_dataset(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) -> Any:
+    name = script_args.dataset_name
+    if name and dataset_args.datasets:
+        raise UserError(f"Both dataset_name ({name}) and datasets are given; leave one out.")
+    if dataset_args.datasets:
+        return get_dataset(dataset_args)
+    if not name:
+        raise UserError("dataset_name is missing: give a dataset's name or folder, or a list of them as datasets.")
+    try:
+        return datasets.load_dataset(name, name=script_args.dataset_config, streaming=script_args.dataset_streaming)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"dataset_name {name} cannot be loaded: {error}") from error
+
+
+def _split(splits: Any, name: str, key: str, training_args: SFTConfig) -> Any:
+    if name not in splits:
+        raise UserError(f"The dataset has no split {name!r}; it has {', '.join(splits)}. Set {key} to one of them.")
+    split = splits[name]
+    _check_columns(split, name, training_args)
+    return split
+
+
+def _check_columns(split: Any, name: str, training_args: SFTConfig) -> None:
+    columns = split.column_names
+    if columns is None:  # a stream does not know its columns beforehand
+        return
+    text = training_args.dataset_text_field
+    usable = ({"messages"}, {"conversations"}, {"prompt", "completion"}, {text}, {"input_ids"})
+    if not any(needed <= set(columns) for needed in usable):
+        raise UserError(
+            f"The dataset's split {name!r} has the columns {', '.join(columns)}. It needs 'messages' (lists of "
+            f"role and content), 'prompt' and 'completion', {text!r} (dataset_text_field), or 'input_ids'."
+        )
+
+
+# ---- folders and checkpoints
+
+
+def _check_writable(folder: Path) -> None:
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise UserError(f"output_dir {folder} cannot be a folder, because {nearest} is a file. Give another one.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"output_dir {folder} cannot be written to. Give another one.")
+
+
+def _checkpoint(training_args: SFTConfig) -> str | None:
+    """The checkpoint that `resume_from_checkpoint` means: a folder, or the last one in `output_dir`."""
+    wanted = training_args.resume_from_checkpoint
+    if wanted is None or str(wanted).lower() == "false":
+        return None
+    if str(wanted).lower() == "true":
+        last = last_checkpoint(Path(training_args.output_dir))
+        if last is None:
+            raise UserError(
+                f"resume_from_checkpoint: there is no complete checkpoint in {training_args.output_dir}. Leave it out "
+                "to start from the beginning, or give the output_dir of the run to continue."
+            )
+        return str(last)
+    if not (Path(wanted) / TRAINER_STATE_NAME).is_file():
+        raise UserError(f"resume_from_checkpoint: {wanted} is no checkpoint; it holds no {TRAINER_STATE_NAME}.")
+    return str(wanted)
+
+
+def last_checkpoint(output_dir: Path) -> Path | None:
+    """The latest complete checkpoint in `output_dir`, `None` where there is none.
+
+    Complete: a run that was killed while it saved one leaves a folder without the file that is written last.
+    """
+    steps = {}
+    for folder in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        step = folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+        if step.isdigit() and (folder / TRAINER_STATE_NAME).is_file():
+            steps[int(step)] = folder
+    return steps[max(steps)] if steps else None
+
+
+def _stop(arguments: Sequence[str], output_dir: str) -> NoReturn:
+    last = last_checkpoint(Path(output_dir))
+    if last is None:
+        raise Stopped(
+            f"interrupted; {output_dir} holds no checkpoint yet, so run the same command again. save_steps says how "
+            "often one is written."
+        ) from None
+    command = _without_resume(arguments)
+    raise Stopped(f"interrupted; go on from {last} with: {PROG} {shlex.join(command)} --resume_from_checkpoint")
+
+
+def _without_resume(arguments: Sequence[str]) -> list[str]:
+    kept: list[str] = []
+    skipping = False
+    for item in arguments:
+        if item.startswith("--"):
+            skipping = item.partition("=")[0].replace("-", "_") == "__resume_from_checkpoint"
+        if not skipping:
+            kept.append(item)
+    return kept
+
+
+# ---- errors
+
+
+@contextlib.contextmanager
+def reporting_errors(output_dir: str) -> Iterator[None]:
+    """Turn complaints of libraries about arguments into `UserError`, and leave no empty `output_dir` behind."""
+    folder = Path(output_dir).absolute()
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException as error:
+        for path in missing:
+            with contextlib.suppress(OSError):  # it is not there, or not empty
+                path.rmdir()
+        if _is_about_arguments(error):
+            raise UserError(str(error)) from error
+        raise
+
+
+# The libraries that read a recipe's values.
+_CHECKING = ("hf_galore", "trl", "transformers", "datasets", "peft")
+
+
+def _is_about_arguments(error: BaseException) -> bool:
+    """Whether a library raised `error` on purpose, about what it was given; a bug's traceback is to be seen."""
+    if not isinstance(error, (ValueError, ImportError, OSError, datasets.exceptions.DatasetsError)):
+        return False
+    if isinstance(error, OSError) and error.errno is not None:  # the operating system's: disk full, and the like
+        return False
+    frame, line = list(traceback.walk_tb(error.__traceback__))[-1]
+    raised = linecache.getline(frame.f_code.co_filename, line).lstrip().startswith("raise ")
+    return raised and str(frame.f_globals.get("__name__")).partition(".")[0] in _CHECKING
