@@ -448,9 +448,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
 def _split_groups(params: Iterable[Any], options: ParamOptions) -> list[dict[str, Any]]:
     """Groups in which all parameters have the same options: those of each group, in the order given."""
     groups = list(params)
-    if not groups:
-        raise ValueError("The optimizer was given no parameters.")
-    if not isinstance(groups[0], dict):
+    if groups and not isinstance(groups[0], dict):
         groups = [{"params": groups}]
     split: list[dict[str, Any]] = []
     for group in groups:
@@ -460,8 +458,10 @@ def _split_groups(params: Iterable[Any], options: ParamOptions) -> list[dict[str
         for entry in entries:
             param = entry[1] if isinstance(entry, tuple) else entry
             parts.setdefault(tuple(sorted(options.get(param, {}).items())), []).append(entry)
-        # A group that was empty stays: callers may fill it later.
-        split.extend({**group, **dict(key), "params": part} for key, part in (parts or {(): []}).items())
+        # An empty group, such as a Trainer makes where nothing is undecayed, falls away: torch cannot name it.
+        split.extend({**group, **dict(key), "params": part} for key, part in parts.items())
+    if not split:
+        raise ValueError("The optimizer was given no parameters.")
     return split
 
 

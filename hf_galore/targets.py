@@ -130,7 +130,9 @@ def _explain_no_match(
             f"{_example(list(linear))!r}; for parts of names give a list: [{entry!r}]."
         )
     parts = sorted({part for name in linear for part in name.split(".") if not part.isdigit()})
-    near = difflib.get_close_matches(entry, parts, n=3) or [part for part in parts if part[:3] == entry[:3]]
+    # By parts of parts as well: entries are substrings, and 'atn' is meant to be the end of 'self_attn'.
+    pieces = {piece: part for part in parts for piece in (*part.split("_"), part)}
+    near = list(dict.fromkeys(pieces[piece] for piece in difflib.get_close_matches(entry, sorted(pieces), n=3)))
     hint = f"Did you mean {' or '.join(repr(n) for n in near)}?" if near else f"Names in it: {', '.join(parts)}."
     return f"{start} {hint}"
 

@@ -323,6 +323,16 @@ def test_param_options_split_a_group_and_keep_what_it_says() -> None:
     assert [group.get("rank") for group in optimizer.param_groups] == [2, None]
 
 
+def test_an_empty_group_falls_away_and_no_parameters_are_refused() -> None:
+    net = nn.Linear(6, 8)
+    optimizer = GaLoreAdamW([{"params": net.parameters()}, {"params": [], "weight_decay": 0.0}], module=net)
+    assert [group["param_names"] for group in optimizer.param_groups] == [["weight", "bias"]]
+    with pytest.raises(ValueError, match="no parameters"):
+        GaLoreAdamW([])
+    with pytest.raises(ValueError, match="no parameters"):
+        GaLoreAdamW([{"params": []}])
+
+
 def test_published_defaults_complete_a_group_with_a_rank() -> None:
     optimizer = GaLoreAdamW([{"params": parameters((8, 6)), "rank": 2}])
     group = optimizer.param_groups[0]

@@ -69,7 +69,7 @@ def test_llama2_trains_with_overrides_only(small: Embedded, tmp_path: Path) -> N
     for name, weight in start.named_parameters():
         if name.removesuffix(".weight") in projected:
             assert not torch.equal(weight, weights[name]), f"{name} did not move"
-    assert [folder.name for folder in out.glob("checkpoint-*")] == ["checkpoint-4"]
+    assert {folder.name for folder in out.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
     optimizer = torch.load(out / "checkpoint-4" / "optimizer.pt", weights_only=True)
     assert any("exp_avg_absmax" in state for state in optimizer["state"].values())
     tokenizer = AutoTokenizer.from_pretrained(out)
@@ -95,10 +95,11 @@ def test_llama2_counts_what_its_header_says() -> None:
         for key, value in state.items():
             part = "bases" if key.startswith("basis") else "moments" if of_target else "rest"
             counted[part] += value.numel() * value.element_size()
-    header = {"weights": 12.6, "moments": 3.1, "bases": 1.7, "rest": 1.2}
-    assert {key: counted[key] / GIB for key in header} == pytest.approx(header, abs=0.06)
-    assert sum(counted.values()) / GIB == pytest.approx(18.6, abs=0.05)
-    assert "18.6 GiB stay (bf16 weights 12.6, 8-bit moments 3.1, bf16 bases 1.7" in LLAMA2.read_text(encoding="utf-8")
+    said = {"weights": "12.6 GiB", "bases": "1.75 GiB", "moments": "3.1 GiB", "rest": "1.2 GiB"}
+    text = LLAMA2.read_text(encoding="utf-8")
+    for part, words in said.items():
+        assert words in text
+        assert counted[part] / GIB == pytest.approx(float(words.split()[0]), abs=0.05)
 
 
 def test_chatml_marks_the_assistants_words_and_their_end(small: Embedded) -> None:

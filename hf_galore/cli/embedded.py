@@ -36,7 +36,7 @@ _SEVERAL_ANSWERS = ("computers", "emotion")
 _LEFT_OUT = ("coding",)
 _HOLD_OUT_EVERY = 10
 
-_VOCABULARY = 2048
+_VOCABULARY = 1024
 # Two layers learn the conversations in half the time that four take.
 _MODEL = {
     "vocab_size": _VOCABULARY,

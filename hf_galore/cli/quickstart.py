@@ -35,7 +35,7 @@ ABOUT = """Train a small chat model on this machine, without downloads, and talk
 recipes/quickstart.yaml says, with a model and data that it makes; every key below can override that."""
 
 # The last of them is in the held-out part.
-QUESTIONS = ("My computer won't turn on.", "Who was the 37th President of the United States?", "Who are you?")
+QUESTIONS = ("My computer won't turn on.", "Tell me a joke", "Who are you?")
 LONGEST_ANSWER = 48  # tokens
 
 # What the quickstart itself decides.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import datasets
+from transformers import AutoConfig
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import (
@@ -107,6 +108,7 @@ def make_trainer(
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
+    _check_model(model_args, training_args)
     splits = _load_dataset(script_args, dataset_args)
     evaluates = training_args.eval_strategy != "no"
     return SFTTrainer(
@@ -129,7 +131,18 @@ def train_and_save(trainer: SFTTrainer, dataset_name: str | None = None) -> None
         trainer.push_to_hub(dataset_name=dataset_name)
 
 
-# ---- data
+# ---- model and data
+
+
+def _check_model(model_args: ModelConfig, training_args: SFTConfig) -> None:
+    """Find a model that is not there before the data are loaded, and name it: transformers' error may not."""
+    name = model_args.model_name_or_path
+    try:
+        AutoConfig.from_pretrained(
+            name, revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"model_name_or_path {name} cannot be loaded: {error}") from error
 
 
 def _load_dataset(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) -> Any:

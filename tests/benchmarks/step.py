@@ -226,7 +226,11 @@ def run(args: argparse.Namespace, checkpointing: bool, console: Console) -> None
         template.gradient_checkpointing_enable()
     template.train()
     ids = torch.randint(0, config.vocab_size, (args.tokens // 256 or 1, min(args.tokens, 256)))
-    rows = [row for row in contenders(args.ranks or [args.hidden // 8, args.hidden // 4]) if args.only in row.name]
+    rows = [
+        row
+        for row in contenders(args.ranks or [args.hidden // 8, args.hidden // 4])
+        if any(text in row.name for text in args.only)
+    ]
     if rows[0].name != BASELINE:
         rows.insert(0, next(contenders([1])))
     for row in track(rows, "First steps", console=console, transient=True):
@@ -266,7 +270,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048, help="tokens a step")
     parser.add_argument("--ranks", type=int, nargs="+", help="default: h/8 and h/4")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", default="", help="rows whose name holds this, and AdamW")
+    parser.add_argument("--only", nargs="+", default=[""], help="rows whose name holds one of these, and AdamW")
     parser.add_argument("--checkpointing", choices=["off", "on", "both"], default="both")
     args = parser.parse_args()
     console = Console(width=110)
