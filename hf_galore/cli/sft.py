@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import linecache
-import os
 import shlex
+import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -187,8 +187,12 @@ def _check_writable(folder: Path) -> None:
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir():
         raise UserError(f"output_dir {folder} cannot be a folder, because {nearest} is a file. Give another one.")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"output_dir {folder} cannot be written to. Give another one.")
+    try:  # permissions alone do not say it: file systems have rules of their own
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"output_dir {folder} cannot be written to ({error}). Give another one.") from error
 
 
 def _checkpoint(training_args: SFTConfig) -> str | None:
