@@ -1,7 +1,7 @@
 """One training step, side by side: AdamW, 8-bit AdamW, the published GaLore, and this one in all its modes.
 
     python -m tests.benchmarks.step
-    python -m tests.benchmarks.step --hidden 256 --tokens 512 --rounds 3     # a minute
+    python -m tests.benchmarks.step --hidden 256 --tokens 512 --rounds 3     # a few minutes
 
 Every optimizer trains its own copy of one Llama on one batch in float32. In each round each takes one step (forward,
 backward, update; no refresh), so that the machine's moods hit all alike; printed are the median seconds, and the
