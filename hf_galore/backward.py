@@ -1,12 +1,7 @@
 """The projected backward of a linear layer: the low-rank gradient straight from δ and X, with no gradient in between.
 
-For Y = XWᵀ + b, with T rows of X (tokens), the weight's gradient is G = δᵀX, and GaLore uses nothing but
-
-    PᵀG = (δP)ᵀX        GQ = δᵀ(XQ)        PᵀGQ = (δP)ᵀ(XQ).
-
-Computed in that order this takes Tr(m + n) multiply-adds instead of the Tmn of G and the rmn of projecting it, and
-no m × n tensor ever exists. (Shapes as in `hf_galore.projection`; DESIGN: GaLore is cheaper than AdamW for
-r < mn/(m + n).)
+For Y = XWᵀ + b, with T rows of X (tokens), the weight's gradient is G = δᵀX. GaLore uses nothing of it but products
+with narrow matrices, for which the factors do: `hf_galore.projection.FactoredGradient`.
 """
 
 from __future__ import annotations
@@ -19,8 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .projection import Bases
-
 
 class LinearGradientSink(Protocol):
     """Where a patched layer's δ and X go."""
@@ -30,28 +23,6 @@ class LinearGradientSink(Protocol):
 
     def take(self, weight: Tensor, output_gradient: Tensor, inputs: Tensor) -> bool:
         """Use δ (T × m) and X (T × n) of one run of a layer; false to have autograd build the gradient."""
-
-
-def low_rank_gradient(output_gradient: Tensor, inputs: Tensor, bases: Bases, *, out: Tensor | None = None) -> Tensor:
-    """R from δ and X, as `project(δᵀX, bases)` would give it.
-
-    Args:
-        output_gradient: δ, T × m.
-        inputs: X, T × n, in δ's dtype.
-        bases: cast to δ's dtype for the products.
-        out: a tensor of R's shape to add R to; returned.
-    """
-    left = output_gradient
-    if bases.left is not None:
-        left = left @ bases.left.to(left.dtype)
-    right = inputs
-    if bases.right is not None:
-        right = right @ bases.right.to(right.dtype)
-    if out is None:
-        return left.mT @ right
-    if out.dtype == left.dtype:
-        return out.addmm_(left.mT, right)
-    return out.add_(left.mT @ right)
 
 
 class ProjectedLinear(nn.Linear):

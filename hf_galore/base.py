@@ -7,6 +7,7 @@ is not in it.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypedDict, cast, overload
@@ -15,19 +16,38 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from .bases import ON_HOST, State, count_refresh, kept_bases, new_basis_state, read_bases, refresh_due, refreshed_at
 from .config import GaLoreConfig
+from .diagnostics import Memory, Refresh, RefreshLog, Stopwatch
+from .groups import (
+    Group,
+    ParamOptions,
+    check_same_names,
+    check_same_options,
+    is_target,
+    split_groups,
+    with_names,
+)
 from .log import logger
+from .moments import Rotation, rotation_between
 from .nonfinite import Skipped, SkippedUpdates
-from .projection import Bases, add_projected_back_, basis_shapes, is_projectable, low_rank_shape, project, side_of
-from .refresh import align_signs, svd_bases
+from .projection import (
+    Bases,
+    Gradient,
+    add_projected_back_,
+    is_projectable,
+    low_rank_shape,
+    project,
+    projected_back,
+    side_of,
+)
+from .refresh import figures_of, new_bases, products
+from .rounding import add_rounded_, generator_for
+from .schedule import NEVER, next_gap_factor, phase_of, refreshes_by
 from .update import skip_unless_finite
 
 if TYPE_CHECKING:
     from .layerwise import BackwardHooks
-
-Group = dict[str, Any]
-State = dict[str, Tensor]
-ParamOptions = Mapping[Tensor, Mapping[str, Any]]
 
 
 class GaLoreOptions(TypedDict, total=False):
@@ -45,6 +65,8 @@ class GaLoreOptions(TypedDict, total=False):
     """Whether linear layers compute their low-rank gradient without the gradient; by default as `layerwise`."""
     hold_gradients: bool
     """Whether layerwise holds low-rank gradients until `step()`, as clipping needs; an accumulation does so itself."""
+    stochastic_rounding: bool
+    """Whether updates of bfloat16 weights are rounded stochastically, from torch's initial seed."""
 
 
 class GaLoreOptimizer(torch.optim.Optimizer):
@@ -67,8 +89,12 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         self._init_unsaved()
         if model is not None:
             self._names.update((id(param), name) for name, param in model.named_parameters())
-        groups = _split_groups(params, options.get("param_options") or {})
-        super().__init__(_with_names(groups, self._names), defaults)
+        groups = split_groups(params, options.get("param_options") or {})
+        if options.get("stochastic_rounding", False):
+            # In the groups, so that a resumed run goes on with the numbers of the first.
+            defaults = {**defaults, "stochastic_rounding": True, "rounding_seed": torch.initial_seed()}
+        super().__init__(with_names(groups, self._names), defaults)
+        self._check_stochastic_rounding()
         if projected_backward is None:
             projected_backward = layerwise
         if layerwise or projected_backward:
@@ -93,6 +119,9 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         self._skipped = SkippedUpdates()
         self._warned_of_skipped = False
         self._names: dict[int, str] = {}
+        self._refresh_log = RefreshLog()
+        self._indices: dict[int, int] = {}  # of the parameters, by their id
+        self._phases: dict[int, int] = {}  # of the targets, likewise
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -111,6 +140,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         if config is not None:
             param_group = {**param_group, **config.group_options()}
         super().add_param_group(param_group)
+        self._indices, self._phases = {}, {}
         group = self.param_groups[-1]
         try:
             self._check_group(group)
@@ -147,6 +177,15 @@ class GaLoreOptimizer(torch.optim.Optimizer):
                 ", ".join(full_rank),
             )
 
+    def _check_stochastic_rounding(self) -> None:
+        rounded = [p for group in self.param_groups if group.get("stochastic_rounding") for p in group["params"]]
+        if rounded and not any(param.dtype == torch.bfloat16 for param in rounded):
+            found = ", ".join(sorted({str(param.dtype) for param in rounded}))
+            raise ValueError(
+                f"stochastic_rounding is for bfloat16 weights, but these are {found}, which lose nothing that it could "
+                "save. Leave it out, or load the model in bfloat16."
+            )
+
     def name_of(self, param: Tensor) -> str:
         """The name of a parameter in the model, or words for it where none is known."""
         return self._names.get(id(param), f"a parameter of shape {tuple(param.shape)}")
@@ -155,14 +194,8 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         shape: tuple[int, ...] = tuple(param.shape)
         bases: State = {}
         if is_target(param, group):
-            side = side_of(shape, group["proj_type"])
-            shapes = basis_shapes(shape, side, group["rank"])
-            if shapes.left is not None:
-                bases["basis_left"] = param.new_zeros(shapes.left)
-            if shapes.right is not None:
-                bases["basis_right"] = param.new_zeros(shapes.right)
-            shape = low_rank_shape(shape, side, group["rank"])
-        # `step` lives on the CPU, as in torch.optim: reading it never waits for the device.
+            bases = new_basis_state(param, group)
+            shape = low_rank_shape(shape, side_of(shape, group["proj_type"]), group["rank"])
         return {"step": torch.tensor(0.0), **bases, **self._new_moments(param, shape, group)}
 
     def _new_moments(self, param: Tensor, shape: tuple[int, ...], group: Group) -> State:
@@ -173,13 +206,31 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         state = cast("State", self.state[param])
         if not state:  # frozen when the optimizer was made
             state.update(self._new_state(param, group))
-        # The model may have been moved or cast since: bases go with the weight, moments keep their precision.
+        # The model may have been moved or cast since: a basis goes with its weight, all else keeps its precision.
         for key, value in state.items():
-            if key.startswith("basis"):
-                state[key] = value.to(param)
-            elif key != "step":
-                state[key] = value.to(param.device)
+            if key in ON_HOST:
+                continue
+            dtype = param.dtype if key.startswith("basis") and group["proj_bits"] == 16 else value.dtype
+            if value.device != param.device or value.dtype != dtype:
+                state[key] = value.to(param.device, dtype)
         return state
+
+    def _index_of(self, param: Tensor) -> int:
+        if not self._indices:
+            self._indices = {id(param): index for index, param in enumerate(self._params())}
+        return self._indices[id(param)]
+
+    def _phase_of(self, param: Tensor) -> int:
+        """The step of the gap at which a target refreshes, spread over the targets that are staggered."""
+        if not self._phases:
+            targets = [
+                (param, group) for group in self.param_groups for param in group["params"] if is_target(param, group)
+            ]
+            staggered = [(param, group) for param, group in targets if group["stagger"]]
+            self._phases = {id(param): 0 for param, _ in targets}
+            for index, (target, group) in enumerate(staggered):
+                self._phases[id(target)] = phase_of(index, len(staggered), group["update_proj_gap"])
+        return self._phases[id(param)]
 
     # ---- the update
 
@@ -241,32 +292,78 @@ class GaLoreOptimizer(torch.optim.Optimizer):
 
     def refresh_due(self, param: Tensor, group: Group) -> bool:
         """Whether the next step of a target is one with a new basis: the first, and every `update_proj_gap`-th."""
-        return int(self._state_of(param, group)["step"].item()) % int(group["update_proj_gap"]) == 0
+        return refresh_due(group, self._state_of(param, group), self._phase_of(param))
+
+    def refreshes_from_factors(self, param: Tensor, group: Group, tokens: int) -> bool:
+        """Whether a refresh of a target takes fewer multiply-adds from δ and X of `tokens` rows than from G = δᵀX."""
+        if group["refresh"] == "svd":
+            return False
+        m, n = param.shape
+        rank, side = group["rank"], side_of(param.shape, group["proj_type"])
+        narrow = products((m, n), rank, side, group["refresh"]) + 1  # and R
+        return narrow * tokens * rank * (m + n) < tokens * m * n + narrow * rank * m * n
 
     def bases_of(self, param: Tensor, group: Group) -> Bases:
-        """The present bases of a target."""
-        state = self._state_of(param, group)
-        return Bases(state.get("basis_left"), state.get("basis_right"))
+        """The present bases of a target, in its dtype."""
+        return read_bases(param, group, self._state_of(param, group))
 
     @torch.no_grad()
-    def project_gradient(self, param: Tensor, group: Group, gradient: Tensor, *, refresh: bool) -> Tensor | None:
+    def project_gradient(self, param: Tensor, group: Group, gradient: Gradient, *, refresh: bool) -> Tensor | None:
         """The low-rank gradient R of a target, with new bases from this gradient where `refresh` says so.
 
         `None` where the gradient of a refresh is not finite: the refresh is put off to the next step, and this step
-        is over for the parameter. (A refresh waits for the device anyway, inside the SVD.)
+        is over for the parameter.
         """
-        bases = self.bases_of(param, group)
         if refresh:
-            norm = norm_of(gradient)
-            if not math.isfinite(norm.item()):
-                step = int(self.state[param]["step"].item()) + 1
-                self._skipped.note(param, torch.ones_like(norm), step)
-                return None
-            new = svd_bases(gradient, side_of(param.shape, group["proj_type"]), group["rank"])
-            for old_basis, new_basis in zip(bases, new, strict=True):
-                if old_basis is not None and new_basis is not None:
-                    old_basis.copy_(align_signs(new_basis, old_basis))
-        return project(gradient, bases)
+            return self._refresh(param, group, gradient)
+        return project(gradient, self.bases_of(param, group))
+
+    def _refresh(self, param: Tensor, group: Group, gradient: Gradient) -> Tensor | None:
+        watch = Stopwatch(param.device)
+        state = self._state_of(param, group)
+        step = int(state["step"].item())
+        old = None if refreshed_at(state) == NEVER else read_bases(param, group, state)
+        side = side_of(param.shape, group["proj_type"])
+        computed = new_bases(gradient, side, group["rank"], group["refresh"], old)
+        kept = kept_bases(computed, param, group)
+        new = read_bases(param, group, kept)
+        low_rank = project(gradient, new)
+        # The one time that a refresh waits for the device.
+        norm, energy, shared = figures_of(gradient, low_rank, new, old).tolist()
+        if not math.isfinite(norm):
+            self._skipped.note(param, torch.ones((), device=param.device), step + 1)
+            return None
+        if norm == 0:
+            # There is nothing to learn from it: the old basis stays, and where there is none, the next step looks again.
+            if old is not None:
+                count_refresh(state, step)
+                return low_rank
+        else:
+            if old is not None:
+                self._carry_moments(state, group, new, old, step)
+            count_refresh(state, step)
+        for key, value in kept.items():
+            state[key].copy_(value)
+        if "gap_factor" in state and old is not None:
+            chance = max(group["rank"] / p.shape[0] for p in new if p is not None)
+            factor = next_gap_factor(int(state["gap_factor"].item()), shared, chance)
+            state["gap_factor"] = torch.full_like(state["gap_factor"], factor)
+        watch.stop()
+        self._refresh_log.add(Refresh(energy, None if old is None else shared, watch))
+        return low_rank
+
+    def _carry_moments(self, state: State, group: Group, new: Bases, old: Bases, step: int) -> None:
+        """What happens to the moments when the basis changes after `step` steps."""
+        if group["moments"] == "reset":
+            for key, value in state.items():
+                if key.startswith("exp_avg"):
+                    value.zero_()
+        elif group["moments"] == "rotate":
+            self._rotate_moments(state, group, rotation_between(new, old), step)
+
+    def _rotate_moments(self, state: State, group: Group, rotation: Rotation, step: int) -> None:
+        """Carry the moments of a target, which have had `step` updates, into its new basis."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def update_low_rank(self, param: Tensor, group: Group, low_rank: Tensor, norm: Tensor | None = None) -> None:
@@ -279,12 +376,18 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         step = _count_step(state)
         skip = skip_unless_finite(norm_of(low_rank) if norm is None else norm)
         self._skipped.note(param, skip, step)
-        direction, step_size = self._direction(low_rank, state, group, step, skip)
+        # Moments that began anew at the last refresh have a bias to correct that is no older.
+        moments_step = step - refreshed_at(state) if group["moments"] == "reset" else step
+        direction, step_size = self._direction(low_rank, state, group, moments_step, skip)
+        bases = read_bases(param, group, state)
+        alpha = -step_size * group["scale"]
+        if self._rounds_stochastically(param, group):
+            update = functools.partial(projected_back, direction, bases)
+            self._add_rounded(param, group, update, alpha, step, skip)
+            return
         if group["weight_decay"] != 0:
             param.mul_(_decay(param, group, skip))
-        add_projected_back_(
-            param, direction, Bases(state.get("basis_left"), state.get("basis_right")), -step_size * group["scale"]
-        )
+        add_projected_back_(param, direction, bases, alpha)
 
     def _direction(self, gradient: Tensor, state: State, group: Group, step: int, skip: Tensor) -> tuple[Tensor, float]:
         """N for a gradient of the moments' shape, and the factor that it is subtracted with; updates the moments.
@@ -297,9 +400,22 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         self, param: Tensor, gradient: Tensor, state: State, group: Group, step: int, skip: Tensor
     ) -> None:
         direction, step_size = self._direction(gradient, state, group, step, skip)
+        if self._rounds_stochastically(param, group):
+            self._add_rounded(param, group, direction.__getitem__, -step_size, step, skip)
+            return
         if group["weight_decay"] != 0:
             param.mul_(_decay(param, group, skip))
         param.add_(direction, alpha=-step_size)
+
+    def _rounds_stochastically(self, param: Tensor, group: Group) -> bool:
+        return bool(group.get("stochastic_rounding")) and param.dtype == torch.bfloat16
+
+    def _add_rounded(
+        self, param: Tensor, group: Group, update: Callable[[slice], Tensor], alpha: float, step: int, skip: Tensor
+    ) -> None:
+        generator = generator_for(param.device, group["rounding_seed"], self._index_of(param), step)
+        decay = _decay(param, group, skip) if group["weight_decay"] != 0 else 1.0
+        add_rounded_(param, update, alpha=alpha, decay=decay, generator=generator)
 
     # ---- hooks into the backward pass
 
@@ -360,6 +476,41 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         if self._hooks is not None:
             self._hooks.detach()
 
+    # ---- what it did
+
+    def refresh_figures(self) -> dict[str, float]:
+        """Figures of the refreshes since the last call, and their counts so far. Waits for the device.
+
+        `captured_energy_min`, `captured_energy_median`, `overlap_median` and `refresh_seconds` where there were any;
+        always `refreshes`, all of the run, and `refreshes_saved` where `lazy_refresh` is on.
+        """
+        figures = self._refresh_log.take()
+        done = saved = 0
+        lazy = False
+        for group in self.param_groups:
+            for param in group["params"]:
+                state = self.state.get(param)
+                if not state or not is_target(param, group):
+                    continue
+                refreshes = int(state["refreshes"].item())
+                done += refreshes
+                if group["lazy_refresh"]:
+                    lazy = True
+                    step = int(state["step"].item())
+                    saved += refreshes_by(step, group["update_proj_gap"], self._phase_of(param)) - refreshes
+        figures["refreshes"] = done
+        if lazy:
+            figures["refreshes_saved"] = max(saved, 0)
+        return figures
+
+    def memory(self) -> Memory:
+        """The bytes of moments and bases, and how many parameters are targets and how many full-rank."""
+        memory = Memory()
+        for param in self._params():
+            if param.requires_grad:
+                memory.count(self.state[param])
+        return memory
+
     # ---- gradients that are not finite
 
     def skipped_updates(self) -> dict[str, Skipped]:
@@ -405,8 +556,8 @@ class GaLoreOptimizer(torch.optim.Optimizer):
             )
         copies: list[tuple[Tensor, str, Tensor]] = []
         for group, saved_group in zip(groups, saved_groups, strict=True):
-            _check_same_options(group, saved_group)
-            _check_same_names(group, saved_group)
+            check_same_options(group, saved_group)
+            check_same_names(group, saved_group)
             for param, index in zip(group["params"], saved_group["params"], strict=True):
                 saved = state_dict["state"].get(index, {})
                 self._check_same_state(param, index, group, saved)
@@ -418,7 +569,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         self.state = state
         for param, key, value in copies:
             current = self.state[param]
-            device = torch.device("cpu") if key == "step" else param.device
+            device = torch.device("cpu") if key in ON_HOST else param.device
             if key in current and current[key].device == device:
                 if current[key] is not value:
                     current[key].copy_(value)
@@ -445,42 +596,6 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         )
 
 
-def _split_groups(params: Iterable[Any], options: ParamOptions) -> list[dict[str, Any]]:
-    """Groups in which all parameters have the same options: those of each group, in the order given."""
-    groups = list(params)
-    if groups and not isinstance(groups[0], dict):
-        groups = [{"params": groups}]
-    split: list[dict[str, Any]] = []
-    for group in groups:
-        entries = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-        # Keyed by the options themselves: parameters with equal options share a group.
-        parts: dict[tuple[tuple[str, Any], ...], list[Any]] = {}
-        for entry in entries:
-            param = entry[1] if isinstance(entry, tuple) else entry
-            parts.setdefault(tuple(sorted(options.get(param, {}).items())), []).append(entry)
-        # An empty group, such as a Trainer makes where nothing is undecayed, falls away: torch cannot name it.
-        split.extend({**group, **dict(key), "params": part} for key, part in parts.items())
-    if not split:
-        raise ValueError("The optimizer was given no parameters.")
-    return split
-
-
-def _with_names(groups: list[dict[str, Any]], names: Mapping[int, str]) -> list[dict[str, Any]]:
-    """The groups with (name, parameter) pairs, where all names are known: torch keeps them in checkpoints.
-
-    Without them moments could be loaded into other matrices of the same shapes.
-    """
-    params = [entry for group in groups for entry in group["params"]]
-    if not all(isinstance(param, Tensor) and id(param) in names for param in params):
-        return groups
-    return [{**group, "params": [(names[id(param)], param) for param in group["params"]]} for group in groups]
-
-
-def is_target(param: Tensor, group: Group) -> bool:
-    """Whether a parameter of a group is projected."""
-    return "rank" in group and is_projectable(param.shape, group["rank"])
-
-
 def norm_of(tensor: Tensor) -> Tensor:
     """The Frobenius norm, 0-dimensional and of at least float32."""
     norm: Tensor = torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
@@ -501,36 +616,3 @@ def _decay(param: Tensor, group: Group, skip: Tensor) -> Tensor:
     """1 − ηλ, or 1 for a skipped update; 0-dimensional, precise enough for the weight's dtype."""
     keep = 1 - skip.to(torch.promote_types(param.dtype, torch.float32))
     return 1 - float(group["lr"] * group["weight_decay"]) * keep
-
-
-def _check_same_names(group: Group, saved_group: Group) -> None:
-    # Wrappers (torch.compile, DistributedDataParallel) put these before a name.
-    own, saved = (
-        [name.replace("_orig_mod.", "").removeprefix("module.") for name in g.get("param_names", ())]
-        for g in (group, saved_group)
-    )
-    differing = [pair for pair in zip(saved, own, strict=False) if pair[0] != pair[1]]
-    if differing:
-        there, here = differing[0]
-        others = f", and {len(differing) - 1} more" if len(differing) > 1 else ""
-        raise ValueError(
-            f"The checkpoint's optimizer state is of other parameters: of {there} where this optimizer has {here}"
-            f"{others}. Resume with the optim_target_modules and model of the run that wrote it, or start from its "
-            "weights only."
-        )
-
-
-def _check_same_options(group: Group, saved_group: Group) -> None:
-    own, saved = GaLoreConfig.from_group(group), GaLoreConfig.from_group(saved_group)
-    if own == saved:
-        return
-
-    def words(config: GaLoreConfig | None) -> str:
-        if config is None:
-            return "no projection"
-        return ", ".join(f"{key}={value}" for key, value in config.group_options().items())
-
-    raise ValueError(
-        f"The checkpoint was written with {words(saved)}, this optimizer was made with {words(own)}. A resumed run "
-        "continues the old one: give it the same, or start a new one from the checkpoint's weights."
-    )

@@ -13,6 +13,12 @@ from typing import Any, Literal, get_args
 
 ProjType = Literal["std", "reverse_std", "left", "right", "full"]
 PROJ_TYPES: tuple[ProjType, ...] = get_args(ProjType)
+RefreshMethod = Literal["svd", "randomized", "subspace"]
+REFRESH_METHODS: tuple[RefreshMethod, ...] = get_args(RefreshMethod)
+Moments = Literal["keep", "rotate", "reset"]
+MOMENTS: tuple[Moments, ...] = get_args(Moments)
+ProjBits = Literal[16, 8, 4]
+PROJ_BITS: tuple[ProjBits, ...] = get_args(ProjBits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,13 +43,18 @@ def _positive_float() -> _Option:
     )
 
 
-def _one_of(values: tuple[str, ...]) -> _Option:
-    return _Option(str, lambda v: isinstance(v, str) and v in values, "one of " + ", ".join(values))
+def _one_of(values: tuple[Any, ...]) -> _Option:
+    kind = type(values[0])
+    return _Option(kind, lambda v: type(v) is kind and v in values, "one of " + ", ".join(map(str, values)))
 
 
 def _parse_bool(text: str) -> bool:
     # bool("False") is true.
     return {"true": True, "false": False}[text.lower()]
+
+
+def _bool() -> _Option:
+    return _Option(_parse_bool, lambda v: isinstance(v, bool), "true or false")
 
 
 def _optional_bool() -> _Option:
@@ -55,9 +66,18 @@ _GROUP_OPTIONS: dict[str, _Option] = {
     "update_proj_gap": _positive_int(),
     "scale": _positive_float(),
     "proj_type": _one_of(PROJ_TYPES),
+    "refresh": _one_of(REFRESH_METHODS),
+    "stagger": _bool(),
+    "lazy_refresh": _bool(),
+    "moments": _one_of(MOMENTS),
+    "proj_bits": _one_of(PROJ_BITS),
 }
 # These concern the optimizer as a whole.
-_OPTIONS: dict[str, _Option] = {**_GROUP_OPTIONS, "projected_backward": _optional_bool()}
+_OPTIONS: dict[str, _Option] = {
+    **_GROUP_OPTIONS,
+    "stochastic_rounding": _bool(),
+    "projected_backward": _optional_bool(),
+}
 
 
 def nearest(name: str, known: list[str]) -> str:
@@ -103,7 +123,9 @@ def _parse_optim_args(text: str) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GaLoreConfig:
-    """Hyperparameters of GaLore (Zhao et al., 2024, arXiv:2403.03507, algorithm 2), with their published defaults.
+    """Hyperparameters of GaLore (Zhao et al., 2024, arXiv:2403.03507, algorithm 2).
+
+    The first four have their published defaults; those of the rest were chosen by `tests/benchmarks/quality.py`.
 
     Args:
         rank: columns r of a basis. A matrix whose smaller side is at most r is not projected.
@@ -111,6 +133,16 @@ class GaLoreConfig:
         scale: multiplies the projected-back update, and nothing else (α in the paper).
         proj_type: which side is projected. `std` takes the smaller one, `reverse_std` the larger one,
             `left`, `right` and `full` (both) what they say.
+        refresh: how a basis is computed. `svd` takes the full SVD, as published; `randomized` a range finder with
+            oversampling; `subspace` power iterations from the old basis.
+        stagger: whether the refreshes of the matrices are spread over the gap; or else all fall on one step. The first
+            step makes all bases in any case.
+        lazy_refresh: whether the gap of a matrix doubles, up to eight times its length, while its subspace is stable.
+        moments: what happens to the moments when the basis changes. `keep` leaves them, as published; `rotate` carries
+            them into the new basis; `reset` starts them, and their bias correction, anew.
+        proj_bits: bits that an element of a basis is kept in; 16 stands for the weight's own dtype.
+        stochastic_rounding: whether updates of bfloat16 weights are rounded up or down at random, without bias, rather
+            than to the nearest: small ones would vanish.
         projected_backward: whether linear layers compute the low-rank gradient without the gradient; `None` stands
             for: where the optimizer is layerwise.
 
@@ -123,6 +155,12 @@ class GaLoreConfig:
     update_proj_gap: int = 200
     scale: float = 0.25
     proj_type: ProjType = "std"
+    refresh: RefreshMethod = "subspace"
+    stagger: bool = True
+    lazy_refresh: bool = False
+    moments: Moments = "keep"
+    proj_bits: ProjBits = 8
+    stochastic_rounding: bool = False
     projected_backward: bool | None = None
 
     def __post_init__(self) -> None:

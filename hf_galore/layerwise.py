@@ -29,12 +29,14 @@ import torch
 from accelerate.state import GradientState
 from torch import Tensor, nn
 
-from .backward import ProjectedLinear, low_rank_gradient, patch_linear, why_not_patchable
-from .base import is_target, norm_of
+from .backward import ProjectedLinear, patch_linear, why_not_patchable
+from .base import norm_of
+from .groups import Group, is_target
 from .log import logger
+from .projection import FactoredGradient, project
 
 if TYPE_CHECKING:
-    from .base import GaLoreOptimizer, Group
+    from .base import GaLoreOptimizer
 
 
 class BackwardHooks:
@@ -173,19 +175,33 @@ class BackwardHooks:
     def take(self, weight: Tensor, output_gradient: Tensor, inputs: Tensor) -> bool:
         """Use δ (T × m) and X (T × n) of one run of a target's layer; false where autograd has to build G."""
         optimizer, group = self._optimizer_and_group(weight)
-        if optimizer is None or group is None or self._refresh_due(optimizer, weight, group):
+        if optimizer is None or group is None:
+            return False
+        refresh = self._refresh_due(optimizer, weight, group)
+        if refresh and not self._refreshes_from_factors(optimizer, weight, group, len(inputs)):
             return False
         self._check_first_update(weight)
+        if id(weight) in self._put_off:
+            return True
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-            bases = optimizer.bases_of(weight, group)
+            gradient = FactoredGradient(output_gradient, inputs)
             held = self._held.get(id(weight))
             if held is not None:
-                low_rank_gradient(output_gradient, inputs, bases, out=held)
+                project(gradient, optimizer.bases_of(weight, group), out=held)
                 self._norms.pop(id(weight), None)
-            else:
-                low_rank = low_rank_gradient(output_gradient, inputs, bases).to(weight.dtype)
-                self._use_or_hold(optimizer, weight, group, low_rank, norm=None)
+                return True
+            low_rank = optimizer.project_gradient(weight, group, gradient, refresh=refresh)
+            if low_rank is None:
+                self._put_off.add(id(weight))
+                return True
+            if refresh:
+                self._refreshed.add(id(weight))
+            self._use_or_hold(optimizer, weight, group, low_rank.to(weight.dtype), norm=None)
         return True
+
+    def _refreshes_from_factors(self, optimizer: GaLoreOptimizer, weight: Tensor, group: Group, tokens: int) -> bool:
+        # With several runs this is the gradient of one of them only: autograd sums them all.
+        return self._runs[id(weight)] == 1 and optimizer.refreshes_from_factors(weight, group, tokens)
 
     def on_gradient(self, param: Tensor) -> None:
         """Use a gradient that autograd has put into `param.grad`."""

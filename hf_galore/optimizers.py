@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .base import GaLoreOptimizer, GaLoreOptions, Group, State
+from .base import GaLoreOptimizer, GaLoreOptions
+from .bases import State
+from .groups import Group
+from .moments import Rotation, rotate, rotate_adam, rotate_factored
 from .update import (
     Codebooks,
     QuantizedMoments,
@@ -25,7 +28,9 @@ from .update import (
     adam_32bit_,
     adam_direction,
     blockwise_absmax_shape,
+    dequantize_moments,
     dynamic_codebooks,
+    quantize_moments_,
 )
 
 # bitsandbytes keeps the moments of smaller tensors in 32 bits: they save nothing and hurt most.
@@ -71,6 +76,11 @@ class GaLoreAdamW(GaLoreOptimizer):
 
     def _new_moments(self, param: Tensor, shape: tuple[int, ...], group: Group) -> State:
         return {key: _new_moment(param, shape) for key in ("exp_avg", "exp_avg_sq")}
+
+    def _rotate_moments(self, state: State, group: Group, rotation: Rotation, step: int) -> None:
+        moments = rotate_adam(state["exp_avg"], state["exp_avg_sq"], rotation, step=step, betas=group["betas"])
+        for key, value in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
+            state[key].copy_(value)
 
     def _direction(self, gradient: Tensor, state: State, group: Group, step: int, skip: Tensor) -> tuple[Tensor, float]:
         direction = adam_direction(
@@ -164,6 +174,16 @@ class GaLoreAdamW8bit(GaLoreAdamW):
             moments[f"{key}_absmax"] = param.new_zeros(blockwise_absmax_shape(numel), dtype=torch.float32)
         return moments
 
+    def _rotate_moments(self, state: State, group: Group, rotation: Rotation, step: int) -> None:
+        moments = _quantized_moments(state)
+        if moments is None:
+            super()._rotate_moments(state, group, rotation, step)
+            return
+        codebooks = self._codebooks_on(moments.exp_avg.device)
+        exp_avg, exp_avg_sq = dequantize_moments(moments, codebooks)
+        rotated = rotate_adam(exp_avg, exp_avg_sq, rotation, step=step, betas=group["betas"])
+        quantize_moments_(moments, *rotated, codebooks)
+
     def _codebooks_on(self, device: torch.device) -> Codebooks:
         if device not in self._codebooks:
             self._codebooks[device] = dynamic_codebooks(device)
@@ -187,7 +207,8 @@ class GaLoreAdamW8bit(GaLoreAdamW):
     def _update_full_rank(
         self, param: Tensor, gradient: Tensor, state: State, group: Group, step: int, skip: Tensor
     ) -> None:
-        if not param.is_contiguous():  # bitsandbytes' kernels walk the memory as if it were
+        # bitsandbytes' kernels walk the memory as if it were contiguous, and round to the nearest.
+        if not param.is_contiguous() or self._rounds_stochastically(param, group):
             super()._update_full_rank(param, gradient, state, group, step, skip)
             return
         gradient.masked_fill_(skip.bool(), 0.0)
@@ -257,6 +278,13 @@ class GaLoreAdafactor(GaLoreOptimizer):
         if group["beta1"] is not None:
             moments["exp_avg"] = _new_moment(param, shape)
         return moments
+
+    def _rotate_moments(self, state: State, group: Group, rotation: Rotation, step: int) -> None:
+        factors = rotate_factored(state["exp_avg_sq_row"], state["exp_avg_sq_col"], rotation)
+        for key, value in zip(("exp_avg_sq_row", "exp_avg_sq_col"), factors, strict=True):
+            state[key].copy_(value)
+        if group["beta1"] is not None:
+            state["exp_avg"].copy_(rotate(state["exp_avg"], rotation))
 
     def _direction(self, gradient: Tensor, state: State, group: Group, step: int, skip: Tensor) -> tuple[Tensor, float]:
         direction = adafactor_direction(

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .config import ProjType
@@ -30,6 +31,45 @@ class Bases(NamedTuple):
 
     left: Tensor | None
     right: Tensor | None
+
+
+class FactoredGradient(NamedTuple):
+    """A linear layer's gradient G = δᵀX, m × n, that has not been multiplied out."""
+
+    output_gradient: Tensor  # δ, T × m
+    inputs: Tensor  # X, T × n
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """m × n."""
+        return self.output_gradient.shape[1], self.inputs.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of both factors."""
+        return self.output_gradient.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """That of both factors."""
+        return self.output_gradient.device
+
+
+Gradient = Tensor | FactoredGradient
+
+
+def times(gradient: Gradient, matrix: Tensor) -> Tensor:
+    """GM for an n × k matrix M."""
+    if isinstance(gradient, FactoredGradient):
+        return gradient.output_gradient.mT @ (gradient.inputs @ matrix)
+    return gradient @ matrix
+
+
+def transposed_times(gradient: Gradient, matrix: Tensor) -> Tensor:
+    """GᵀM for an m × k matrix M."""
+    if isinstance(gradient, FactoredGradient):
+        return gradient.inputs.mT @ (gradient.output_gradient @ matrix)
+    return gradient.mT @ matrix
 
 
 class BasisShapes(NamedTuple):
@@ -72,14 +112,33 @@ def low_rank_shape(shape: Sequence[int], side: Side, rank: int) -> tuple[int, in
     return (rank if side != "right" else m, rank if side != "left" else n)
 
 
-def project(gradient: Tensor, bases: Bases) -> Tensor:
-    """R = PᵀG, GQ or PᵀGQ: the low-rank gradient, in the gradient's dtype."""
-    low_rank = gradient
-    if bases.left is not None:
-        low_rank = bases.left.mT @ low_rank
-    if bases.right is not None:
-        low_rank = low_rank @ bases.right
-    return low_rank
+def project(gradient: Gradient, bases: Bases, *, out: Tensor | None = None) -> Tensor:
+    """R = PᵀG, GQ or PᵀGQ: the low-rank gradient, in the gradient's dtype.
+
+    From factors G = δᵀX it is (δP)ᵀX, δᵀ(XQ) or (δP)ᵀ(XQ): Tr(m + n) multiply-adds instead of the Tmn of G and the
+    rmn of projecting it, and no m × n tensor ever exists. (GaLore is cheaper than AdamW for r < mn/(m + n).)
+
+    Args:
+        gradient: G, or its factors.
+        bases: cast to the gradient's dtype for the products.
+        out: a tensor of R's shape to add R to; returned.
+    """
+    left, right = bases
+    if isinstance(gradient, FactoredGradient):
+        factor = gradient.output_gradient
+        factor = factor if left is None else factor @ left.to(factor.dtype)
+        other = gradient.inputs if right is None else gradient.inputs @ right.to(factor.dtype)
+        factor = factor.mT
+    else:
+        factor = gradient if left is None else left.mT.to(gradient.dtype) @ gradient
+        if right is None:
+            return factor if out is None else out.add_(factor)
+        other = right.to(gradient.dtype)
+    if out is None:
+        return factor @ other
+    if out.dtype == factor.dtype:
+        return out.addmm_(factor, other)
+    return out.add_(factor @ other)
 
 
 def add_projected_back_(weight: Tensor, direction: Tensor, bases: Bases, alpha: float) -> None:
@@ -101,3 +160,13 @@ def add_projected_back_(weight: Tensor, direction: Tensor, bases: Bases, alpha: 
         weight.addmm_(bases.left, direction, alpha=alpha)
     else:
         weight.addmm_(bases.left @ direction, bases.right.mT, alpha=alpha)
+
+
+def projected_back(direction: Tensor, bases: Bases, rows: slice) -> Tensor:
+    """The rows of back(N) that a slice names, in the bases' dtype."""
+    left, right = bases
+    if left is None:
+        assert right is not None
+        return direction[rows].to(right.dtype) @ right.mT
+    update = left[rows] @ direction.to(left.dtype)
+    return update if right is None else update @ right.mT

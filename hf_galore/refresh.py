@@ -1,33 +1,127 @@
-"""Computing a new basis from a gradient: pure functions on tensors."""
+"""Computing a new basis from a gradient: pure functions on tensors that never wait for the device.
+
+All arithmetic is float32 (float64 for float64 gradients) whatever the gradient's dtype is. Of a gradient that is not
+finite come bases that are orthonormal and mean nothing: the caller, who reads its norm with whatever else it wants to
+know of a refresh, throws them away.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .projection import Bases, Side
+from .config import RefreshMethod
+from .projection import Bases, FactoredGradient, Gradient, Side, times, transposed_times
+
+# Columns of the range finder beyond the rank: what Halko et al. advise (section 4.2).
+OVERSAMPLING = 10
+# Directions with less than this share of the mean energy in the span are left where the old basis has them: rounding
+# decides where they point, and that a run and its repetition differ there would show for the rest of both.
+ENERGY_FLOOR = 1e-3
+# Columns that estimate the part of a gradient outside its basis, where only its factors are at hand.
+PROBES = 16
+_TINY = torch.finfo(torch.float32).tiny
+# Added where everything else is about 1, so that a zero gradient gives the old basis back.
+_NEGLIGIBLE = 1e-20
+
+
+def power_iterations(shape: tuple[int, int], rank: int) -> int:
+    """How many power iterations a refresh takes: 2, or 1 where the rank is above a sixth of the smaller side.
+
+    Chosen by `tests/benchmarks/refresh.py`, for both `randomized` and `subspace`: a low rank has a steep step of
+    captured energy to find and cheap iterations to do it with, a high one has neither.
+    """
+    return 2 if 6 * rank <= min(shape) else 1
+
+
+def products(shape: tuple[int, int], rank: int, side: Side, method: RefreshMethod) -> int:
+    """How many products of the gradient with r columns (or a few more) a later refresh takes."""
+    return 2 * power_iterations(shape, rank) + (side == "full" or 2 * (method == "randomized"))
+
+
+def new_bases(gradient: Gradient, side: Side, rank: int, method: RefreshMethod, old: Bases | None) -> Bases:
+    """New bases for a gradient G, m × n, in float32 (float64 for float64 gradients).
+
+    Args:
+        gradient: G, or its factors; `svd` takes G only.
+        side: which bases to return.
+        rank: r, below min(m, n).
+        method: `svd`, `randomized` or `subspace`.
+        old: the present bases; `None` before the first refresh.
+    """
+    gradient = _in_float32(gradient)
+    if method == "subspace":
+        return subspace_bases(gradient, side, rank, old)
+    if method == "randomized":
+        new = randomized_bases(gradient, side, rank)
+    else:
+        assert isinstance(gradient, Tensor)
+        new = svd_bases(gradient, side, rank)
+    if old is None:
+        return new
+    return Bases(*(None if p is None or q is None else align_signs(p, q) for p, q in zip(new, old, strict=True)))
 
 
 def svd_bases(gradient: Tensor, side: Side, rank: int) -> Bases:
-    """The leading singular vectors of the gradient, from a full SVD: the published refresh.
+    """The leading singular vectors of G, from a full SVD: the published refresh.
 
-    Runs in float32 (float64 for a float64 gradient) whatever the gradient's dtype is, and returns bases in the
-    gradient's dtype.
-
-    Args:
-        gradient: G, m × n.
-        side: which bases to return.
-        rank: r, at most min(m, n).
-
-    Source: GaLore (arXiv:2403.03507), section 4.1, equation 12.
+    Source: GaLore (Zhao et al., 2024, arXiv:2403.03507), section 4.1, equation 12.
     """
-    matrix = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+    u, _, vh = torch.linalg.svd(_scaled(gradient), full_matrices=False)
     # Slices are views that would keep the whole of U or Vh alive: the bases are copied out.
     return Bases(
-        left=u[:, :rank].to(gradient.dtype, copy=True) if side != "right" else None,
-        right=vh[:rank].mT.to(gradient.dtype, copy=True) if side != "left" else None,
+        left=u[:, :rank].clone() if side != "right" else None,
+        right=vh[:rank].mT.clone() if side != "left" else None,
     )
+
+
+def randomized_bases(gradient: Gradient, side: Side, rank: int) -> Bases:
+    """The leading singular vectors of G, approximately, from nothing but products with it.
+
+    A range finder with oversampling and power iterations, and the singular vectors of G within that range. The random
+    start is the same at every refresh, and on every process.
+
+    Source: Halko, Martinsson and Tropp (2011, arXiv:0909.4061), algorithms 4.4 and 5.1.
+    """
+    if side == "right":
+        return _swapped(randomized_bases(_transposed(gradient), "left", rank))
+    m, n = gradient.shape
+    size = min(rank + OVERSAMPLING, m, n)
+    sketch = times(gradient, _gaussian(n, size, gradient))
+    for _ in range(power_iterations((m, n), rank)):
+        within = _orthonormal(transposed_times(gradient, _orthonormal(sketch)))
+        sketch = times(gradient, within)
+    range_basis = _orthonormal(sketch)
+    within = transposed_times(gradient, range_basis)  # n × size, the transpose of G within its range
+    within = _scaled(within)
+    # Its right singular vectors from a small symmetric matrix: an SVD of n × size would cost more than all the rest.
+    _, vectors = torch.linalg.eigh(within.mT @ within)
+    vectors = vectors.flip(-1)[:, :rank]
+    left = range_basis @ vectors
+    return Bases(left, _orthonormal(within @ vectors) if side == "full" else None)
+
+
+def subspace_bases(gradient: Gradient, side: Side, rank: int, old: Bases | None) -> Bases:
+    """The leading left or right singular space of G, by block power iteration from the old basis.
+
+    P ← orth(G(GᵀP)), started from the old basis; from Gaussian columns, and with one iteration more, where there is
+    none. A zero gradient returns what it started from.
+
+    Source: Golub and Van Loan, Matrix Computations, section 8.2.4 (orthogonal iteration).
+    """
+    if side == "right":
+        return _swapped(subspace_bases(_transposed(gradient), "left", rank, None if old is None else _swapped(old)))
+    m, n = gradient.shape
+    old_left, old_right = old or (None, None)
+    basis = _gaussian(m, rank, gradient) if old_left is None else old_left.to(gradient.dtype)
+    for _ in range(power_iterations((m, n), rank) + (old_left is None)):
+        basis = _power_iteration(gradient, basis)
+    if side == "left":
+        return Bases(basis, None)
+    start = _gaussian(n, rank, gradient) if old_right is None else old_right.to(gradient.dtype)
+    within = _scaled(transposed_times(gradient, basis))
+    size = (within.square().sum() / rank).sqrt()
+    return Bases(basis, _orthonormal(within + (ENERGY_FLOOR * size + _NEGLIGIBLE) * start))
 
 
 def align_signs(basis: Tensor, old: Tensor) -> Tensor:
@@ -38,7 +132,97 @@ def align_signs(basis: Tensor, old: Tensor) -> Tensor:
 
     Args:
         basis: k × r.
-        old: k × r; zeros before the first refresh.
+        old: k × r.
     """
     flipped = (basis * old).sum(dim=0) < 0
     return torch.where(flipped, -basis, basis)
+
+
+def overlap(new: Bases, old: Bases) -> Tensor:
+    """How much of the old subspace is in the new one, 0 to 1: ‖P_newᵀP_old‖²_F / r, the smaller of the two sides'.
+
+    Two random subspaces overlap by r / m. 0-dimensional.
+    """
+    shares = [
+        _norm(p.mT @ q).square() / p.shape[1] for p, q in zip(new, old, strict=True) if p is not None and q is not None
+    ]
+    return torch.stack(shares).amin()
+
+
+def figures_of(gradient: Gradient, low_rank: Tensor, new: Bases, old: Bases | None) -> Tensor:
+    """What there is to know of a refresh: ‖G‖_F, the captured energy and the overlap (1 for a first refresh).
+
+    Of a gradient in factors ‖G‖² is ‖R‖² + ‖G − back(R)‖², the latter estimated from products with `PROBES` Gaussian
+    columns, without bias: there is no G to take the norm of.
+
+    Returns:
+        3 numbers of at least float32 on the gradient's device.
+
+    Source: the estimate is Hutchinson's (1989).
+    """
+    captured = _norm(low_rank)
+    if isinstance(gradient, FactoredGradient):
+        probes = _gaussian(gradient.shape[1], PROBES, gradient) * (gradient.shape[1] / PROBES) ** 0.5
+        narrow = probes if new.right is None else new.right.mT.to(probes.dtype) @ probes
+        back = low_rank.to(probes.dtype) @ narrow
+        back = back if new.left is None else new.left.to(probes.dtype) @ back
+        total = torch.hypot(captured, _norm(times(gradient, probes) - back))
+    else:
+        total = _norm(gradient)
+    energy = (captured / total.clamp_min(_TINY)).square().clamp_max(1.0)
+    shared = torch.ones_like(total) if old is None else overlap(new, old)
+    return torch.stack((total, torch.where(total > 0, energy, 1.0), shared))
+
+
+def _norm(tensor: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+    return norm
+
+
+def _power_iteration(gradient: Gradient, basis: Tensor) -> Tensor:
+    within = transposed_times(gradient, basis)
+    largest = within.abs().amax().clamp_min(_TINY)  # squares of 1e-30 are 0, and of 1e30 infinite
+    within = within / largest
+    floor = ENERGY_FLOOR * within.square().sum() / basis.shape[1]
+    return _orthonormal(times(gradient, within) / largest + (floor + _NEGLIGIBLE) * basis)
+
+
+def _gaussian(rows: int, columns: int, gradient: Gradient) -> Tensor:
+    """The same numbers every time, without touching anybody's random state."""
+    generator = torch.Generator(gradient.device).manual_seed(0)
+    size = (rows, columns)
+    sample = torch.randn(size, generator=generator, dtype=gradient.dtype, device=gradient.device)
+    return sample / rows**0.5
+
+
+def _orthonormal(matrix: Tensor) -> Tensor:
+    """Orthonormal columns with the span of `matrix`, by Householder QR, each on the side of the column it came from.
+
+    Continuous in `matrix`, as QR without a fixed sign is not.
+    """
+    q: Tensor
+    q, r = torch.linalg.qr(_scaled(matrix))  # as fast as a Cholesky QR run twice, and it never fails
+    return q * torch.where(r.diagonal() < 0, -1.0, 1.0)
+
+
+def _scaled(matrix: Tensor) -> Tensor:
+    """The matrix with a largest element of 1; zeros for one that is not finite, which no factorisation may see."""
+    largest = matrix.abs().amax()
+    return torch.where(largest.isfinite(), matrix / largest.clamp_min(_TINY), 0.0)
+
+
+def _in_float32(gradient: Gradient) -> Gradient:
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
+    if isinstance(gradient, FactoredGradient):
+        return FactoredGradient(gradient.output_gradient.to(dtype), gradient.inputs.to(dtype))
+    return gradient.to(dtype)
+
+
+def _transposed(gradient: Gradient) -> Gradient:
+    if isinstance(gradient, FactoredGradient):
+        return FactoredGradient(gradient.inputs, gradient.output_gradient)
+    return gradient.mT
+
+
+def _swapped(bases: Bases) -> Bases:
+    return Bases(bases.right, bases.left)

@@ -143,6 +143,31 @@ def blockwise_absmax_shape(numel: int) -> tuple[int]:
     return (math.ceil(numel / BLOCKWISE_SIZE),)
 
 
+def dequantize_moments(moments: QuantizedMoments, codebooks: Codebooks) -> tuple[Tensor, Tensor]:
+    """Both moments in float32."""
+    from bitsandbytes.functional import dequantize_blockwise
+
+    def plain(codes: Tensor, absmax: Tensor, code: Tensor) -> Tensor:
+        values: Tensor = dequantize_blockwise(codes, absmax=absmax, code=code, blocksize=BLOCKWISE_SIZE)
+        return values
+
+    return (
+        plain(moments.exp_avg, moments.exp_avg_absmax, codebooks.signed),
+        plain(moments.exp_avg_sq, moments.exp_avg_sq_absmax, codebooks.unsigned),
+    )
+
+
+def quantize_moments_(moments: QuantizedMoments, exp_avg: Tensor, exp_avg_sq: Tensor, codebooks: Codebooks) -> None:
+    """Put float32 moments where the 8-bit ones are."""
+    from bitsandbytes.functional import quantize_blockwise
+
+    for values, codes, absmax, code in (
+        (exp_avg, moments.exp_avg, moments.exp_avg_absmax, codebooks.signed),
+        (exp_avg_sq, moments.exp_avg_sq, moments.exp_avg_sq_absmax, codebooks.unsigned),
+    ):
+        quantize_blockwise(values.contiguous(), code=code, absmax=absmax, out=codes, blocksize=BLOCKWISE_SIZE)
+
+
 def adam_8bit_(
     weight: Tensor,
     gradient: Tensor,

@@ -22,6 +22,8 @@ from hf_galore.refresh import align_signs
 from hf_galore.update import Codebooks
 from tests.reference import ReferenceGaLore
 
+# The published choices, where the reference has no others.
+PUBLISHED: dict[str, Any] = {"refresh": "svd", "stagger": False, "moments": "keep", "proj_bits": 16}
 ADAM: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 
@@ -133,7 +135,7 @@ def test_svd_refresh_follows_the_paper(
     adam = {**ADAM, "eps": 1e-3} if proj_type == "full" else ADAM
     (param,) = parameters(shape, dtype=dtype)
     reference = ReferenceGaLore(param.detach().numpy(), rank=3, gap=20, scale=0.5, proj_type=proj_type, **adam)
-    group = {"params": [param], "rank": 3, "update_proj_gap": 20, "scale": 0.5, "proj_type": proj_type}
+    group = {"params": [param], "rank": 3, "update_proj_gap": 20, "scale": 0.5, "proj_type": proj_type, **PUBLISHED}
     optimizer = GaLoreAdamW([group], **adam)
     for gradient in gradients(shape, 50, dtype):
         param.grad = gradient
@@ -170,7 +172,7 @@ def test_it_follows_galore_torch_but_for_three_definitions(
     lr, betas, eps, weight_decay = ADAM["lr"], (0.9, 0.95), 1e-3, 0.1
     ours, theirs = parameters(shape), parameters(shape)
     options = {"rank": 3, "update_proj_gap": 20, "scale": 0.5, "proj_type": proj_type}
-    mine = GaLoreAdamW([{"params": ours, **options}], lr=lr, betas=betas, weight_decay=0.0)
+    mine = GaLoreAdamW([{"params": ours, **options, **PUBLISHED}], lr=lr, betas=betas, weight_decay=0.0)
     other = galore_torch.GaLoreAdamW(
         [{"params": theirs, **options}],
         lr=lr,
@@ -192,7 +194,7 @@ def test_projected_adafactor_follows_galore_torch(monkeypatch: pytest.MonkeyPatc
     keep_signs(monkeypatch)
     ours, theirs = parameters((12, 7)), parameters((12, 7))
     options = {"rank": 3, "update_proj_gap": 20, "scale": 0.5, "proj_type": "std"}
-    train(GaLoreAdafactor([{"params": ours, **options}], lr=1e-2, weight_decay=0.1), ours, 50)
+    train(GaLoreAdafactor([{"params": ours, **options, **PUBLISHED}], lr=1e-2, weight_decay=0.1), ours, 50)
     published = galore_torch.GaLoreAdafactor(
         [{"params": theirs, **options}], lr=1e-2, weight_decay=0.1, relative_step=False, scale_parameter=False
     )
@@ -202,7 +204,7 @@ def test_projected_adafactor_follows_galore_torch(monkeypatch: pytest.MonkeyPatc
 
 def test_projected_8bit_stays_within_quantisation_error_of_32bit() -> None:
     shape, lr = (96, 80), 1e-2  # R is 96 × 60 = 5,760 elements: above bitsandbytes' 4,096
-    options = {"rank": 60, "update_proj_gap": 20, "scale": 0.5}
+    options = {"rank": 60, "update_proj_gap": 20, "scale": 0.5, **PUBLISHED}
     start, small, large = (parameters(shape)[0] for _ in range(3))
     eight = GaLoreAdamW8bit([{"params": [small], **options}], lr=lr, weight_decay=0.0)
     thirty_two = GaLoreAdamW([{"params": [large], **options}], lr=lr, weight_decay=0.0)
@@ -221,7 +223,7 @@ def test_projected_8bit_is_bitsandbytes_on_the_low_rank_gradient() -> None:
     (param,) = parameters(shape)
     expected = param.detach().clone()
     stand_in = nn.Parameter(torch.zeros(96, 60))
-    optimizer = GaLoreAdamW8bit([{"params": [param], "rank": 60, "scale": scale}], lr=lr, weight_decay=0.0)
+    optimizer = GaLoreAdamW8bit([{"params": [param], "rank": 60, "scale": scale, **PUBLISHED}], lr=lr, weight_decay=0.0)
     kernel = AdamW8bit([stand_in], lr=1.0, weight_decay=0.0)
     for gradient in gradients(shape, 10):
         param.grad = gradient
@@ -291,7 +293,9 @@ def test_a_step_neither_synchronises_nor_clones_a_weight(
     monkeypatch.setattr(optimizers, "dynamic_codebooks", meta_codebooks)
     target, vector = (nn.Parameter(torch.zeros(shape, device="meta", dtype=dtype)) for shape in ((512, 256), (256,)))
     optimizer = cls([{"params": [target], "rank": 32}, {"params": [vector]}])
-    optimizer.state[target]["step"] += 1  # not a refresh, which waits for the device inside its SVD
+    for key in ("step", "refreshed_at"):  # not a refresh, which waits for the device once
+        optimizer.state[target][key].fill_(1)
+    optimizer.bases_of(target, optimizer.param_groups[0])  # the table of 8-bit codes goes to a device once
     for param in (target, vector):
         param.grad = torch.zeros_like(param)
     with Recorder() as recorder:
@@ -420,7 +424,7 @@ def test_a_copy_goes_on_by_itself(cls: type[Any]) -> None:
 
 def test_moments_of_low_precision_weights_are_float32() -> None:
     params = parameters((8, 6), (6,), dtype=torch.bfloat16)
-    optimizer = GaLoreAdamW([{"params": params[:1], "rank": 2}, {"params": params[1:]}])
+    optimizer = GaLoreAdamW([{"params": params[:1], "rank": 2, "proj_bits": 16}, {"params": params[1:]}])
     dtypes = {key: value.dtype for param in params for key, value in optimizer.state[param].items()}
     assert dtypes["exp_avg"] == dtypes["exp_avg_sq"] == torch.float32
     assert dtypes["basis_right"] == torch.bfloat16

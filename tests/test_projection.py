@@ -82,16 +82,6 @@ def test_svd_bases_do_not_keep_the_whole_factorisation_alive() -> None:
         assert basis.untyped_storage().nbytes() == basis.numel() * basis.element_size()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_svd_bases_come_in_the_dtype_of_the_gradient(dtype: torch.dtype) -> None:
-    gradient = torch.randn(8, 6)
-    basis = svd_bases(gradient.to(dtype), "left", 2).left
-    assert basis is not None
-    assert basis.dtype == dtype
-    if dtype == torch.float64:
-        torch.testing.assert_close(basis.mT @ basis, torch.eye(2, dtype=dtype), atol=1e-12, rtol=0)
-
-
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_projecting_back_is_the_definition(shape: tuple[int, int], side: Side) -> None:

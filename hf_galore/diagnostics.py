@@ -1,0 +1,95 @@
+"""What an optimizer can tell of its refreshes and its memory, kept so that asking is all that costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Stopwatch:
+    """Times what happens on a device between its making and `stop()`, without waiting for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        # On a GPU the host runs ahead: the device's own clock is read, when somebody asks.
+        self._events = [torch.Event(device, enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
+        self._start = time.perf_counter()
+        self._seconds = 0.0
+        if self._events:
+            self._events[0].record()
+
+    def stop(self) -> None:
+        """The end of what is timed."""
+        self._seconds = time.perf_counter() - self._start
+        if self._events:
+            self._events[1].record()
+
+    def seconds(self) -> float:
+        """The time between; waits for the device."""
+        if not self._events:
+            return self._seconds
+        self._events[1].synchronize()
+        return float(self._events[0].elapsed_time(self._events[1])) / 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Refresh:
+    """What is known of one refresh."""
+
+    captured_energy: float  # ‖R‖² / ‖G‖² with the new basis
+    overlap: float | None  # of the new basis with the old; None for the first
+    watch: Stopwatch
+
+
+class RefreshLog:
+    """The refreshes since somebody last asked."""
+
+    def __init__(self) -> None:
+        self._refreshes: list[Refresh] = []
+
+    def add(self, refresh: Refresh) -> None:
+        """Note a refresh."""
+        self._refreshes.append(refresh)
+
+    def take(self) -> dict[str, float]:
+        """Their figures, which are forgotten; empty where there was no refresh. Waits for the device."""
+        refreshes, self._refreshes = self._refreshes, []
+        if not refreshes:
+            return {}
+        energies = [refresh.captured_energy for refresh in refreshes]
+        figures = {
+            "captured_energy_min": min(energies),
+            "captured_energy_median": statistics.median(energies),
+            "refresh_seconds": sum(refresh.watch.seconds() for refresh in refreshes),
+        }
+        overlaps = [refresh.overlap for refresh in refreshes if refresh.overlap is not None]
+        if overlaps:
+            figures["overlap_median"] = statistics.median(overlaps)
+        return figures
+
+
+@dataclasses.dataclass
+class Memory:
+    """What an optimizer's state holds, and of how many parameters."""
+
+    moment_bytes: int = 0
+    basis_bytes: int = 0
+    targets: int = 0
+    full_rank: int = 0
+
+    def count(self, state: dict[str, Any]) -> None:
+        """Add one parameter's state."""
+        bases = {key for key in state if key.startswith("basis")}
+        self.targets += bool(bases)
+        self.full_rank += not bases
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                size = value.numel() * value.element_size()
+                if key in bases:
+                    self.basis_bytes += size
+                elif key.startswith("exp_avg"):
+                    self.moment_bytes += size

@@ -1,0 +1,106 @@
+"""Bases in 8 and 4 bits, by bitsandbytes' kernels: pure functions on tensors.
+
+=========  ==============================================================  ======================
+proj_bits  what is stored                                                  bits an element
+=========  ==============================================================  ======================
+16         the basis in the weight's dtype                                 that dtype's
+8          one of 255 equal steps, one float32 scale for 256 elements      8.125
+4          NormalFloat4, two to a byte, one float32 scale for 64 elements  4.5
+=========  ==============================================================  ======================
+
+The entries of an orthonormal basis of many rows are nearly normally distributed. NormalFloat4 is made for that;
+equal steps come closer to it than bitsandbytes' dynamic 8-bit code, which is made for moments that span many orders.
+
+Sources: Q-GaLore (Zhang et al., 2024, arXiv:2407.08296), section 3.3, for keeping bases in 4 bits; NormalFloat4 from
+QLoRA (Dettmers et al., 2023, arXiv:2305.14314), section 3.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .config import ProjBits
+
+BLOCK_SIZE = {8: 256, 4: 64}  # elements that share a scale
+
+
+class QuantizedBasis(NamedTuple):
+    """A basis as it is kept: codes and the largest magnitude of each block; for 16 bits the basis itself and `None`."""
+
+    codes: Tensor
+    absmax: Tensor | None
+
+
+def empty_basis(shape: Sequence[int], bits: ProjBits, like: Tensor) -> QuantizedBasis:
+    """Room for a basis of `shape` k × r, on the device of `like` and, for 16 bits, in its dtype."""
+    if bits == 16:
+        return QuantizedBasis(like.new_zeros(tuple(shape)), None)
+    numel = math.prod(shape)
+    codes = tuple(shape) if bits == 8 else (math.ceil(numel / 2), 1)
+    absmax = like.new_zeros(math.ceil(numel / BLOCK_SIZE[bits]), dtype=torch.float32)
+    return QuantizedBasis(like.new_zeros(codes, dtype=torch.uint8), absmax)
+
+
+def quantize_basis(basis: Tensor, bits: ProjBits, dtype: torch.dtype) -> QuantizedBasis:
+    """A basis as it is kept.
+
+    Args:
+        basis: k × r, float32 or float64.
+        bits: 16, 8 or 4.
+        dtype: the weight's, for 16 bits.
+
+    Raises:
+        ImportError: bitsandbytes is not installed, for 8 and 4 bits.
+    """
+    if bits == 16:
+        return QuantizedBasis(basis.to(dtype), None)
+    functional = _bitsandbytes()
+    basis = basis.to(torch.float32).contiguous()
+    if bits == 8:
+        codes, state = functional.quantize_blockwise(basis, code=_equal_steps(basis.device), blocksize=BLOCK_SIZE[8])
+    else:
+        codes, state = functional.quantize_4bit(basis, blocksize=BLOCK_SIZE[4], quant_type="nf4")
+    return QuantizedBasis(codes, state.absmax)
+
+
+def dequantize_basis(kept: QuantizedBasis, shape: Sequence[int], bits: ProjBits, dtype: torch.dtype) -> Tensor:
+    """The basis, of `shape` k × r in `dtype`; for 16 bits the tensor that is kept, cast if need be."""
+    if bits == 16:
+        return kept.codes.to(dtype)
+    functional = _bitsandbytes()
+    direct = dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
+    if bits == 8:
+        state = functional.QuantState(
+            absmax=kept.absmax, code=_equal_steps(kept.codes.device), blocksize=BLOCK_SIZE[8], dtype=direct
+        )
+        basis = functional.dequantize_blockwise(kept.codes, state)
+    else:
+        state = functional.QuantState(
+            absmax=kept.absmax, shape=torch.Size(shape), blocksize=BLOCK_SIZE[4], quant_type="nf4", dtype=direct
+        )
+        basis = functional.dequantize_4bit(kept.codes, state)
+    out: Tensor = basis.to(dtype)
+    return out
+
+
+@functools.cache
+def _equal_steps(device: torch.device) -> Tensor:
+    """bitsandbytes' table of 255 equal steps from −1 to 1; copied to a device once."""
+    table: Tensor = _bitsandbytes().create_linear_map()
+    return table.to(device)
+
+
+def _bitsandbytes() -> Any:
+    try:
+        from bitsandbytes import functional
+    except ImportError as error:
+        raise ImportError(
+            "proj_bits=8 and proj_bits=4 need bitsandbytes: pip install bitsandbytes, or set proj_bits=16."
+        ) from error
+    return functional

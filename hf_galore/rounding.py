@@ -1,0 +1,69 @@
+"""Adding small updates to bfloat16 weights without losing them: stochastic rounding.
+
+A bfloat16 has 8 bits of precision: an update below 1/512 of its weight vanishes when the sum is rounded to the nearest.
+Rounded up or down at random, with a probability that makes the mean right, it arrives on average.
+
+Source: Revisiting BFloat16 Training (Zamirai et al., 2020, arXiv:2010.06192), section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# Rows are taken in chunks of about this many elements: float32 copies and random bits of a whole 7B output head would
+# need a gigabyte.
+CHUNK_ELEMENTS = 2**22
+
+
+def generator_for(device: torch.device, seed: int, index: int, step: int) -> torch.Generator:
+    """The random numbers of one parameter's update: a function of the seed, so that nothing has to be saved.
+
+    Args:
+        device: of the parameter.
+        seed: of the run.
+        index: of the parameter in its optimizer.
+        step: of the update.
+    """
+    # Three numbers into one that no other three give in practice; manual_seed takes 64 bits.
+    mixed = ((seed * 0x9E3779B97F4A7C15 + index) * 0xBF58476D1CE4E5B9 + step) * 0x94D049BB133111EB
+    return torch.Generator(device).manual_seed((mixed ^ (mixed >> 31)) & (2**63 - 1))
+
+
+def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
+    """float32 values in bfloat16, each rounded to one of its two neighbours so that the mean is the value.
+
+    Args:
+        values: float32, finite.
+    """
+    # A bfloat16 is the upper half of a float32: adding random lower halves carries with the right probability.
+    bits = values.contiguous().view(torch.int32)
+    noise = torch.randint(0, 2**16, bits.shape, dtype=torch.int32, device=values.device, generator=generator)
+    return ((bits + noise) & -(2**16)).view(torch.float32).to(torch.bfloat16)
+
+
+def add_rounded_(
+    weight: Tensor,
+    update: Callable[[slice], Tensor],
+    *,
+    alpha: float,
+    decay: Tensor | float,
+    generator: torch.Generator,
+) -> None:
+    """W ← decay · W + alpha · U in place, computed in float32 and rounded once, stochastically.
+
+    Args:
+        weight: bfloat16.
+        update: gives the rows of U that a slice of the first dimension names.
+        decay: 1 − ηλ.
+    """
+    if weight.ndim == 0:
+        weight, update = weight.unsqueeze(0), lambda rows, whole=update: whole(rows).unsqueeze(0)  # type: ignore[misc]
+    per_row = max(1, weight[:1].numel())
+    size = max(1, CHUNK_ELEMENTS // per_row)
+    for start in range(0, len(weight), size):
+        rows = slice(start, start + size)
+        values = weight[rows].to(torch.float32).mul_(decay).add_(update(rows).to(torch.float32), alpha=alpha)
+        weight[rows] = round_stochastically(values, generator)
