@@ -5,7 +5,7 @@ Importing the package registers its optimizers under the `galore_*` names of `Tr
 
 from .config import GaLoreConfig
 from .optimizers import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
-from .trainer import register, unregister
+from .trainer import GaLoreCallback, register, unregister
 
 __version__ = "0.1.0"
 
@@ -13,6 +13,7 @@ __all__ = [
     "GaLoreAdafactor",
     "GaLoreAdamW",
     "GaLoreAdamW8bit",
+    "GaLoreCallback",
     "GaLoreConfig",
     "register",
     "unregister",

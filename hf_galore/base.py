@@ -301,7 +301,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         m, n = param.shape
         rank, side = group["rank"], side_of(param.shape, group["proj_type"])
         narrow = products((m, n), rank, side, group["refresh"]) + 1  # and R
-        return narrow * tokens * rank * (m + n) < tokens * m * n + narrow * rank * m * n
+        return bool(narrow * tokens * rank * (m + n) < tokens * m * n + narrow * rank * m * n)
 
     def bases_of(self, param: Tensor, group: Group) -> Bases:
         """The present bases of a target, in its dtype."""
@@ -334,7 +334,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
             self._skipped.note(param, torch.ones((), device=param.device), step + 1)
             return None
         if norm == 0:
-            # There is nothing to learn from it: the old basis stays, and where there is none, the next step looks again.
+            # Nothing to learn from it: the old basis stays, and where there is none, the next step looks again.
             if old is not None:
                 count_refresh(state, step)
                 return low_rank

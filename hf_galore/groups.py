@@ -51,6 +51,11 @@ def is_target(param: Tensor, group: Group) -> bool:
 
 
 def check_same_names(group: Group, saved_group: Group) -> None:
+    """Check that a saved group is of the same parameters.
+
+    Raises:
+        ValueError: it is not; the message names the first that differs.
+    """
     # Wrappers (torch.compile, DistributedDataParallel) put these before a name.
     own, saved = (
         [name.replace("_orig_mod.", "").removeprefix("module.") for name in g.get("param_names", ())]
@@ -68,16 +73,22 @@ def check_same_names(group: Group, saved_group: Group) -> None:
 
 
 def check_same_options(group: Group, saved_group: Group) -> None:
-    own, saved = GaLoreConfig.from_group(group), GaLoreConfig.from_group(saved_group)
-    if own == saved:
-        return
+    """Check that a saved group was made with the same of GaLore's options.
 
-    def words(config: GaLoreConfig | None) -> str:
-        if config is None:
-            return "no projection"
-        return ", ".join(f"{key}={value}" for key, value in config.group_options().items())
+    Raises:
+        ValueError: it was not; the message has both.
+    """
+    own, saved = _described(group), _described(saved_group)
+    if own != saved:
+        raise ValueError(
+            f"The checkpoint was written with {saved}, this optimizer was made with {own}. A resumed run continues the "
+            "old one: give it the same, or start a new one from the checkpoint's weights."
+        )
 
-    raise ValueError(
-        f"The checkpoint was written with {words(saved)}, this optimizer was made with {words(own)}. A resumed run "
-        "continues the old one: give it the same, or start a new one from the checkpoint's weights."
-    )
+
+def _described(group: Group) -> str:
+    config = GaLoreConfig.from_group(group)
+    options = {} if config is None else config.group_options()
+    if group.get("stochastic_rounding"):
+        options["stochastic_rounding"] = True
+    return ", ".join(f"{key}={value}" for key, value in options.items()) or "no projection"

@@ -7,6 +7,8 @@ know of a refresh, throws them away.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -191,8 +193,8 @@ def _gaussian(rows: int, columns: int, gradient: Gradient) -> Tensor:
     """The same numbers every time, without touching anybody's random state."""
     generator = torch.Generator(gradient.device).manual_seed(0)
     size = (rows, columns)
-    sample = torch.randn(size, generator=generator, dtype=gradient.dtype, device=gradient.device)
-    return sample / rows**0.5
+    sample: Tensor = torch.randn(size, generator=generator, dtype=gradient.dtype, device=gradient.device)
+    return sample / math.sqrt(rows)
 
 
 def _orthonormal(matrix: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """All contact with the internals of transformers: the optimizer names, and what a Trainer has to do differently.
 
-`register()` replaces four methods of `transformers.Trainer`; `unregister()` puts them back. Each replacement
+`register()` replaces five methods of `transformers.Trainer`; `unregister()` puts them back. Each replacement
 concerns itself with the `galore_*` optimizers only and hands everything else on.
 """
 
@@ -45,6 +45,7 @@ PATCHED: dict[str, str] = {
     "create_optimizer": "(self, model=None)",
     "_clip_grad_norm": "(self, model)",
     "_get_grad_norm": "(self, model, grad_norm=None)",
+    "log": "(self, logs, start_time=None)",
 }
 
 _originals: dict[str, Any] = {}
@@ -69,6 +70,7 @@ def register() -> None:
         "create_optimizer": _create_optimizer,
         "_clip_grad_norm": _clip_grad_norm,
         "_get_grad_norm": _get_grad_norm,
+        "log": _log,
     }
     for name, replacement in replacements.items():
         _originals[name] = inspect.getattr_static(Trainer, name)
@@ -102,8 +104,42 @@ def moved_internals() -> list[str]:
     return moved
 
 
-class HooksCallback(TrainerCallback):
-    """Looks after an optimizer's hooks: takes them off the model when training ends, and warns of skipped updates."""
+class GaLoreCallback(TrainerCallback):
+    """Looks after a GaLore optimizer, and adds what it can tell to the Trainer's log.
+
+    A Trainer with a `galore_*` optim has one; to a Trainer that is given an optimizer, add it by hand. On each logging
+    step it logs, under `galore/`:
+
+    - `refreshes`, all of the run so far, and with `lazy_refresh` how many it saved: `refreshes_saved`;
+    - of the refreshes since the last logging step, where there were any: `captured_energy_min` and `_median` (the part
+      of the gradient's squared norm that the new basis captures), `overlap_median` (of new and old subspace, 0 to 1)
+      and `refresh_seconds`, their sum;
+    - on the first logging step of a run, what stays the same: `moment_mib` and `basis_mib`, the sizes in MiB, and the
+      counts of parameters, `targets` and `full_rank`.
+
+    It takes the optimizer's hooks off the model when training ends, and warns of skipped updates.
+    """
+
+    def __init__(self) -> None:
+        self._logged_sizes = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The sizes are logged once a run."""
+        self._logged_sizes = False
+
+    def figures(self, optimizer: GaLoreOptimizer) -> dict[str, float]:
+        """What a logging step adds to the log. Waits for the device, as the Trainer has just done for the loss."""
+        figures = optimizer.refresh_figures()
+        if not self._logged_sizes:
+            self._logged_sizes = True
+            memory = optimizer.memory()
+            figures["moment_mib"] = memory.moment_bytes / 2**20
+            figures["basis_mib"] = memory.basis_bytes / 2**20
+            figures["targets"] = memory.targets
+            figures["full_rank"] = memory.full_rank
+        return {f"galore/{key}": value for key, value in figures.items()}
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The Trainer has just waited for the device: what the optimizer counted there costs nothing more to read."""
@@ -157,6 +193,7 @@ def _get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | No
         "layerwise": kind.layerwise,
         "projected_backward": projected_backward,
         "hold_gradients": args.max_grad_norm > 0,
+        "stochastic_rounding": config.stochastic_rounding,
     }
     if issubclass(kind.cls, GaLoreAdamW):
         kwargs.update(betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon)
@@ -183,8 +220,8 @@ def _create_optimizer(self: Trainer, model: nn.Module | None = None) -> Any:
     if optimizer is not None:
         if optimizer.hooks is not None:
             optimizer.hooks.attach()
-        if not any(isinstance(callback, HooksCallback) for callback in self.callback_handler.callbacks):
-            self.add_callback(HooksCallback)
+        if _callback_of(self) is None:
+            self.add_callback(GaLoreCallback)
     return wrapper
 
 
@@ -202,6 +239,19 @@ def _get_grad_norm(self: Trainer, model: nn.Module, grad_norm: Any = None) -> An
     if optimizer is not None:
         return optimizer.grad_norm() if grad_norm is None else grad_norm
     return _originals["_get_grad_norm"](self, model, grad_norm)
+
+
+def _log(self: Trainer, logs: dict[str, float], start_time: float | None = None) -> None:
+    """Replaces `Trainer.log`, the way to all that reports: the callback's own `on_log` comes after some of them."""
+    callback, optimizer = _callback_of(self), _galore_optimizer(self.optimizer)
+    if callback is not None and optimizer is not None and "loss" in logs:  # not the logs of evaluation and of the end
+        logs.update(callback.figures(optimizer))
+    _originals["log"](self, logs, start_time)
+
+
+def _callback_of(trainer: Trainer) -> GaLoreCallback | None:
+    callbacks = trainer.callback_handler.callbacks
+    return next((callback for callback in callbacks if isinstance(callback, GaLoreCallback)), None)
 
 
 def _check_can_hook(name: str, config: GaLoreConfig, args: TrainingArguments) -> None:

@@ -18,12 +18,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import multiprocessing
 import os
 import statistics
 import sysconfig
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -41,6 +43,8 @@ ROWS, LENGTH = 4, 128  # of a batch
 WARMUP, MAX_NORM = 0.1, 1.0
 RANK, GAP, SCALE = HIDDEN // 4, 50, 0.25
 HELD_OUT_ROWS = 256
+
+CACHE = Path(tempfile.gettempdir()) / "hf_galore_stdlib_tokens.pt"
 
 Build = Callable[[nn.Module, float, dict[str, Any]], torch.optim.Optimizer]
 
@@ -85,7 +89,7 @@ def _ours(model: nn.Module, lr: float, options: dict[str, Any]) -> torch.optim.O
 
 
 def _lora(model: nn.Module, lr: float, options: dict[str, Any]) -> torch.optim.Optimizer:
-    """Adapters with as many elements as GaLore's low-rank gradients; what is not projected is trained whole, as there."""
+    """Adapters with as many elements as GaLore's low-rank gradients; what GaLore trains full-rank is trained here too."""
     from peft import LoraConfig, inject_adapter_in_model
 
     targets, rest = _targets_and_rest(model)
@@ -142,6 +146,7 @@ CONTENDERS = (
     Contender(DEFAULT, _ours, {}, rates=(2e-3, 4e-3, 8e-3)),
     _default_but(proj_bits=16),
     _default_but(proj_bits=4),
+    _default_but(moments="rotate"),
     _default_but(lazy_refresh=True),
     _default_but(optim_bits=8),
 )
@@ -160,6 +165,7 @@ def standard_library() -> tuple[list[str], list[str]]:
     return [t for i, t in enumerate(texts) if i % 20], [t for i, t in enumerate(texts) if not i % 20]
 
 
+@functools.cache
 def tokenized(cache: Path) -> tuple[Tensor, Tensor]:
     """Training and held-out tokens, (rows, `LENGTH`), from a tokenizer trained on the training text."""
     from tokenizers import ByteLevelBPETokenizer
@@ -333,7 +339,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="a file of finished runs to read and to add to")
     parser.add_argument("--short", action="store_true", help="200 steps, one seed, the three main rows, one rate each")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at a time, of one thread each")
-    parser.add_argument("--cache", type=Path, default=Path(os.environ.get("TMPDIR", "/tmp")) / "hf_galore_quality.pt")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="a file for the tokens")
     args = parser.parse_args()
     console = Console(width=120)
     steps, seeds = (200, args.seeds[:1]) if args.short else (args.steps, args.seeds)
