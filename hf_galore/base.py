@@ -329,18 +329,15 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         new = read_bases(param, group, kept)
         low_rank = project(gradient, new)
         # The one time that a refresh waits for the device.
-        norm, energy, shared = figures_of(gradient, low_rank, new, old).tolist()
+        norm, energy, shared = (value.item() for value in figures_of(gradient, low_rank, new, old).cpu().unbind())
         if not math.isfinite(norm):
             self._skipped.note(param, torch.ones((), device=param.device), step + 1)
             return None
-        if norm == 0:
-            # Nothing to learn from it: the old basis stays, and where there is none, the next step looks again.
-            if old is not None:
-                count_refresh(state, step)
-                return low_rank
-        else:
-            if old is not None:
-                self._carry_moments(state, group, new, old, step)
+        if norm == 0 and old is not None:
+            kept = {}  # nothing to learn from it: the basis stays
+        if old is not None and step > 0 and (kept or group["moments"] == "reset"):
+            self._carry_moments(state, group, new, old, step)
+        if norm > 0 or old is not None:  # or else the next step looks again
             count_refresh(state, step)
         for key, value in kept.items():
             state[key].copy_(value)
@@ -401,7 +398,8 @@ class GaLoreOptimizer(torch.optim.Optimizer):
     ) -> None:
         direction, step_size = self._direction(gradient, state, group, step, skip)
         if self._rounds_stochastically(param, group):
-            self._add_rounded(param, group, direction.__getitem__, -step_size, step, skip)
+            rows = direction.reshape(-1) if direction.ndim == 0 else direction
+            self._add_rounded(param, group, rows.__getitem__, -step_size, step, skip)
             return
         if group["weight_decay"] != 0:
             param.mul_(_decay(param, group, skip))

@@ -159,7 +159,7 @@ class GaLoreConfig:
     stagger: bool = True
     lazy_refresh: bool = False
     moments: Moments = "keep"
-    proj_bits: ProjBits = 8
+    proj_bits: ProjBits = 4
     stochastic_rounding: bool = False
     projected_backward: bool | None = None
 

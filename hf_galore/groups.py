@@ -88,7 +88,7 @@ def check_same_options(group: Group, saved_group: Group) -> None:
 
 def _described(group: Group) -> str:
     config = GaLoreConfig.from_group(group)
-    options = {} if config is None else config.group_options()
+    words = ["no projection"] if config is None else [f"{k}={v}" for k, v in config.group_options().items()]
     if group.get("stochastic_rounding"):
-        options["stochastic_rounding"] = True
-    return ", ".join(f"{key}={value}" for key, value in options.items()) or "no projection"
+        words.append("stochastic_rounding=True")
+    return ", ".join(words)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .projection import Bases
@@ -22,8 +23,12 @@ class Rotation(NamedTuple):
 def rotation_between(new: Bases, old: Bases) -> Rotation:
     """C = P_newᵀP_old for both sides, in float32 (float64 for float64 bases)."""
     return Rotation(
-        *(None if p is None or q is None else (p.mT @ q).to(p.dtype) for p, q in zip(new, old, strict=True))
+        *(None if p is None or q is None else _precise(p).mT @ _precise(q) for p, q in zip(new, old, strict=True))
     )
+
+
+def _precise(basis: Tensor) -> Tensor:
+    return basis.to(torch.promote_types(basis.dtype, torch.float32))
 
 
 def rotate(value: Tensor, rotation: Rotation) -> Tensor:

@@ -38,9 +38,14 @@ class QuantizedBasis(NamedTuple):
 
 
 def empty_basis(shape: Sequence[int], bits: ProjBits, like: Tensor) -> QuantizedBasis:
-    """Room for a basis of `shape` k × r, on the device of `like` and, for 16 bits, in its dtype."""
+    """Room for a basis of `shape` k × r, on the device of `like` and, for 16 bits, in its dtype.
+
+    Raises:
+        ImportError: bitsandbytes is not installed, for 8 and 4 bits.
+    """
     if bits == 16:
         return QuantizedBasis(like.new_zeros(tuple(shape)), None)
+    _bitsandbytes()  # fail here, not in the first step
     numel = math.prod(shape)
     codes = tuple(shape) if bits == 8 else (math.ceil(numel / 2), 1)
     absmax = like.new_zeros(math.ceil(numel / BLOCK_SIZE[bits]), dtype=torch.float32)

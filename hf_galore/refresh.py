@@ -1,5 +1,6 @@
-"""Computing a new basis from a gradient: pure functions on tensors that never wait for the device.
+"""Computing a new basis from a gradient: pure functions on tensors.
 
+None reads a value back from the device. (Inside torch, on a GPU, `svd` and the small `eigh` of `randomized` do.)
 All arithmetic is float32 (float64 for float64 gradients) whatever the gradient's dtype is. Of a gradient that is not
 finite come bases that are orthonormal and mean nothing: the caller, who reads its norm with whatever else it wants to
 know of a refresh, throws them away.
@@ -28,12 +29,14 @@ _NEGLIGIBLE = 1e-20
 
 
 def power_iterations(shape: tuple[int, int], rank: int) -> int:
-    """How many power iterations a refresh takes: 2, or 1 where the rank is above a sixth of the smaller side.
+    """How many power iterations a refresh takes: 1 for a large matrix and rank, at most 6 for a small one.
 
-    Chosen by `tests/benchmarks/refresh.py`, for both `randomized` and `subspace`: a low rank has a steep step of
-    captured energy to find and cheap iterations to do it with, a high one has neither.
+    Chosen by `tests/benchmarks/refresh.py`, for `randomized` and `subspace` alike. A low rank asks for a second
+    iteration, and its iterations are cheap. Gradients of small models have flat spectra, which take more iterations to
+    tell apart; at that size they cost next to nothing.
     """
-    return 2 if 6 * rank <= min(shape) else 1
+    side = min(shape)
+    return max(2 if 6 * rank <= side else 1, min(6, 2048 // side))
 
 
 def products(shape: tuple[int, int], rank: int, side: Side, method: RefreshMethod) -> int:

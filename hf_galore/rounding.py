@@ -56,11 +56,10 @@ def add_rounded_(
 
     Args:
         weight: bfloat16.
-        update: gives the rows of U that a slice of the first dimension names.
+        update: gives the rows of U that a slice of the first dimension names; U has one row for a scalar.
         decay: 1 − ηλ.
     """
-    if weight.ndim == 0:
-        weight, update = weight.unsqueeze(0), lambda rows, whole=update: whole(rows).unsqueeze(0)  # type: ignore[misc]
+    weight = weight.reshape(-1) if weight.ndim == 0 else weight  # a view
     per_row = max(1, weight[:1].numel())
     size = max(1, CHUNK_ELEMENTS // per_row)
     for start in range(0, len(weight), size):

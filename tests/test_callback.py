@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from torch import Tensor
@@ -70,7 +70,7 @@ def test_bytes_are_those_of_the_state(tmp_path: Path) -> None:
 
     def mib(prefix: str) -> float:
         tensors = [value for state in states for key, value in state.items() if key.startswith(prefix)]
-        return sum(value.numel() * value.element_size() for value in tensors) / 2**20
+        return sum(int(value.numel() * value.element_size()) for value in tensors) / 2**20
 
     assert entry["galore/basis_mib"] == mib("basis") > 0
     assert entry["galore/moment_mib"] == mib("exp_avg") > 0
@@ -92,11 +92,10 @@ def test_energy_is_that_of_the_gradient(tmp_path: Path) -> None:
             )
 
     def energy(param: Tensor, optimizer: GaLoreOptimizer, group: dict[str, Any]) -> float:
-        assert param.grad is not None
+        gradient = cast("Tensor", param.grad)
         left, right = optimizer.bases_of(param, group)
-        low_rank = param.grad @ right if right is not None else left.mT @ param.grad  # type: ignore[union-attr]
-        share: float = (low_rank.square().sum() / param.grad.square().sum()).item()
-        return share
+        low_rank = gradient @ right if right is not None else cast("Tensor", left).mT @ gradient
+        return float(low_rank.square().sum() / gradient.square().sum())
 
     trainer = make_trainer(tiny_llama(), tmp_path, "galore_adamw", max_steps=1)
     keeping = Keeping()

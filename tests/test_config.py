@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hf_galore import GaLoreConfig
-from hf_galore.config import PROJ_TYPES
+from hf_galore.config import MOMENTS, PROJ_BITS, PROJ_TYPES, REFRESH_METHODS
 
 configs = st.builds(
     GaLoreConfig,
@@ -19,6 +19,12 @@ configs = st.builds(
     update_proj_gap=st.integers(min_value=1),
     scale=st.floats(min_value=0, exclude_min=True, allow_nan=False, allow_infinity=False),
     proj_type=st.sampled_from(PROJ_TYPES),
+    refresh=st.sampled_from(REFRESH_METHODS),
+    stagger=st.booleans(),
+    lazy_refresh=st.booleans(),
+    moments=st.sampled_from(MOMENTS),
+    proj_bits=st.sampled_from(PROJ_BITS),
+    stochastic_rounding=st.booleans(),
     projected_backward=st.sampled_from([None, True, False]),
 )
 
@@ -41,6 +47,13 @@ def test_defaults_are_the_published_ones() -> None:
 )
 def test_spaces_order_and_stray_commas_do_not_matter(text: str) -> None:
     assert GaLoreConfig.from_optim_args(text) == GaLoreConfig(rank=1024, update_proj_gap=50, scale=2, proj_type="left")
+
+
+def test_every_key_is_read_as_what_it_is() -> None:
+    text = "refresh=randomized, stagger=false, lazy_refresh=true, moments=reset, proj_bits=4, stochastic_rounding=true"
+    config = GaLoreConfig.from_optim_args(text)
+    assert (config.refresh, config.stagger, config.lazy_refresh) == ("randomized", False, True)
+    assert (config.moments, config.proj_bits, config.stochastic_rounding) == ("reset", 4, True)
 
 
 def test_a_trailing_comma_is_fine() -> None:
@@ -78,6 +91,27 @@ REFUSED = {
     "update_proj_gap=2.5": ["update_proj_gap", "'2.5'", "integer of at least 1"],
     "projected_backward=no": ["projected_backward", "'no'", "true or false"],
     "projected_backward=0": ["projected_backward", "'0'", "true or false"],
+    "refresh=qr": ["refresh", "'qr'", "svd, randomized, subspace"],
+    "refresh=SVD": ["refresh", "'SVD'", "svd, randomized, subspace"],
+    "refresh=true": ["refresh", "'true'", "svd, randomized, subspace"],
+    "refreshes=svd": ["'refreshes'", "Did you mean 'refresh'?"],
+    "stagger=1": ["stagger", "'1'", "true or false"],
+    "stagger=yes": ["stagger", "'yes'", "true or false"],
+    "stagger=None": ["stagger", "'None'", "true or false"],
+    "staggered=true": ["'staggered'", "Did you mean 'stagger'?"],
+    "lazy_refresh=2": ["lazy_refresh", "'2'", "true or false"],
+    "lazy-refresh=true": ["'lazy-refresh'", "Did you mean 'lazy_refresh'?"],
+    "moments=drop": ["moments", "'drop'", "keep, rotate, reset"],
+    "moments=Rotate": ["moments", "'Rotate'", "keep, rotate, reset"],
+    "moment=keep": ["'moment'", "Did you mean 'moments'?"],
+    "proj_bits=5": ["proj_bits", "5", "one of 16, 8, 4"],
+    "proj_bits=32": ["proj_bits", "32", "one of 16, 8, 4"],
+    "proj_bits=-8": ["proj_bits", "-8", "one of 16, 8, 4"],
+    "proj_bits=8.0": ["proj_bits", "'8.0'", "one of 16, 8, 4"],
+    "proj_bits=nf4": ["proj_bits", "'nf4'", "one of 16, 8, 4"],
+    "proj_bit=8": ["'proj_bit'", "Did you mean 'proj_bits'?"],
+    "stochastic_rounding=on": ["stochastic_rounding", "'on'", "true or false"],
+    "stochastic_round=true": ["'stochastic_round'", "Did you mean 'stochastic_rounding'?"],
     "proj_type=foo": ["proj_type", "'foo'", "std, reverse_std, left, right, full"],
     "proj_type=STD": ["proj_type", "'STD'", "std, reverse_std, left, right, full"],
 }
@@ -110,6 +144,23 @@ def test_refused_with_the_key_the_value_and_what_is_allowed(text: str, words: li
         ("proj_type", "foo"),
         ("proj_type", None),
         ("proj_type", 1),
+        ("refresh", "qr"),
+        ("refresh", None),
+        ("stagger", 1),
+        ("stagger", "true"),
+        ("stagger", None),
+        ("lazy_refresh", 0),
+        ("lazy_refresh", None),
+        ("moments", "drop"),
+        ("moments", None),
+        ("proj_bits", 5),
+        ("proj_bits", 8.0),
+        ("proj_bits", "8"),
+        ("proj_bits", True),
+        ("proj_bits", None),
+        ("stochastic_rounding", 1),
+        ("stochastic_rounding", "false"),
+        ("stochastic_rounding", None),
         ("projected_backward", 1),
         ("projected_backward", "true"),
     ],
@@ -141,20 +192,22 @@ def test_every_config_reads_back_from_its_string(config: GaLoreConfig, random: R
     assert GaLoreConfig.from_optim_args(comma.join(items) + comma) == config
 
 
+@pytest.mark.parametrize("key", ["stagger", "lazy_refresh", "stochastic_rounding", "projected_backward"])
 @pytest.mark.parametrize(
     ("text", "value"), [("true", True), ("True", True), ("false", False), ("False", False), ("FALSE", False)]
 )
-def test_a_bool_is_read_as_one(text: str, value: bool) -> None:
+def test_a_bool_is_read_as_one(text: str, value: bool, key: str) -> None:
     """`bool("False")` is true."""
-    assert GaLoreConfig.from_optim_args(f"projected_backward={text}").projected_backward is value
+    assert getattr(GaLoreConfig.from_optim_args(f"{key}={text}"), key) is value
 
 
+CHOICES = (*PROJ_TYPES, *REFRESH_METHODS, *MOMENTS, *PROJ_BITS)
 items = st.one_of(
     st.text(),
     st.builds(
         "{}={}".format,
         st.sampled_from([*dataclasses.asdict(GaLoreConfig()), "rnak", ""]),
-        st.one_of(st.text(), st.integers(), st.floats(), st.sampled_from([*PROJ_TYPES, True, False, None])),
+        st.one_of(st.text(), st.integers(), st.floats(), st.sampled_from([*CHOICES, True, False, None])),
     ),
 )
 
@@ -174,6 +227,10 @@ def test_any_string_gives_a_config_or_a_value_error(text: str) -> None:
     assert config.update_proj_gap >= 1
     assert 0 < config.scale < float("inf")
     assert config.proj_type in PROJ_TYPES
+    assert config.refresh in REFRESH_METHODS
+    assert config.moments in MOMENTS
+    assert config.proj_bits in PROJ_BITS
+    assert {config.stagger, config.lazy_refresh, config.stochastic_rounding} <= {True, False}
 
 
 def test_frozen_and_hashable() -> None:
@@ -192,7 +249,7 @@ def test_positional_arguments_are_refused() -> None:
 @given(configs)
 def test_a_group_with_the_options_has_the_config(config: GaLoreConfig) -> None:
     # All but what concerns the optimizer as a whole.
-    config = dataclasses.replace(config, projected_backward=None)
+    config = dataclasses.replace(config, stochastic_rounding=False, projected_backward=None)
     assert GaLoreConfig.from_group({"params": [], "lr": 1e-3, **config.group_options()}) == config
 
 
@@ -204,7 +261,7 @@ def test_a_group_without_a_rank_is_full_rank() -> None:
     assert GaLoreConfig.from_group({"params": [], "lr": 1e-3}) is None
 
 
-@pytest.mark.parametrize("key", ["update_proj_gap", "scale", "proj_type"])
+@pytest.mark.parametrize("key", [key for key in GaLoreConfig().group_options() if key != "rank"])
 def test_a_group_with_options_but_no_rank_is_refused(key: str) -> None:
     with pytest.raises(ValueError, match=f"sets {key} but no rank"):
         GaLoreConfig.from_group({"params": [], key: GaLoreConfig().group_options()[key]})
@@ -213,3 +270,14 @@ def test_a_group_with_options_but_no_rank_is_refused(key: str) -> None:
 def test_a_group_is_checked() -> None:
     with pytest.raises(ValueError, match="rank has to be an integer of at least 1, but was given 0"):
         GaLoreConfig.from_group({"params": [], "rank": 0})
+    with pytest.raises(ValueError, match="proj_bits has to be one of 16, 8, 4, but was given 2"):
+        GaLoreConfig.from_group({"params": [], "rank": 8, "proj_bits": 2})
+
+
+def test_a_groups_options_are_those_of_its_matrices() -> None:
+    """Rounding and the backward pass concern the optimizer as a whole."""
+    expected = {field.name for field in dataclasses.fields(GaLoreConfig)} - {
+        "stochastic_rounding",
+        "projected_backward",
+    }
+    assert set(GaLoreConfig().group_options()) == expected

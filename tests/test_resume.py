@@ -108,6 +108,75 @@ def test_plain_and_layerwise_continue_each_others_checkpoints(
     assert_identical(saved_optimizer(tmp_path, STEPS)["state"], saved_optimizer(folder, STEPS)["state"])
 
 
+# Each of these for plain and for layerwise, and all of both for every name between the two.
+ROTATED = "refresh=subspace, moments=rotate, proj_bits=8"
+RESET = "refresh=randomized, moments=reset, proj_bits=4"
+RESUMED_OPTIONS = {
+    "galore_adamw": RESET,
+    "galore_adamw_8bit": ROTATED,
+    "galore_adafactor": ROTATED,
+    "galore_adamw_layerwise": ROTATED,
+    "galore_adamw_8bit_layerwise": RESET,
+    "galore_adafactor_layerwise": RESET,
+}
+
+
+def resumed_and_whole(
+    name: str, folder: Path, make_model: Callable[[int], Any], step: int, **settings: Any
+) -> tuple[tuple[Trainer, Path], tuple[Trainer, Path]]:
+    """A run that is resumed after `step` steps by a model with other weights, and the same one uninterrupted."""
+    settings = {**SAVED, "save_steps": step, **settings}  # and the last step is saved too
+    whole = train(make_model(0), folder / "whole", name, **settings)
+    resumed = make_trainer(make_model(1), folder / "resumed", name, **settings)
+    resumed.train(resume_from_checkpoint=str(checkpoint(folder / "whole", step)))
+    return (resumed, folder / "resumed"), (whole, folder / "whole")
+
+
+def assert_same_end(found: tuple[Trainer, Path], expected: tuple[Trainer, Path], steps: int) -> None:
+    """Losses, weights and optimizer state of two runs are the same, bit for bit."""
+    for key in ("loss", "grad_norm", "galore/refreshes"):
+        assert logged(found[0], key) == logged(expected[0], key)
+        assert len(logged(found[0], key)) == steps
+    theirs, ours = (load_file(checkpoint(folder, steps) / "model.safetensors") for _, folder in (expected, found))
+    assert_identical(dict(sorted(ours.items())), dict(sorted(theirs.items())))
+    assert_identical(saved_optimizer(found[1], steps), saved_optimizer(expected[1], steps))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_resumes_within_a_gap_with_every_option(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The subspaces of so short a run are hardly stable, and lazy gaps would all be short ones.
+    monkeypatch.setattr("hf_galore.schedule.STABLE_OVERLAP", 0.1)
+    step = OFF_BOUNDARY
+    optim_args = f"rank={RANK}, update_proj_gap=2, scale=0.5, stagger=true, lazy_refresh=true, {RESUMED_OPTIONS[name]}"
+    found, expected = resumed_and_whole(name, tmp_path, tiny_llama, step, optim_args=optim_args)
+    assert_same_end(found, expected, STEPS)
+    early, late = (
+        [state for state in saved_optimizer(expected[1], at)["state"].values() if "refreshes" in state]
+        for at in (step, STEPS)
+    )
+    assert len(early) == len(late) == 14
+    # The checkpoint was amid longer gaps than the first, and refreshes came after it.
+    assert any(state["gap_factor"] > 1 for state in early)
+    assert len({state["refreshed_at"].item() for state in early}) > 1
+    assert any(after["refreshes"] > before["refreshes"] for before, after in zip(early, late, strict=True))
+
+
+@pytest.mark.parametrize("name", ["galore_adamw", "galore_adamw_layerwise"])
+def test_a_run_with_stochastic_rounding_resumes_within_a_gap(name: str, tmp_path: Path) -> None:
+    def model(seed: int) -> torch.nn.Module:
+        small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+        net: torch.nn.Module = tiny_llama(seed, **small).to(torch.bfloat16)
+        return net
+
+    optim_args = "rank=4, update_proj_gap=2, lazy_refresh=true, moments=rotate, stochastic_rounding=true"
+    found, expected = resumed_and_whole(name, tmp_path, model, 3, optim_args=optim_args, max_steps=4)
+    assert_same_end(found, expected, 4)
+    assert {param.dtype for param in found[0].model.parameters()} == {torch.bfloat16}
+    assert all(group["stochastic_rounding"] for group in optimizer_of(found[0]).param_groups)
+
+
 # ---- what is saved
 
 
@@ -169,7 +238,7 @@ Class = type[GaLoreAdamW] | type[GaLoreAdafactor]
 CLASSES: tuple[Class, ...] = (GaLoreAdamW, GaLoreAdamW8bit, GaLoreAdafactor)
 
 
-def small_optimizer(cls: Class, dtype: torch.dtype, seed: int = 0) -> torch.optim.Optimizer:
+def small_optimizer(cls: Class, dtype: torch.dtype, seed: int = 0, **options: Any) -> torch.optim.Optimizer:
     """Two targets and two full-rank parameters, at most 96 elements each."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -182,6 +251,7 @@ def small_optimizer(cls: Class, dtype: torch.dtype, seed: int = 0) -> torch.opti
             {"params": [weight(8), weight(4, 4)]},
         ],
         lr=0.01,
+        **options,
     )
 
 
@@ -207,6 +277,33 @@ def test_moments_keep_all_their_bits_through_loading(cls: Class, dtype: torch.dt
     assert {moment.dtype for moment in moments} == {torch.float32}
     # There were bits to lose.
     assert not all(torch.equal(moment, moment.bfloat16().float()) for moment in moments)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_stochastic_rounding_goes_on_with_the_random_numbers_of_the_first_process(cls: Class) -> None:
+    """They come from torch's initial seed, which a second process may have set to anything."""
+
+    def weights(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+        return [param.data for group in optimizer.param_groups for param in group["params"]]
+
+    optimizer = small_optimizer(cls, torch.bfloat16, stochastic_rounding=True)
+    take_steps(optimizer, 3)
+    torch.manual_seed(1)
+    loaded, unloaded = (small_optimizer(cls, torch.bfloat16, stochastic_rounding=True) for _ in range(2))
+    for other in (loaded, unloaded):
+        for param, value in zip(weights(other), weights(optimizer), strict=True):
+            param.copy_(value)
+        saved = copied(optimizer.state_dict())
+        if other is unloaded:
+            for group in saved["param_groups"]:
+                group["rounding_seed"] = torch.initial_seed()
+        other.load_state_dict(saved)
+    for each in (optimizer, loaded, unloaded):
+        take_steps(each, 3, seed=1)  # across a refresh: the gap is 2
+    assert_identical(weights(loaded), weights(optimizer))
+    assert_identical(loaded.state_dict(), optimizer.state_dict())
+    # With numbers of its own it would have ended elsewhere.
+    assert not all(map(torch.equal, weights(unloaded), weights(optimizer)))
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -254,6 +351,31 @@ OTHER_RUNS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         {"optim_args": "rank=16, proj_type=full"},
         ["proj_type=left", "proj_type=full"],
     ),
+    "refresh": (
+        {"optim_args": "rank=16, refresh=randomized"},
+        {"optim_args": "rank=16, refresh=svd"},
+        ["refresh=randomized", "refresh=svd"],
+    ),
+    "stagger": (
+        {"optim_args": "rank=16, stagger=false"},
+        {"optim_args": "rank=16"},
+        ["stagger=False", "stagger=True"],
+    ),
+    "lazy_refresh": (
+        {"optim_args": "rank=16, lazy_refresh=true"},
+        {"optim_args": "rank=16"},
+        ["lazy_refresh=True", "lazy_refresh=False"],
+    ),
+    "moments": (
+        {"optim_args": "rank=16, moments=rotate"},
+        {"optim_args": "rank=16, moments=reset"},
+        ["moments=rotate", "moments=reset"],
+    ),
+    "proj_bits": (
+        {"optim_args": "rank=16, proj_bits=4"},
+        {"optim_args": "rank=16, proj_bits=8"},
+        ["proj_bits=4", "proj_bits=8"],
+    ),
     "fewer targets": ({}, {"optim_target_modules": ["mlp"]}, ["optim_target_modules", "{saved}", "{own}"]),
     "other targets of the same shapes": (
         {"optim_target_modules": ["gate_proj"]},
@@ -297,6 +419,20 @@ def test_a_checkpoint_of_another_run_is_refused_and_changes_nothing(
     expected = [word.format(saved=sizes(saved), own=sizes(before)) for word in words]
     assert [word for word in expected if word not in str(error.value)] == []
     assert_identical(optimizer.state_dict(), before)
+
+
+@pytest.mark.parametrize("saved_rounds", [True, False])
+def test_a_checkpoint_of_a_run_with_other_rounding_is_refused(saved_rounds: bool) -> None:
+    def optimizer(rounds: bool) -> GaLoreAdamW:
+        weight = torch.nn.Parameter(torch.ones(8, 12, dtype=torch.bfloat16))
+        return GaLoreAdamW([{"params": [weight], "rank": 2}], stochastic_rounding=rounds)
+
+    saved, loaded = optimizer(saved_rounds), optimizer(not saved_rounds)
+    with pytest.raises(ValueError, match=r"was written with .* was made with") as error:
+        loaded.load_state_dict(saved.state_dict())
+    there, here = str(error.value).split("this optimizer was made with")
+    assert ("stochastic_rounding=True" in there) == saved_rounds
+    assert ("stochastic_rounding=True" in here) != saved_rounds
 
 
 def test_moments_in_other_precision_are_refused() -> None:

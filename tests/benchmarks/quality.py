@@ -89,7 +89,7 @@ def _ours(model: nn.Module, lr: float, options: dict[str, Any]) -> torch.optim.O
 
 
 def _lora(model: nn.Module, lr: float, options: dict[str, Any]) -> torch.optim.Optimizer:
-    """Adapters with as many elements as GaLore's low-rank gradients; what GaLore trains full-rank is trained here too."""
+    """Adapters with as many elements as GaLore's low-rank gradients; what GaLore trains full-rank is trained here."""
     from peft import LoraConfig, inject_adapter_in_model
 
     targets, rest = _targets_and_rest(model)
@@ -145,7 +145,7 @@ CONTENDERS = (
     _changed(lazy_refresh=True),
     Contender(DEFAULT, _ours, {}, rates=(2e-3, 4e-3, 8e-3)),
     _default_but(proj_bits=16),
-    _default_but(proj_bits=4),
+    _default_but(proj_bits=8),
     _default_but(moments="rotate"),
     _default_but(lazy_refresh=True),
     _default_but(optim_bits=8),

@@ -169,7 +169,9 @@ def steps(args: argparse.Namespace, console: Console) -> None:
 
     def galore(rank: int, layerwise: bool) -> Callable[[nn.Module], torch.optim.Optimizer]:
         def build(model: nn.Module) -> torch.optim.Optimizer:
-            options = {weight: {"rank": rank, "update_proj_gap": args.gap} for weight in matrices(model)}
+            options: dict[Tensor, dict[str, int]] = {
+                weight: {"rank": rank, "update_proj_gap": args.gap} for weight in matrices(model)
+            }
             return GaLoreAdamW(
                 model.parameters(), lr=1e-4, weight_decay=0.0, param_options=options, module=model, layerwise=layerwise
             )
