@@ -18,6 +18,8 @@ from .projection import Bases, FactoredGradient, Gradient, Side, times, transpos
 
 # Columns of the range finder beyond the rank: what Halko et al. advise (section 4.2).
 OVERSAMPLING = 10
+# Power iterations of the range finder, which starts from nothing: two serve flat spectra too.
+RANDOMIZED_ITERATIONS = 2
 # Directions with less than this share of the mean energy in the span are left where the old basis has them: rounding
 # decides where they point, and that a run and its repetition differ there would show for the rest of both.
 ENERGY_FLOOR = 1e-3
@@ -29,19 +31,19 @@ _NEGLIGIBLE = 1e-20
 
 
 def power_iterations(shape: tuple[int, int], rank: int) -> int:
-    """How many power iterations a refresh takes: 1 for a large matrix and rank, at most 6 for a small one.
+    """How many power iterations a refresh takes: 2, or 1 where the rank is above a sixth of the smaller side.
 
-    Chosen by `tests/benchmarks/refresh.py`, for `randomized` and `subspace` alike. A low rank asks for a second
-    iteration, and its iterations are cheap. Gradients of small models have flat spectra, which take more iterations to
-    tell apart; at that size they cost next to nothing.
+    For `subspace`, chosen by `tests/benchmarks/refresh.py`: a low rank asks for a second iteration, and its iterations
+    are cheap. More capture hardly more, and do not make the model learn better (`tests/benchmarks/quality.py`).
     """
-    side = min(shape)
-    return max(2 if 6 * rank <= side else 1, min(6, 2048 // side))
+    return 2 if 6 * rank <= min(shape) else 1
 
 
 def products(shape: tuple[int, int], rank: int, side: Side, method: RefreshMethod) -> int:
     """How many products of the gradient with r columns (or a few more) a later refresh takes."""
-    return 2 * power_iterations(shape, rank) + (side == "full" or 2 * (method == "randomized"))
+    if method == "randomized":
+        return 2 * RANDOMIZED_ITERATIONS + 2
+    return 2 * power_iterations(shape, rank) + (side == "full")
 
 
 def new_bases(gradient: Gradient, side: Side, rank: int, method: RefreshMethod, old: Bases | None) -> Bases:
@@ -93,7 +95,7 @@ def randomized_bases(gradient: Gradient, side: Side, rank: int) -> Bases:
     m, n = gradient.shape
     size = min(rank + OVERSAMPLING, m, n)
     sketch = times(gradient, _gaussian(n, size, gradient))
-    for _ in range(power_iterations((m, n), rank)):
+    for _ in range(RANDOMIZED_ITERATIONS):
         within = _orthonormal(transposed_times(gradient, _orthonormal(sketch)))
         sketch = times(gradient, within)
     range_basis = _orthonormal(sketch)
