@@ -341,7 +341,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
             count_refresh(state, step)
         for key, value in kept.items():
             state[key].copy_(value)
-        if "gap_factor" in state and old is not None:
+        if "gap_factor" in state and old is not None and kept:
             chance = max(group["rank"] / p.shape[0] for p in new if p is not None)
             factor = next_gap_factor(int(state["gap_factor"].item()), shared, chance)
             state["gap_factor"] = torch.full_like(state["gap_factor"], factor)

@@ -11,7 +11,7 @@ gives AdamW the same two. Each row's learning rate is the best of its sweep at t
 option of another take that one's.
 
 With --results every finished run is a line of that file, and a run that is there already is not repeated: the table
-can be made in pieces, and after an interruption.
+can be made in pieces, and after an interruption. A result belongs to the defaults that it was run with.
 """
 
 from __future__ import annotations
@@ -267,10 +267,6 @@ class Results:
         line = self._lines.get(run)
         return None if line is None else float(line["loss"])
 
-    def seconds(self, run: Run) -> float | None:
-        line = self._lines.get(run)
-        return None if line is None else float(line["seconds"])
-
     def best_rate(self, contender: Contender, seed: int, steps: int) -> float | None:
         """The learning rate with the lowest loss, of the sweep or of the row that it is taken from."""
         if contender.rate_of is not None:
@@ -296,7 +292,7 @@ def perform(runs: list[Run], results: Results, workers: int, cache: Path, consol
 
 def print_table(chosen: list[Contender], results: Results, seeds: list[int], steps: int, console: Console) -> None:
     table = Table("optimizer", title=f"Held-out loss after {steps} steps")
-    for header in ("lr", *(f"seed {seed}" for seed in seeds), "mean", "× two rates", "s"):
+    for header in ("lr", *(f"seed {seed}" for seed in seeds), "mean", "× two rates"):
         table.add_column(header, justify="right")
     baseline = next(c for c in CONTENDERS if c.name == "AdamW, two rates")
 
@@ -312,14 +308,12 @@ def print_table(chosen: list[Contender], results: Results, seeds: list[int], ste
             continue
         losses = [results.loss(Run(contender.name, lr, seed, steps)) for seed in seeds]
         own, other = mean(contender), mean(baseline)
-        seconds = results.seconds(Run(contender.name, lr, seeds[0], steps))
         table.add_row(
             contender.name,
             f"{lr:.0e}",
             *("" if loss is None else f"{loss:.4f}" for loss in losses),
             "" if own is None else f"{own:.4f}",
             "" if own is None or other is None else f"{own / other:.4f}",
-            "" if seconds is None else f"{seconds:.0f}",
         )
     console.print(table)
     sweeps = Table("optimizer", "lr: loss", title=f"Learning rates, seed {seeds[0]}")
@@ -337,6 +331,7 @@ def main() -> None:
     names = [contender.name.strip() for contender in CONTENDERS]
     parser.add_argument("--only", nargs="+", choices=names, metavar="ROW", help=f"of: {'; '.join(names)}")
     parser.add_argument("--results", type=Path, help="a file of finished runs to read and to add to")
+    parser.add_argument("--table", action="store_true", help="print what --results holds, and run nothing")
     parser.add_argument("--short", action="store_true", help="200 steps, one seed, the three main rows, one rate each")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at a time, of one thread each")
     parser.add_argument("--cache", type=Path, default=CACHE, help="a file for the tokens")
@@ -354,6 +349,9 @@ def main() -> None:
         f"tokens a step; rank {RANK}, gap {GAP}, scale {SCALE}"
     )
     results = Results(args.results)
+    if args.table:
+        print_table(chosen, results, seeds, steps, console)
+        return
     perform(
         [Run(c.name, lr, seeds[0], steps) for c in sweeping for lr in c.rates],
         results,
