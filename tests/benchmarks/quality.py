@@ -132,7 +132,7 @@ def _default_but(**change: Any) -> Contender:
 CONTENDERS = (
     Contender("AdamW", _adamw, rates=(5e-4, 1e-3, 2e-3)),
     Contender("AdamW, two rates", _adamw, {"matrices": SCALE}, rates=(1e-3, 2e-3, 4e-3)),
-    Contender("LoRA", _lora, rates=(1e-3, 2e-3, 4e-3)),
+    Contender("LoRA", _lora, rates=(5e-4, 1e-3, 2e-3)),
     Contender("galore_torch", _published, rates=(2e-3, 4e-3, 8e-3)),
     Contender(PLAIN, _ours, PUBLISHED, rate_of="galore_torch"),
     _changed(refresh="randomized"),
