@@ -78,17 +78,19 @@ def check_same_options(group: Group, saved_group: Group) -> None:
     Raises:
         ValueError: it was not; the message has both.
     """
-    own, saved = _described(group), _described(saved_group)
-    if own != saved:
+    (own, own_rounding), (saved, saved_rounding) = (
+        (GaLoreConfig.from_group(g), bool(g.get("stochastic_rounding"))) for g in (group, saved_group)
+    )
+    if (own, own_rounding) != (saved, saved_rounding):
         raise ValueError(
-            f"The checkpoint was written with {saved}, this optimizer was made with {own}. A resumed run continues the "
-            "old one: give it the same, or start a new one from the checkpoint's weights."
+            f"The checkpoint was written with {_described(saved, saved_rounding)}, this optimizer was made with "
+            f"{_described(own, own_rounding)}. A resumed run continues the old one: give it the same, or start a new "
+            "one from the checkpoint's weights."
         )
 
 
-def _described(group: Group) -> str:
-    config = GaLoreConfig.from_group(group)
+def _described(config: GaLoreConfig | None, stochastic_rounding: bool) -> str:
     words = ["no projection"] if config is None else [f"{k}={v}" for k, v in config.group_options().items()]
-    if group.get("stochastic_rounding"):
+    if stochastic_rounding:
         words.append("stochastic_rounding=True")
     return ", ".join(words)

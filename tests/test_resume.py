@@ -435,6 +435,17 @@ def test_a_checkpoint_of_a_run_with_other_rounding_is_refused(saved_rounds: bool
     assert ("stochastic_rounding=True" in here) != saved_rounds
 
 
+def test_equal_options_may_be_spelt_differently() -> None:
+    weights = [torch.nn.Parameter(torch.ones(12, 8)) for _ in range(2)]
+    written, loaded = (
+        GaLoreAdamW([{"params": [weight], "rank": 2, "scale": scale}])
+        for weight, scale in zip(weights, (1, 1.0), strict=True)
+    )
+    take_steps(written, 1)
+    loaded.load_state_dict(copied(written.state_dict()))
+    assert_identical(loaded.state_dict()["state"], written.state_dict()["state"])
+
+
 def test_moments_in_other_precision_are_refused() -> None:
     """The same groups and shapes, but 8-bit moments where 32-bit ones are needed."""
     weights = [torch.nn.Parameter(torch.ones(128, 64)) for _ in range(2)]
