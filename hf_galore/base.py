@@ -37,6 +37,7 @@ from .projection import (
     add_projected_back_,
     is_projectable,
     low_rank_shape,
+    norm_of,
     project,
     projected_back,
     side_of,
@@ -592,12 +593,6 @@ class GaLoreOptimizer(torch.optim.Optimizer):
             f"{tuple(param.shape)} ({details}). Resume with the optim and optim_args of the run that wrote it, or "
             "start from its weights only."
         )
-
-
-def norm_of(tensor: Tensor) -> Tensor:
-    """The Frobenius norm, 0-dimensional and of at least float32."""
-    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
-    return norm
 
 
 def _count_step(state: State) -> int:

@@ -30,10 +30,9 @@ from accelerate.state import GradientState
 from torch import Tensor, nn
 
 from .backward import ProjectedLinear, patch_linear, why_not_patchable
-from .base import norm_of
 from .groups import Group, is_target
 from .log import logger
-from .projection import FactoredGradient, project
+from .projection import FactoredGradient, Gradient, norm_of, project
 
 if TYPE_CHECKING:
     from .base import GaLoreOptimizer
@@ -190,13 +189,9 @@ class BackwardHooks:
                 project(gradient, optimizer.bases_of(weight, group), out=held)
                 self._norms.pop(id(weight), None)
                 return True
-            low_rank = optimizer.project_gradient(weight, group, gradient, refresh=refresh)
-            if low_rank is None:
-                self._put_off.add(id(weight))
-                return True
-            if refresh:
-                self._refreshed.add(id(weight))
-            self._use_or_hold(optimizer, weight, group, low_rank.to(weight.dtype), norm=None)
+            low_rank = self._project(optimizer, weight, group, gradient, refresh)
+            if low_rank is not None:
+                self._use_or_hold(optimizer, weight, group, low_rank.to(weight.dtype), norm=None)
         return True
 
     def _refreshes_from_factors(self, optimizer: GaLoreOptimizer, weight: Tensor, group: Group, tokens: int) -> bool:
@@ -229,13 +224,9 @@ class BackwardHooks:
         param.grad = None
         if key in self._put_off:
             return
-        low_rank = optimizer.project_gradient(param, group, gradient, refresh=refresh)
+        low_rank = self._project(optimizer, param, group, gradient, refresh)
         if low_rank is None:
-            self._put_off.add(key)
-            self._held.pop(key, None)
             return
-        if refresh:
-            self._refreshed.add(key)
         held = self._held.get(key)
         if held is not None:
             held.add_(low_rank)
@@ -244,6 +235,18 @@ class BackwardHooks:
             # With a projected backward the others' norms are those of R: be consistent.
             norm = None if self.projected_backward else norm_of(gradient)
             self._use_or_hold(optimizer, param, group, low_rank, norm)
+
+    def _project(
+        self, optimizer: GaLoreOptimizer, param: Tensor, group: Group, gradient: Gradient, refresh: bool
+    ) -> Tensor | None:
+        """R, noting whether its refresh has happened or, with `None`, was put off."""
+        low_rank = optimizer.project_gradient(param, group, gradient, refresh=refresh)
+        if low_rank is None:
+            self._put_off.add(id(param))
+            self._held.pop(id(param), None)
+        elif refresh:
+            self._refreshed.add(id(param))
+        return low_rank
 
     def _use_or_hold(
         self, optimizer: GaLoreOptimizer, param: Tensor, group: Group, low_rank: Tensor, norm: Tensor | None

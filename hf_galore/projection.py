@@ -112,6 +112,12 @@ def low_rank_shape(shape: Sequence[int], side: Side, rank: int) -> tuple[int, in
     return (rank if side != "right" else m, rank if side != "left" else n)
 
 
+def norm_of(tensor: Tensor) -> Tensor:
+    """The Frobenius norm, 0-dimensional and of at least float32."""
+    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+    return norm
+
+
 def project(gradient: Gradient, bases: Bases, *, out: Tensor | None = None) -> Tensor:
     """R = PᵀG, GQ or PᵀGQ: the low-rank gradient, in the gradient's dtype.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .config import RefreshMethod
-from .projection import Bases, FactoredGradient, Gradient, Side, times, transposed_times
+from .projection import Bases, FactoredGradient, Gradient, Side, norm_of, times, transposed_times
 
 # Columns of the range finder beyond the rank: what Halko et al. advise (section 4.2).
 OVERSAMPLING = 10
@@ -99,8 +99,7 @@ def randomized_bases(gradient: Gradient, side: Side, rank: int) -> Bases:
         within = _orthonormal(transposed_times(gradient, _orthonormal(sketch)))
         sketch = times(gradient, within)
     range_basis = _orthonormal(sketch)
-    within = transposed_times(gradient, range_basis)  # n × size, the transpose of G within its range
-    _scale_(within)
+    within = _scale_(transposed_times(gradient, range_basis))  # n × size, the transpose of G within its range
     # Its right singular vectors from a small symmetric matrix: an SVD of n × size would cost more than all the rest.
     _, vectors = torch.linalg.eigh(within.mT @ within)
     vectors = vectors.flip(-1)[:, :rank]
@@ -151,7 +150,9 @@ def overlap(new: Bases, old: Bases) -> Tensor:
     Two random subspaces overlap by r / m. 0-dimensional.
     """
     shares = [
-        _norm(p.mT @ q).square() / p.shape[1] for p, q in zip(new, old, strict=True) if p is not None and q is not None
+        norm_of(p.mT @ q).square() / p.shape[1]
+        for p, q in zip(new, old, strict=True)
+        if p is not None and q is not None
     ]
     return torch.stack(shares).amin()
 
@@ -167,30 +168,25 @@ def figures_of(gradient: Gradient, low_rank: Tensor, new: Bases, old: Bases | No
 
     Source: the estimate is Hutchinson's (1989).
     """
-    captured = _norm(low_rank)
+    captured = norm_of(low_rank)
     if isinstance(gradient, FactoredGradient):
         probes = _gaussian(gradient.shape[1], PROBES, gradient) * (gradient.shape[1] / PROBES) ** 0.5
         narrow = probes if new.right is None else new.right.mT.to(probes.dtype) @ probes
         back = low_rank.to(probes.dtype) @ narrow
         back = back if new.left is None else new.left.to(probes.dtype) @ back
-        total = torch.hypot(captured, _norm(times(gradient, probes) - back))
+        total = torch.hypot(captured, norm_of(times(gradient, probes) - back))
     else:
-        total = _norm(gradient)
+        total = norm_of(gradient)
     energy = (captured / total.clamp_min(_TINY)).square().clamp_max(1.0)
     shared = torch.ones_like(total) if old is None else overlap(new, old)
     return torch.stack((total, torch.where(total > 0, energy, 1.0), shared))
-
-
-def _norm(tensor: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
-    return norm
 
 
 def _power_iteration(gradient: Gradient, basis: Tensor) -> Tensor:
     within = transposed_times(gradient, basis)
     largest = _largest(within)  # squares of 1e-30 are 0, and of 1e30 infinite
     within.div_(largest)
-    floor = ENERGY_FLOOR * _norm(within).square() / basis.shape[1]
+    floor = ENERGY_FLOOR * norm_of(within).square() / basis.shape[1]
     # In place throughout: at 4096 × 1024 the temporaries would take a tenth of the time.
     return _orthonormal(times(gradient, within).div_(largest).addcmul_(basis, floor + _NEGLIGIBLE))
 

@@ -387,14 +387,19 @@ def test_the_first_step_after_a_reset_is_one_of_normal_size(kind: str) -> None:
     torch.testing.assert_close(direction, low_rank.sign(), atol=1e-3, rtol=0)
 
 
+def refresh_and_compare(optimizer: GaLoreOptimizer, param: nn.Parameter, group: dict[str, Any]) -> Rotation:
+    """What a refresh that it makes has done to the bases."""
+    old = copied(optimizer.bases_of(param, group))  # in 16 bits they are the state's own tensors
+    refresh(optimizer, param, group)
+    return rotation_between(optimizer.bases_of(param, group), old)
+
+
 @pytest.mark.parametrize("proj_type", SIDES)
 @pytest.mark.parametrize("kind", ["adamw", "adamw_8bit"])
 def test_rotate_carries_adams_moments_over(kind: str, proj_type: Side) -> None:
     optimizer, param, group = before_a_refresh(kind, "rotate", proj_type)
     before = in_float32(optimizer.state[param])
-    old = copied(optimizer.bases_of(param, group))  # in 16 bits they are the state's own tensors
-    refresh(optimizer, param, group)
-    rotation = rotation_between(optimizer.bases_of(param, group), old)
+    rotation = refresh_and_compare(optimizer, param, group)
     expected = rotate_adam(*before, rotation, step=GAP, betas=BETAS)
     for found, value, unrotated in zip(in_float32(optimizer.state[param]), expected, before, strict=True):
         error = ((found - value).norm() / value.norm()).item()
@@ -408,9 +413,7 @@ def test_rotate_carries_adams_moments_over(kind: str, proj_type: Side) -> None:
 def test_rotate_carries_adafactors_moments_over(kind: str, proj_type: Side) -> None:
     optimizer, param, group = before_a_refresh(kind, "rotate", proj_type)
     before = moments_of(optimizer.state[param])
-    old = copied(optimizer.bases_of(param, group))  # in 16 bits they are the state's own tensors
-    refresh(optimizer, param, group)
-    rotation = rotation_between(optimizer.bases_of(param, group), old)
+    rotation = refresh_and_compare(optimizer, param, group)
     row, column = rotate_factored(before["exp_avg_sq_row"], before["exp_avg_sq_col"], rotation)
     expected = {"exp_avg_sq_row": row, "exp_avg_sq_col": column}
     if kind == "adafactor_with_momentum":

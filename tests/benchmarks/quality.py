@@ -38,6 +38,8 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
+from tests.benchmarks.step import targets
+
 HIDDEN, LAYERS, VOCABULARY = 256, 4, 11264
 ROWS, LENGTH = 4, 128  # of a batch
 WARMUP, MAX_NORM = 0.1, 1.0
@@ -53,25 +55,22 @@ Build = Callable[[nn.Module, float, dict[str, Any]], torch.optim.Optimizer]
 
 
 def _targets_and_rest(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    targets = {
-        id(module.weight): cast("nn.Parameter", module.weight)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and ("attn" in name or "mlp" in name)
-    }
-    return list(targets.values()), [param for param in model.parameters() if id(param) not in targets]
+    projected = targets(model)
+    chosen = set(map(id, projected))
+    return projected, [param for param in model.parameters() if id(param) not in chosen]
 
 
 def _adamw(model: nn.Module, lr: float, options: dict[str, Any]) -> torch.optim.Optimizer:
-    targets, rest = _targets_and_rest(model)
-    groups = [{"params": rest}, {"params": targets, "lr": lr * options.get("matrices", 1.0)}]
+    projected, rest = _targets_and_rest(model)
+    groups = [{"params": rest}, {"params": projected, "lr": lr * options.get("matrices", 1.0)}]
     return torch.optim.AdamW(groups, lr=lr, weight_decay=0.0, fused=True)
 
 
 def _published(model: nn.Module, lr: float, options: dict[str, Any]) -> torch.optim.Optimizer:
     import galore_torch
 
-    targets, rest = _targets_and_rest(model)
-    group = {"params": targets, "rank": RANK, "update_proj_gap": GAP, "scale": SCALE, "proj_type": "std", **options}
+    projected, rest = _targets_and_rest(model)
+    group = {"params": projected, "rank": RANK, "update_proj_gap": GAP, "scale": SCALE, "proj_type": "std", **options}
     return cast(
         "torch.optim.Optimizer",
         galore_torch.GaLoreAdamW([{"params": rest}, group], lr=lr, no_deprecation_warning=True),
@@ -83,8 +82,8 @@ def _ours(model: nn.Module, lr: float, options: dict[str, Any]) -> torch.optim.O
 
     options = dict(options)
     cls = GaLoreAdamW8bit if options.pop("optim_bits", 32) == 8 else GaLoreAdamW
-    targets, rest = _targets_and_rest(model)
-    group = {"params": targets, "rank": RANK, "update_proj_gap": GAP, "scale": SCALE, **options}
+    projected, rest = _targets_and_rest(model)
+    group = {"params": projected, "rank": RANK, "update_proj_gap": GAP, "scale": SCALE, **options}
     return cls([{"params": rest, "optim_bits": 32}, group], lr=lr, weight_decay=0.0)
 
 
@@ -92,9 +91,9 @@ def _lora(model: nn.Module, lr: float, options: dict[str, Any]) -> torch.optim.O
     """Adapters with as many elements as GaLore's low-rank gradients; what GaLore trains full-rank is trained here."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    targets, rest = _targets_and_rest(model)
-    elements = sum(RANK * max(weight.shape) for weight in targets)
-    rank = round(elements / sum(sum(weight.shape) for weight in targets))
+    projected, rest = _targets_and_rest(model)
+    elements = sum(RANK * max(weight.shape) for weight in projected)
+    rank = round(elements / sum(sum(weight.shape) for weight in projected))
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=names)
     inject_adapter_in_model(config, cast("Any", model))

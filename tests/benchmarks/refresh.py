@@ -27,13 +27,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_galore import GaLoreAdamW
 from hf_galore.config import REFRESH_METHODS, RefreshMethod
 from hf_galore.projection import Bases, project, side_of
 from hf_galore.refresh import new_bases
 from tests.benchmarks.quality import CACHE, LENGTH, VOCABULARY, tokenized
+from tests.benchmarks.step import llama, targets
 
 TABLES = ("factorise", "energy", "steps")
 
@@ -89,28 +89,6 @@ def factorise(sizes: Iterable[int], rounds: int, console: Console) -> None:
     console.print(table)
 
 
-def llama(hidden: int, layers: int) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=int(hidden * 2.6875),
-        num_hidden_layers=layers,
-        num_attention_heads=16,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=512,
-        use_cache=False,
-    )
-    return LlamaForCausalLM(config)
-
-
-def matrices(model: nn.Module) -> list[nn.Parameter]:
-    return [
-        cast("nn.Parameter", module.weight)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and ("attn" in name or "mlp" in name)
-    ]
-
-
 def batch(tokens: int, step: int) -> Tensor:
     """A different part of the text for each step."""
     rows = tokenized(CACHE)[0]
@@ -119,7 +97,7 @@ def batch(tokens: int, step: int) -> Tensor:
 
 
 def energy(args: argparse.Namespace, console: Console) -> None:
-    model = llama(args.hidden, args.layers)
+    model = llama(args.hidden, args.layers, VOCABULARY)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     ranks = (args.hidden // 8, args.hidden // 4)
     methods: tuple[RefreshMethod, ...] = ("randomized", "subspace")
@@ -135,7 +113,7 @@ def energy(args: argparse.Namespace, console: Console) -> None:
         if step in checks:
             shares: dict[tuple[RefreshMethod, int], list[float]] = {}
             errors: dict[tuple[RefreshMethod, int], float] = {}
-            for index, weight in enumerate(matrices(model)):
+            for index, weight in enumerate(targets(model)):
                 gradient = cast("Tensor", weight.grad)
                 squares = torch.linalg.svdvals(gradient).square()
                 for rank in ranks:
@@ -162,7 +140,7 @@ def energy(args: argparse.Namespace, console: Console) -> None:
 
 
 def steps(args: argparse.Namespace, console: Console) -> None:
-    template = llama(args.hidden, args.layers)
+    template = llama(args.hidden, args.layers, VOCABULARY)
 
     def adamw(model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
@@ -170,7 +148,7 @@ def steps(args: argparse.Namespace, console: Console) -> None:
     def galore(rank: int, layerwise: bool) -> Callable[[nn.Module], torch.optim.Optimizer]:
         def build(model: nn.Module) -> torch.optim.Optimizer:
             options: dict[Tensor, dict[str, int]] = {
-                weight: {"rank": rank, "update_proj_gap": args.gap} for weight in matrices(model)
+                weight: {"rank": rank, "update_proj_gap": args.gap} for weight in targets(model)
             }
             return GaLoreAdamW(
                 model.parameters(), lr=1e-4, weight_decay=0.0, param_options=options, module=model, layerwise=layerwise

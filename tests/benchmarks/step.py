@@ -210,22 +210,26 @@ def multiply_adds(model: nn.Module, tokens: int, checkpointing: bool, contender:
     return total
 
 
-def run(args: argparse.Namespace, checkpointing: bool, console: Console) -> None:
+def llama(hidden: int, layers: int, vocabulary: int) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=args.hidden,
-        intermediate_size=int(args.hidden * 2.6875),
-        num_hidden_layers=args.layers,
+        hidden_size=hidden,
+        intermediate_size=int(hidden * 2.6875),
+        num_hidden_layers=layers,
         num_attention_heads=16,
-        vocab_size=2048,
+        vocab_size=vocabulary,
         max_position_embeddings=512,
         use_cache=False,
     )
-    template = LlamaForCausalLM(config)
+    return LlamaForCausalLM(config)
+
+
+def run(args: argparse.Namespace, checkpointing: bool, console: Console) -> None:
+    template = llama(args.hidden, args.layers, vocabulary=2048)
     if checkpointing:
         template.gradient_checkpointing_enable()
     template.train()
-    ids = torch.randint(0, config.vocab_size, (args.tokens // 256 or 1, min(args.tokens, 256)))
+    ids = torch.randint(0, template.config.vocab_size, (args.tokens // 256 or 1, min(args.tokens, 256)))
     rows = [
         row
         for row in contenders(args.ranks or [args.hidden // 8, args.hidden // 4])
