@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from .backward import ProjectedLinear, patch_linear, why_not_patchable
 from .groups import Group, is_target
 from .log import logger
-from .projection import FactoredGradient, Gradient, norm_of, project
+from .projection import Bases, FactoredGradient, Gradient, norm_of, project, side_of
 
 if TYPE_CHECKING:
     from .base import GaLoreOptimizer
@@ -194,6 +194,29 @@ class BackwardHooks:
                 self._use_or_hold(optimizer, weight, group, low_rank.to(weight.dtype), norm=None)
         return True
 
+    def bases_for_rows(self, weight: Tensor) -> Bases | None:
+        """The bases with which rows of a gradient can be projected by themselves; `None` where autograd has to build it.
+
+        Only a projection of the right side takes rows by themselves, and only between refreshes.
+        """
+        optimizer, group = self._optimizer_and_group(weight)
+        if optimizer is None or group is None or not self.projected_backward or not is_target(weight, group):
+            return None
+        if side_of(weight.shape, group["proj_type"]) != "right" or self._refresh_due(optimizer, weight, group):
+            return None
+        return optimizer.bases_of(weight, group)
+
+    def take_low_rank(self, weight: Tensor, low_rank: Tensor) -> None:
+        """Use the R of one run of a target's layer, made with `bases_for_rows`."""
+        optimizer, group = self._optimizer_and_group(weight)
+        assert optimizer is not None
+        assert group is not None
+        self._check_first_update(weight)
+        if id(weight) in self._put_off:
+            return
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            self._add(optimizer, weight, group, low_rank, norm=None)
+
     def _refreshes_from_factors(self, optimizer: GaLoreOptimizer, weight: Tensor, group: Group, tokens: int) -> bool:
         # With several runs this is the gradient of one of them only: autograd sums them all.
         return self._runs[id(weight)] == 1 and optimizer.refreshes_from_factors(weight, group, tokens)
@@ -227,14 +250,9 @@ class BackwardHooks:
         low_rank = self._project(optimizer, param, group, gradient, refresh)
         if low_rank is None:
             return
-        held = self._held.get(key)
-        if held is not None:
-            held.add_(low_rank)
-            self._norms.pop(key, None)  # that of the first part, no longer of the whole
-        else:
-            # With a projected backward the others' norms are those of R: be consistent.
-            norm = None if self.projected_backward else norm_of(gradient)
-            self._use_or_hold(optimizer, param, group, low_rank, norm)
+        # With a projected backward the others' norms are those of R: be consistent.
+        norm = None if self.projected_backward or key in self._held else norm_of(gradient)
+        self._add(optimizer, param, group, low_rank, norm)
 
     def _project(
         self, optimizer: GaLoreOptimizer, param: Tensor, group: Group, gradient: Gradient, refresh: bool
@@ -247,6 +265,16 @@ class BackwardHooks:
         elif refresh:
             self._refreshed.add(id(param))
         return low_rank
+
+    def _add(
+        self, optimizer: GaLoreOptimizer, param: Tensor, group: Group, low_rank: Tensor, norm: Tensor | None
+    ) -> None:
+        held = self._held.get(id(param))
+        if held is not None:
+            held.add_(low_rank)
+            self._norms.pop(id(param), None)  # that of the first part, no longer of the whole
+        else:
+            self._use_or_hold(optimizer, param, group, low_rank, norm)
 
     def _use_or_hold(
         self, optimizer: GaLoreOptimizer, param: Tensor, group: Group, low_rank: Tensor, norm: Tensor | None
@@ -308,6 +336,12 @@ def detach_all(model: nn.Module) -> None:
         owner = ref()
         if isinstance(owner, BackwardHooks):
             owner.detach()
+
+
+def hooks_on(param: Tensor) -> BackwardHooks | None:
+    """What looks after a parameter's gradient during the backward pass, if anything does."""
+    owners = (hook.hooks() for hook in _hooks_on(param))
+    return next((owner for owner in owners if owner is not None and owner.serves(param)), None)
 
 
 def _hooks_on(param: Tensor) -> list[_GradientHook]:

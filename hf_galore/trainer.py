@@ -18,6 +18,7 @@ from transformers.training_args import ParallelMode
 
 from .base import GaLoreOptimizer
 from .config import GaLoreConfig
+from .fused_head import restore_fused_head, use_fused_head
 from .layerwise import detach_all
 from .log import logger
 from .optimizers import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
@@ -79,6 +80,7 @@ def register() -> None:
 
 def unregister() -> None:
     """Give transformers its own methods back. Does nothing where they are."""
+    restore_fused_head()
     while _originals:
         name, original = _originals.popitem()
         setattr(Trainer, name, original)
@@ -220,6 +222,7 @@ def _create_optimizer(self: Trainer, model: nn.Module | None = None) -> Any:
     if optimizer is not None:
         if optimizer.hooks is not None:
             optimizer.hooks.attach()
+            use_fused_head()
         if _callback_of(self) is None:
             self.add_callback(GaLoreCallback)
     return wrapper

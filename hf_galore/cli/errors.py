@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """Something that was given is wrong; the message names it, what is allowed and what to do."""
 
     def __init__(self, message: str) -> None:

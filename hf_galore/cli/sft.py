@@ -95,10 +95,27 @@ def make_trainer(
     hf_galore.register()
     if model_args.model_name_or_path is None:
         raise UserError("model_name_or_path is missing: give a model's name or folder.")
-    if str(getattr(training_args.optim, "value", training_args.optim)) in KINDS:
-        hf_galore.GaLoreConfig.from_optim_args(training_args.optim_args)
+    check_optimizer(training_args)
     _check_writable(Path(training_args.output_dir))
     training_args.resume_from_checkpoint = _checkpoint(training_args)
+    _check_model(model_args, training_args)
+    splits = _load_dataset(script_args, dataset_args)
+    train = _split(splits, script_args.dataset_train_split, "dataset_train_split", training_args)
+    evaluated = None
+    if training_args.eval_strategy != "no":
+        evaluated = _split(splits, script_args.dataset_test_split, "dataset_test_split", training_args)
+    return make_sft_trainer(model_args.model_name_or_path, training_args, model_args, train, evaluated)
+
+
+def make_sft_trainer(
+    model: str,
+    training_args: SFTConfig,
+    model_args: ModelConfig,
+    train_dataset: Any,
+    eval_dataset: Any,
+    processing_class: Any = None,
+) -> SFTTrainer:
+    """The Trainer of a recipe for a model, by name or folder, and data that have been found."""
     if training_args.device.type == "cpu":
         training_args.dataloader_pin_memory = False  # there is no device to copy to
     training_args.model_init_kwargs = {
@@ -108,19 +125,25 @@ def make_trainer(
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    _check_model(model_args, training_args)
-    splits = _load_dataset(script_args, dataset_args)
-    evaluates = training_args.eval_strategy != "no"
     return SFTTrainer(
-        model=model_args.model_name_or_path,
+        model=model,
         args=training_args,
-        train_dataset=_split(splits, script_args.dataset_train_split, "dataset_train_split", training_args),
-        eval_dataset=(
-            _split(splits, script_args.dataset_test_split, "dataset_test_split", training_args) if evaluates else None
-        ),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=processing_class,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+
+
+def check_optimizer(training_args: SFTConfig) -> None:
+    """Check `optim_args` of a `galore_*` optim.
+
+    Raises:
+        ValueError: they are not what GaLore takes.
+    """
+    if str(getattr(training_args.optim, "value", training_args.optim)) in KINDS:
+        hf_galore.GaLoreConfig.from_optim_args(training_args.optim_args)
 
 
 def train_and_save(trainer: SFTTrainer, dataset_name: str | None = None) -> None:

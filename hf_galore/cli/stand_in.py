@@ -1,0 +1,132 @@
+"""A recipe's Trainer with stand-ins for what a plan can do without: the data, the tokenizer, the model's config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+from tokenizers import Tokenizer, models
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, Trainer
+from trl import ModelConfig, SFTConfig
+
+from hf_galore.rehearsal import STEPS
+
+from . import recipe
+from .errors import UserError
+from .sft import check_optimizer, make_sft_trainer
+
+
+class Prepared(NamedTuple):
+    """A recipe that is ready to be planned."""
+
+    make_trainer: Callable[[], Trainer]
+    """To be called where tensors are fake."""
+    tokens_per_step: int
+    notes: list[str]
+    """What stands in for what."""
+
+
+class _Model(NamedTuple):
+    name: str
+    tokenizer: Any
+    notes: list[str]
+
+
+def prepare(arguments: recipe.Arguments) -> Prepared:
+    """A Trainer as `hf-galore sft` would make it, for data of full length.
+
+    Raises:
+        UserError: there is no such model, or something cannot be planned.
+    """
+    training, model_args = arguments.training, arguments.model
+    check_optimizer(training)
+    if model_args.model_name_or_path is None:
+        raise UserError("model_name_or_path is missing: give a model's name or folder.")
+    if model_args.load_in_4bit or model_args.load_in_8bit:
+        raise UserError("load_in_4bit and load_in_8bit: a model with quantized weights cannot be planned.")
+    length = training.max_length
+    if length is None:
+        raise UserError("max_length is empty: a plan is for sequences of that many tokens. Give it a number.")
+    model = _find_model(model_args, training)
+    _simplify(training)
+    batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    train = _rows(STEPS * batch * accumulation, length, training.packing)
+    packing = training.packing if training.eval_packing is None else training.eval_packing
+    evaluated = _rows(training.per_device_eval_batch_size, length, packing) if training.eval_strategy != "no" else None
+
+    def make_trainer() -> Trainer:
+        return make_sft_trainer(model.name, training, model_args, train, evaluated, model.tokenizer)
+
+    return Prepared(make_trainer, batch * accumulation * length, model.notes)
+
+
+def _simplify(training: SFTConfig) -> None:
+    """Put aside what takes no memory on the device, and would want what is not there."""
+    training.dataset_kwargs = {**(training.dataset_kwargs or {}), "skip_prepare_dataset": True}
+    training.assistant_only_loss = False  # every position counts: the most that there can be
+    training.completion_only_loss = None
+    training.eos_token = training.pad_token = None
+    training.report_to = []
+    training.push_to_hub = False
+
+
+def _rows(count: int, length: int, packed: bool) -> datasets.Dataset:
+    """Rows of `length` tokens; packed ones hold two documents, which are not to see each other."""
+    row: dict[str, list[Any]] = {"input_ids": [[1] * length], "labels": [[1] * length]}
+    if packed:
+        row["seq_lengths"] = [[length // 2, length - length // 2]]
+    return datasets.Dataset.from_dict(row).select([0] * count)
+
+
+# ---- the model's config and tokenizer
+
+
+def configs_folder() -> Path:
+    """The configs of the recipes' models that come with hf_galore, in folders of their names on the Hub."""
+    return recipe.recipes_folder() / "configs"
+
+
+def _find_model(model_args: ModelConfig, training: SFTConfig) -> _Model:
+    """Where the config is to be read from, and a tokenizer: from this machine, or our own, or else from the Hub."""
+    name = str(model_args.model_name_or_path)
+    options = {"revision": model_args.model_revision, "trust_remote_code": training.trust_remote_code}
+    notes: list[str] = []
+    try:
+        config = AutoConfig.from_pretrained(name, local_files_only=True, **options)
+    except (OSError, ValueError) as error:
+        bundled = configs_folder() / name
+        if (bundled / "config.json").is_file():
+            notes.append(f"The config of {name} is the one that comes with hf_galore: it is not on this machine.")
+            return _Model(str(bundled), _tokenizer(AutoConfig.from_pretrained(bundled)), notes)
+        if Path(name).exists():
+            raise UserError(f"model_name_or_path {name} cannot be loaded: {error}") from error
+        try:
+            config = AutoConfig.from_pretrained(name, **options)
+        except (OSError, ValueError) as error:
+            known = ", ".join(known_models())
+            raise UserError(
+                f"model_name_or_path {name}: its config is neither on this machine nor to be had from the Hub ({error}) "
+                f"nor among those that come with hf_galore ({known}). Give a folder with its config.json."
+            ) from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    except (OSError, ValueError, ImportError):
+        notes.append(f"The tokenizer of {name} is not there; its vocabulary is taken to be as large as the model's.")
+        tokenizer = _tokenizer(config)
+    return _Model(name, tokenizer, notes)
+
+
+def known_models() -> list[str]:
+    """The models whose configs come with hf_galore."""
+    return sorted(str(path.parent.relative_to(configs_folder())) for path in configs_folder().rglob("config.json"))
+
+
+def _tokenizer(config: Any) -> PreTrainedTokenizerFast:
+    """A tokenizer that nobody asks for tokens: what counts is how many it has, where a template adds some."""
+    size = config.get_text_config().vocab_size
+    vocabulary = {f"<{index}>": index for index in range(size)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<0>")), eos_token="<1>", pad_token="<2>"
+    )

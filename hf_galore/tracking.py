@@ -1,0 +1,188 @@
+"""What is in memory while a model trains: every tensor's storage, from its first operation to its last reference.
+
+Counts the same for real tensors and for fake ones (`hf_galore.fakes`), as far as operations allocate: what a kernel
+uses inside, as a work space, is not seen.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# CUDA's allocator hands out multiples of this many bytes.
+GRANULE = 512
+
+FORWARD, BACKWARD = "forward", "backward"
+
+_DEVICE = torch.ops.prim.device.default
+
+# What a storage is when nobody has said it.
+ACTIVATIONS, TEMPORARIES = "activations", "temporaries"
+
+
+class Peak(NamedTuple):
+    """The most that was alive at a time."""
+
+    nbytes: int
+    phase: str
+    event: int
+    """How many births and deaths had been recorded; for `StorageTracker.breakdown`."""
+
+
+class Allocation(NamedTuple):
+    """Storages of one kind, for looking closer at a peak."""
+
+    label: str
+    operation: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    count: int
+    nbytes: int
+
+
+class _Storage:
+    __slots__ = ("dtype", "label", "nbytes", "operation", "phase", "recorded", "shape")
+
+    def __init__(self, nbytes: int, tensor: Tensor, operation: str, phase: str, recorded: bool) -> None:
+        self.nbytes = nbytes
+        self.operation = operation
+        self.shape = tuple(tensor.shape)
+        self.dtype = tensor.dtype
+        self.phase = phase
+        self.recorded = recorded  # autograd was recording: it may be needed for the backward pass
+        self.label: str | None = None
+
+
+class StorageTracker(TorchDispatchMode):
+    """Records the births and deaths of storages on one device while it is entered.
+
+    Labels may come at any time of a storage's life and hold for all of it: a gradient is one from the moment that its
+    matrix product allocates it. A storage without a label is an activation if it was alive when a backward pass
+    began, or was made in recomputing a checkpointed part; else a temporary.
+
+    Args:
+        device: where storages count; those elsewhere do not.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+        self._phase: Callable[[], str] = lambda: FORWARD
+        self._live: dict[int, int] = {}  # a storage's address to its index
+        self._references: dict[int, Any] = {}
+        self._storages: list[_Storage] = []
+        self._events: list[tuple[int, int]] = []  # index, bytes born or, below zero, dead
+        self._bytes = 0
+        self._peaks: dict[str, Peak] = {}  # by phase
+        self._in_backward = False
+
+    def use_phases(self, phase: Callable[[], str]) -> None:
+        """Ask `phase` at each operation what is going on; while autograd runs it is the backward pass anyhow."""
+        self._phase = phase
+
+    @property
+    def live_bytes(self) -> int:
+        """What is alive now."""
+        return self._bytes
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE:  # asked half of the time, and nothing is allocated
+            return args[0].device
+        in_backward = torch._C._current_graph_task_id() != -1
+        if in_backward and not self._in_backward:
+            self._label_activations()
+        self._in_backward = in_backward
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._see(leaf, str(func))
+        return out
+
+    def label(self, tensors: Iterable[Tensor], label: str) -> None:
+        """Say what the storages of `tensors` are, seen before or not; overrides what was said before."""
+        for tensor in tensors:
+            storage = self._see(tensor, "")
+            if storage is not None:
+                storage.label = label
+
+    def _see(self, tensor: Tensor, operation: str) -> _Storage | None:
+        if tensor.device != self._device:
+            return None
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        nbytes = -(-storage.nbytes() // GRANULE) * GRANULE
+        index = self._live.get(key)
+        if index is None:
+            if nbytes == 0:
+                return None
+            index = len(self._storages)
+            phase = BACKWARD if self._in_backward else self._phase()
+            self._storages.append(_Storage(nbytes, tensor, operation, phase, torch.is_grad_enabled()))
+            self._live[key] = index
+            self._references[key] = weakref.ref(storage, lambda _, key=key: self._dead(key))
+            self._record(index, nbytes)
+        elif nbytes != self._storages[index].nbytes:  # resized
+            self._record(index, nbytes - self._storages[index].nbytes)
+            self._storages[index].nbytes = nbytes
+        return self._storages[index]
+
+    def _dead(self, key: int) -> None:
+        del self._references[key]
+        index = self._live.pop(key)
+        self._record(index, -self._storages[index].nbytes)
+
+    def _record(self, index: int, nbytes: int) -> None:
+        self._bytes += nbytes
+        self._events.append((index, nbytes))
+        if nbytes > 0:
+            phase = BACKWARD if self._in_backward else self._phase()
+            peak = self._peaks.get(phase)
+            if peak is None or self._bytes > peak.nbytes:
+                self._peaks[phase] = Peak(self._bytes, phase, len(self._events))
+
+    def _label_activations(self) -> None:
+        for index in self._live.values():
+            storage = self._storages[index]
+            if storage.label is None and storage.phase == FORWARD:
+                storage.label = ACTIVATIONS
+
+    # ---- what there is to report
+
+    def peaks(self) -> list[Peak]:
+        """The peak of each phase, highest first."""
+        return sorted(self._peaks.values(), key=lambda peak: -peak.nbytes)
+
+    def breakdown(self, event: int | None = None) -> dict[str, int]:
+        """Live bytes by label after so many events, largest first; now, where none is given."""
+        totals: dict[str, int] = defaultdict(int)
+        for index, nbytes in self._events[:event]:
+            totals[self._label_of(index)] += nbytes
+        return {label: nbytes for label, nbytes in sorted(totals.items(), key=lambda item: -item[1]) if nbytes}
+
+    def allocations(self, event: int | None = None) -> list[Allocation]:
+        """What was alive after so many events, storages of the same origin together; largest first."""
+        alive: dict[int, int] = defaultdict(int)
+        for index, nbytes in self._events[:event]:
+            alive[index] += nbytes
+        found: dict[tuple[str, str, Sequence[int], torch.dtype], list[int]] = defaultdict(list)
+        for index, nbytes in alive.items():
+            if nbytes:
+                storage = self._storages[index]
+                found[self._label_of(index), storage.operation, storage.shape, storage.dtype].append(nbytes)
+        return sorted(
+            (Allocation(*key, len(each), sum(each)) for key, each in found.items()),  # type: ignore[arg-type]
+            key=lambda allocation: -allocation.nbytes,
+        )
+
+    def _label_of(self, index: int) -> str:
+        storage = self._storages[index]
+        if storage.label is not None:
+            return storage.label
+        return ACTIVATIONS if storage.phase == BACKWARD and storage.recorded else TEMPORARIES
