@@ -7,6 +7,7 @@ with narrow matrices, for which the factors do: `hf_galore.projection.FactoredGr
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 import torch
@@ -21,8 +22,11 @@ class LinearGradientSink(Protocol):
     def serves(self, weight: Tensor) -> bool:
         """Whether `take` wants this weight; asked in the forward pass."""
 
-    def take(self, weight: Tensor, output_gradient: Tensor, inputs: Tensor) -> bool:
-        """Use δ (T × m) and X (T × n) of one run of a layer; false to have autograd build the gradient."""
+    def take(self, weight: Tensor, output_gradient: Tensor, inputs: Tensor) -> Callable[[], None] | None:
+        """Use δ (T × m) and X (T × n) of one run of a layer, or `None` to have autograd build the gradient.
+
+        What is returned has to be called once the weight is of no more use in this backward pass: it may update it.
+        """
 
 
 class ProjectedLinear(nn.Linear):
@@ -64,6 +68,8 @@ class _ProjectedLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sink: LinearGradientSink) -> Tensor:
         ctx.save_for_backward(x, weight)
+        # A checkpointed part gives back a copy of what was saved, which the sink would not know.
+        ctx.weight = weight
         ctx.sink = sink
         ctx.has_bias = bias is not None
         return F.linear(x, weight.to(x.dtype), bias)
@@ -73,15 +79,18 @@ class _ProjectedLinearFunction(torch.autograd.Function):
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        # Before the sink, which may update the weight.
-        grad_x = delta @ weight.to(delta.dtype) if needs_x else None
         rows = delta.reshape(-1, delta.shape[-1])
         grad_bias = rows.sum(dim=0) if ctx.has_bias and needs_bias else None
-        grad_weight = None
+        grad_weight = finish = None
         if needs_weight:
             inputs = x.reshape(-1, x.shape[-1])
-            if not ctx.sink.take(weight, rows, inputs):
+            # The first of all: a refresh takes the most memory, and the input's gradient is as large as the input.
+            finish = ctx.sink.take(ctx.weight, rows, inputs)
+            if finish is None:
                 grad_weight = (rows.mT @ inputs).to(weight.dtype)
+        grad_x = delta @ weight.to(delta.dtype) if needs_x else None
+        if finish is not None:
+            finish()
         return grad_x, grad_weight, grad_bias, None
 
 

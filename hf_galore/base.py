@@ -121,7 +121,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         self._warned_of_skipped = False
         self._names: dict[int, str] = {}
         self._refresh_log = RefreshLog()
-        self._refresh_all = False
+        self._refresh_next: set[int] = set()  # targets, by their id
         self._indices: dict[int, int] = {}  # of the parameters, by their id
         self._phases: dict[int, int] = {}  # of the targets, likewise
 
@@ -262,7 +262,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
                     self.update_low_rank(param, group, held)
                 elif param.grad is not None:
                     self.update_parameter(param, group)
-        self._refresh_all = False
+        self._refresh_next.clear()
         if self._hooks is not None:
             self._hooks.start_window()
         if all(param.device.type == "cpu" for group in self.param_groups for param in group["params"][:1]):
@@ -293,13 +293,15 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         self._skipped.note(param, skip, step)
         self._update_full_rank(param, gradient, state, group, step, skip)
 
-    def refresh_all(self) -> None:
-        """Let the next step refresh every basis, whatever its turn; turns stay as they are."""
-        self._refresh_all = True
+    def refresh_next(self, params: Iterable[Tensor]) -> None:
+        """Let the next step refresh the bases of these targets, whatever their turn; turns stay as they are."""
+        self._refresh_next.update(id(param) for param in params)
 
     def refresh_due(self, param: Tensor, group: Group) -> bool:
         """Whether the next step of a target is one with a new basis: the first, and every `update_proj_gap`-th."""
-        return self._refresh_all or refresh_due(group, self._state_of(param, group), self._phase_of(param))
+        return id(param) in self._refresh_next or refresh_due(
+            group, self._state_of(param, group), self._phase_of(param)
+        )
 
     def refreshes_from_factors(self, param: Tensor, group: Group, tokens: int) -> bool:
         """Whether a refresh of a target takes fewer multiply-adds from δ and X of `tokens` rows than from G = δᵀX."""

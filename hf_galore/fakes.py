@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import AutoConfig, PreTrainedModel
 
 from . import quantize
+from .shape_cache import ShapeCache
 
 Target = Literal["cuda", "cpu"]
 
@@ -82,7 +83,7 @@ def fake_training(target: Target) -> Iterator[Fakes]:
             (transformers.masking_utils, "find_packed_sequence_indices", fakes.packed_indices),
             (transformers.masking_utils, "fast_all", fakes.all_true),
             (transformers.trainer_pt_utils, "nested_numpify", _numpify),
-            (nn.functional, "scaled_dot_product_attention", _attention(target)),
+            (nn.functional, "scaled_dot_product_attention", _attention),
         ):
             enter(mock.patch.object(module, name, replacement))
         if target == "cuda":
@@ -91,16 +92,22 @@ def fake_training(target: Target) -> Iterator[Fakes]:
         quantize._equal_steps.cache_clear()
         stack.callback(quantize._equal_steps.cache_clear)
         enter(mode)
-        enter(_Answers())
+        enter(_Answers(mode))
         yield fakes
 
 
 class _Answers(TorchDispatchMode):
     """Answers questions about numbers that fakes do not have as a full batch and finite gradients would."""
 
+    def __init__(self, mode: FakeTensorMode) -> None:
+        super().__init__()
+        self._cache = ShapeCache(mode)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _aten._local_scalar_dense.default and args[0].constant is None:
+            return _answer(func, args)  # by far the most frequent question: no need to let it fail first
         try:
-            return func(*args, **(kwargs or {}))
+            return self._cache.call(func, args, kwargs or {})
         except DataDependentOutputException:
             return _answer(func, args)
         except DynamicOutputShapeException:
@@ -193,35 +200,31 @@ def _numpify(tensors: Any) -> Any:
 # ---- kernels
 
 
-def _attention(target: Target) -> Callable[..., Tensor]:
-    """`scaled_dot_product_attention` by a fused kernel: torch, which cannot ask a fake, would take the one in parts."""
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Instead of `scaled_dot_product_attention`, which cannot ask a fake and would not take a fused kernel.
 
-    def scaled_dot_product_attention(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        if torch.is_autocast_enabled(query.device.type):
-            dtype = torch.get_autocast_dtype(query.device.type)
-            query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            bias = torch.zeros_like(attn_mask, dtype=query.dtype)
-            attn_mask = bias.masked_fill_(attn_mask.logical_not(), -math.inf)
-        if enable_gqa and target == "cpu":  # a GPU's kernels need no copies
-            groups = query.shape[-3] // key.shape[-3]
-            key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
-        # What a GPU's kernel allocates, too: the output and a float32 number for each row of it.
-        output: Tensor = _aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
-        )[0]
-        return output
-
-    return scaled_dot_product_attention
+    Fused kernels on CPUs and GPUs allocate the same: the output, and a float32 number for each row of it.
+    """
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        bias = torch.zeros_like(attn_mask, dtype=query.dtype)
+        attn_mask = bias.masked_fill_(attn_mask.logical_not(), -math.inf)
+    # Fewer heads of keys and values than of queries (enable_gqa) are nothing that it makes copies for.
+    output: Tensor = _aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+    )[0]
+    return output
 
 
 def _use_gpu_loss(enter: Callable[[Any], Any]) -> None:

@@ -73,7 +73,7 @@ class _FusedHead(torch.autograd.Function):
         chunk_size: int,
         *rest: Any,
     ) -> Any:
-        ctx.original, ctx.hooks = original, hooks
+        ctx.original, ctx.hooks, ctx.weight = original, hooks, weight
         return original.forward(
             ctx, hidden, weight, bias, targets, temperature, min(chunk_size, VOCABULARY_PART), *rest
         )
@@ -82,7 +82,7 @@ class _FusedHead(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         hidden, weight, bias, targets, *statistics = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[2:5]
-        bases: Bases | None = ctx.hooks.bases_for_rows(weight) if needs_weight else None
+        bases: Bases | None = ctx.hooks.bases_for_rows(ctx.weight) if needs_weight else None
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_hidden else None
         grad_bias = torch.empty_like(bias) if bias is not None and needs_bias else None
         grad_weight = torch.empty_like(weight) if needs_weight and bases is None else None
@@ -92,7 +92,13 @@ class _FusedHead(torch.autograd.Function):
         for start in range(0, len(weight), VOCABULARY_PART):
             rows = slice(start, start + VOCABULARY_PART)
             part = types.SimpleNamespace(
-                saved_tensors=(inputs, weight[rows], None if bias is None else bias[rows], targets - start, *statistics),
+                saved_tensors=(
+                    inputs,
+                    weight[rows],
+                    None if bias is None else bias[rows],
+                    targets - start,
+                    *statistics,
+                ),
                 needs_input_grad=(needs_hidden, needs_weight, grad_bias is not None),
                 compute_dtype=ctx.compute_dtype,
                 chunk_size=VOCABULARY_PART,
@@ -109,6 +115,6 @@ class _FusedHead(torch.autograd.Function):
                 grad_bias[rows] = of_bias
             del of_hidden, of_weight, of_bias
         if low_rank is not None:
-            ctx.hooks.take_low_rank(weight, low_rank)
+            ctx.hooks.take_low_rank(ctx.weight, low_rank)
         grad_hidden = None if grad_hidden is None else grad_hidden.to(hidden.dtype)
         return None, None, grad_hidden, grad_weight, grad_bias, *(None,) * (len(ctx.needs_input_grad) - 5)

@@ -20,6 +20,7 @@ whole gradient, which autograd builds for that one layer; the projected backward
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -171,28 +172,31 @@ class BackwardHooks:
         """Whether the projected backward is for this weight: not for a copy of it, nor after `detach()`."""
         return id(weight) in self._group_index and self.attached
 
-    def take(self, weight: Tensor, output_gradient: Tensor, inputs: Tensor) -> bool:
-        """Use δ (T × m) and X (T × n) of one run of a target's layer; false where autograd has to build G."""
+    def take(self, weight: Tensor, output_gradient: Tensor, inputs: Tensor) -> Callable[[], None] | None:
+        """Use δ (T × m) and X (T × n) of one run of a target's layer; `None` where autograd has to build G.
+
+        What is returned updates the weight, if that is to happen now.
+        """
         optimizer, group = self._optimizer_and_group(weight)
         if optimizer is None or group is None:
-            return False
+            return None
         refresh = self._refresh_due(optimizer, weight, group)
         if refresh and not self._refreshes_from_factors(optimizer, weight, group, len(inputs)):
-            return False
+            return None
         self._check_first_update(weight)
         if id(weight) in self._put_off:
-            return True
+            return _nothing
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
             gradient = FactoredGradient(output_gradient, inputs)
             held = self._held.get(id(weight))
             if held is not None:
                 project(gradient, optimizer.bases_of(weight, group), out=held)
                 self._norms.pop(id(weight), None)
-                return True
+                return _nothing
             low_rank = self._project(optimizer, weight, group, gradient, refresh)
-            if low_rank is not None:
-                self._use_or_hold(optimizer, weight, group, low_rank.to(weight.dtype), norm=None)
-        return True
+        if low_rank is None:
+            return _nothing
+        return functools.partial(self.take_low_rank, weight, low_rank.to(weight.dtype))
 
     def bases_for_rows(self, weight: Tensor) -> Bases | None:
         """The bases with which rows of a gradient can be projected by themselves; `None` where autograd has to build it.
@@ -204,16 +208,16 @@ class BackwardHooks:
             return None
         if side_of(weight.shape, group["proj_type"]) != "right" or self._refresh_due(optimizer, weight, group):
             return None
+        if id(weight) in self._put_off:
+            return None
         return optimizer.bases_of(weight, group)
 
     def take_low_rank(self, weight: Tensor, low_rank: Tensor) -> None:
-        """Use the R of one run of a target's layer, made with `bases_for_rows`."""
+        """Use the R of one run of a target's layer."""
         optimizer, group = self._optimizer_and_group(weight)
         assert optimizer is not None
         assert group is not None
         self._check_first_update(weight)
-        if id(weight) in self._put_off:
-            return
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
             self._add(optimizer, weight, group, low_rank, norm=None)
 
@@ -369,6 +373,10 @@ class _RunCounter:
 
     def __reduce__(self) -> Any:
         return _RunCounter, (_gone, _gone, ())  # weak references cannot be pickled
+
+
+def _nothing() -> None:
+    """What is left to do where all is done."""
 
 
 def _gone() -> None:

@@ -1,4 +1,6 @@
-"""Will it fit? The memory of a training run, from running its real steps with fake tensors: no GPU, no weights, no data.
+"""Will it fit? The memory of a training run, found without a GPU, weights or data.
+
+Its real steps run with fake tensors:
 
     plan = hf_galore.plan("recipes/llama2_7b_oasst2.yaml")
     plan = hf_galore.plan(lambda: SFTTrainer("meta-llama/Llama-2-7b-hf", args, train_dataset=data))
@@ -12,10 +14,10 @@ import dataclasses
 import logging
 import os
 import re
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import torch
@@ -25,6 +27,9 @@ from transformers import Trainer
 from .fakes import Target, fake_training
 from .log import logger
 from .rehearsal import Progress, Record, rehearse
+
+if TYPE_CHECKING:
+    from .cli import recipe
 
 GIB = 2**30
 
@@ -106,7 +111,7 @@ def parse_size(text: str) -> int:
 
 
 def plan(
-    source: Callable[[], Trainer] | str | os.PathLike[str],
+    source: Callable[[], Trainer] | recipe.Arguments | str | os.PathLike[str],
     *,
     overrides: Sequence[str] = (),
     vram: int | None = None,
@@ -116,9 +121,10 @@ def plan(
     """The memory of a training run, found without a GPU, weights or data.
 
     Args:
-        source: a recipe's file, or a function that makes the Trainer. That is called where tensors are fake: a model
-            that it makes, with or without `from_pretrained`, has no weights. The Trainer is of no use afterwards.
-        overrides: for a recipe, `["--key", "value", ...]` as on the command line.
+        source: a recipe's file, or what was parsed from one, or a function that makes the Trainer. That is called
+            where tensors are fake: a model that it makes, with or without `from_pretrained`, has no weights. What was
+            parsed, and the Trainer, are of no use afterwards.
+        overrides: for a recipe's file, `["--key", "value", ...]` as on the command line.
         vram: bytes of the card's memory; by default those of the GPU, if there is one.
         target: the device that the tensors stand for; `cpu` gives what the run takes on a CPU.
         progress: called with the phase and the number of the step.
@@ -129,16 +135,16 @@ def plan(
     start = time.perf_counter()
     notes: list[str] = []
     tokens: int | None = None
-    with _quiet():
+    with _quiet(), tempfile.TemporaryDirectory() as folder:
         if callable(source):
             make = source
         else:
-            from .cli import recipe
-            from .cli.stand_in import prepare
+            from .cli import stand_in
 
-            # Without a GPU a recipe with bf16 is refused, unless it is told that a CPU is meant.
-            on_cpu = [] if torch.cuda.is_available() else ["--use_cpu", "true"]
-            prepared = prepare(recipe.parse(["--config", os.fspath(source), *overrides, *on_cpu], "plan", ""))
+            if isinstance(source, (str, os.PathLike)):
+                source = stand_in.parse(["--config", os.fspath(source), *overrides], "plan", "")
+            source.training.output_dir = folder  # the Trainer makes it
+            prepared = stand_in.prepare(source)
             make, tokens = prepared.make_trainer, prepared.tokens_per_step
             notes += prepared.notes
         with fake_training(target) as fakes:
@@ -147,9 +153,13 @@ def plan(
             device = str(trainer.args.device)
             parameters = sum(param.numel() for param in trainer.model.parameters())
     stood_for = target if device.startswith(target) else f"{target} (stood in for by {device} tensors)"
-    if vram is None and torch.cuda.is_available():
-        vram = torch.cuda.get_device_properties(0).total_memory
+    vram = card_bytes() if vram is None else vram
     return _summary(record, stood_for, time.perf_counter() - start, parameters, tokens, vram, tuple(notes))
+
+
+def card_bytes() -> int | None:
+    """The memory of this machine's GPU; `None` where there is none."""
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
 def measure(make_trainer: Callable[[], Trainer], *, progress: Progress | None = None) -> MemoryPlan:
@@ -197,7 +207,7 @@ def _summary(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Within, libraries do not report on a training that does not happen; warnings of ours about numbers least of all."""
+    """Within, libraries do not report on a training that does not happen, nor do we warn about its numbers."""
     level, verbosity = logger.level, transformers.utils.logging.get_verbosity()
     bars = datasets.are_progress_bars_disabled()
     logger.setLevel(logging.CRITICAL)

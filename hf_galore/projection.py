@@ -15,7 +15,7 @@ Source: GaLore (Zhao et al., 2024, arXiv:2403.03507), section 4 and algorithm 2.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -58,18 +58,51 @@ class FactoredGradient(NamedTuple):
 Gradient = Tensor | FactoredGradient
 
 
+# Where a product is computed in another dtype than the gradient's, so many elements of it are cast at a time: float32
+# copies of a whole bfloat16 gradient, or of its factors, would take more than all else in a refresh.
+CAST_ELEMENTS = 2**24  # 64 MiB in float32
+
+
 def times(gradient: Gradient, matrix: Tensor) -> Tensor:
-    """GM for an n × k matrix M."""
+    """GM for an n × k matrix M, computed in the dtype of M."""
     if isinstance(gradient, FactoredGradient):
-        return gradient.output_gradient.mT @ (gradient.inputs @ matrix)
-    return gradient @ matrix
+        return _transposed_product(gradient.output_gradient, gradient.inputs, matrix)
+    if gradient.dtype == matrix.dtype:
+        return gradient @ matrix
+    product = matrix.new_empty(len(gradient), matrix.shape[1])
+    for rows in _parts(gradient):
+        torch.mm(gradient[rows].to(matrix.dtype), matrix, out=product[rows])
+    return product
 
 
 def transposed_times(gradient: Gradient, matrix: Tensor) -> Tensor:
-    """GᵀM for an m × k matrix M."""
+    """GᵀM for an m × k matrix M, computed in the dtype of M."""
     if isinstance(gradient, FactoredGradient):
-        return gradient.inputs.mT @ (gradient.output_gradient @ matrix)
-    return gradient.mT @ matrix
+        return _transposed_product(gradient.inputs, gradient.output_gradient, matrix)
+    if gradient.dtype == matrix.dtype:
+        return gradient.mT @ matrix
+    product = matrix.new_zeros(gradient.shape[1], matrix.shape[1])
+    for rows in _parts(gradient):
+        product.addmm_(gradient[rows].to(matrix.dtype).mT, matrix[rows])
+    return product
+
+
+def _transposed_product(a: Tensor, b: Tensor, matrix: Tensor) -> Tensor:
+    """Aᵀ(BM) for A and B of T rows and one dtype."""
+    if a.dtype == matrix.dtype:
+        return a.mT @ (b @ matrix)
+    product = matrix.new_zeros(a.shape[1], matrix.shape[1])
+    for rows in _parts(a, b):
+        inner = b[rows].to(matrix.dtype) @ matrix
+        product.addmm_(a[rows].to(matrix.dtype).mT, inner)
+    return product
+
+
+def _parts(*tensors: Tensor) -> Iterator[slice]:
+    """The rows of the tensors, as many at a time as may be cast."""
+    size = max(1, CAST_ELEMENTS // max(tensor.shape[1] for tensor in tensors))
+    for start in range(0, len(tensors[0]), size):
+        yield slice(start, start + size)
 
 
 class BasisShapes(NamedTuple):

@@ -56,7 +56,6 @@ def new_bases(gradient: Gradient, side: Side, rank: int, method: RefreshMethod, 
         method: `svd`, `randomized` or `subspace`.
         old: the present bases; `None` before the first refresh.
     """
-    gradient = _in_float32(gradient)
     if method == "subspace":
         return subspace_bases(gradient, side, rank, old)
     if method == "randomized":
@@ -74,7 +73,7 @@ def svd_bases(gradient: Tensor, side: Side, rank: int) -> Bases:
 
     Source: GaLore (Zhao et al., 2024, arXiv:2403.03507), section 4.1, equation 12.
     """
-    u, _, vh = torch.linalg.svd(_scale_(gradient.clone()), full_matrices=False)
+    u, _, vh = torch.linalg.svd(_scale_(gradient.to(_dtype_of(gradient), copy=True)), full_matrices=False)
     # Slices are views that would keep the whole of U or Vh alive: the bases are copied out.
     return Bases(
         left=u[:, :rank].clone() if side != "right" else None,
@@ -119,12 +118,12 @@ def subspace_bases(gradient: Gradient, side: Side, rank: int, old: Bases | None)
         return _swapped(subspace_bases(_transposed(gradient), "left", rank, None if old is None else _swapped(old)))
     m, n = gradient.shape
     old_left, old_right = old or (None, None)
-    basis = _gaussian(m, rank, gradient) if old_left is None else old_left.to(gradient.dtype)
+    basis = _gaussian(m, rank, gradient) if old_left is None else old_left.to(_dtype_of(gradient))
     for _ in range(power_iterations((m, n), rank) + (old_left is None)):
         basis = _power_iteration(gradient, basis)
     if side == "left":
         return Bases(basis, None)
-    start = _gaussian(n, rank, gradient) if old_right is None else old_right.to(gradient.dtype)
+    start = _gaussian(n, rank, gradient) if old_right is None else old_right.to(_dtype_of(gradient))
     within = _scale_(transposed_times(gradient, basis))
     size = (within.square().sum() / rank).sqrt()
     return Bases(basis, _orthonormal(within + (ENERGY_FLOOR * size + _NEGLIGIBLE) * start))
@@ -195,7 +194,7 @@ def _gaussian(rows: int, columns: int, gradient: Gradient) -> Tensor:
     """The same numbers every time, without touching anybody's random state."""
     generator = torch.Generator(gradient.device).manual_seed(0)
     size = (rows, columns)
-    sample: Tensor = torch.randn(size, generator=generator, dtype=gradient.dtype, device=gradient.device)
+    sample: Tensor = torch.randn(size, generator=generator, dtype=_dtype_of(gradient), device=gradient.device)
     return sample / math.sqrt(rows)
 
 
@@ -220,11 +219,9 @@ def _largest(matrix: Tensor) -> Tensor:
     return torch.maximum(-low, high).clamp_min(_TINY)
 
 
-def _in_float32(gradient: Gradient) -> Gradient:
-    dtype = torch.promote_types(gradient.dtype, torch.float32)
-    if isinstance(gradient, FactoredGradient):
-        return FactoredGradient(gradient.output_gradient.to(dtype), gradient.inputs.to(dtype))
-    return gradient.to(dtype)
+def _dtype_of(gradient: Gradient) -> torch.dtype:
+    """The dtype that a refresh is computed in."""
+    return torch.promote_types(gradient.dtype, torch.float32)
 
 
 def _transposed(gradient: Gradient) -> Gradient:

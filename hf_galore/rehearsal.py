@@ -1,7 +1,7 @@
 """A few training steps of a Trainer with every storage tracked: the same for a plan's fakes and for a real run.
 
-The steps are full ones: the first, which makes all bases and moments; one that refreshes every basis; a plain one;
-after the second, an evaluation where the Trainer has one, and a checkpoint.
+The steps are full ones: the first, which makes all bases and moments; one that refreshes bases of every shape; a plain
+one; after the second, an evaluation where the Trainer has one, and a checkpoint.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from .base import GaLoreOptimizer
 from .fakes import Fakes
+from .groups import is_target
 from .tracking import FORWARD, StorageTracker
 from .trainer import GaLoreCallback
 
@@ -164,7 +165,7 @@ class _Rehearsal(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._micro_batch = 0
         optimizer = _galore(self._trainer)
         if optimizer is not None and state.global_step == _REFRESH_AFTER:
-            optimizer.refresh_all()
+            optimizer.refresh_next(_first_and_last(optimizer))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.resident_bytes = max(self.resident_bytes, self._tracker.live_bytes)
@@ -200,6 +201,16 @@ def _galore(trainer: Trainer) -> GaLoreOptimizer | None:
     return optimizer if isinstance(optimizer, GaLoreOptimizer) else None
 
 
+def _first_and_last(optimizer: GaLoreOptimizer) -> Iterable[Tensor]:
+    """Of the targets of each shape the first and the last: in between, memory lies between theirs."""
+    found: dict[tuple[int, ...], list[Tensor]] = {}
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if is_target(param, group):
+                found.setdefault((*param.shape, group["rank"]), []).append(param)
+    return (param for params in found.values() for param in (params[0], params[-1]))
+
+
 def _of_state(trainer: Trainer, *, bases: bool) -> Iterable[Tensor]:
     """The tensors of any optimizer's state: those of bases, or the others."""
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
@@ -211,5 +222,7 @@ def _of_state(trainer: Trainer, *, bases: bool) -> Iterable[Tensor]:
 
 def _tensors(value: Any) -> Iterable[Tensor]:
     # An optimizer may keep an object of its own, as galore_torch keeps its projector.
-    leaves = tree_leaves(vars(value)) if hasattr(value, "__dict__") and not isinstance(value, Tensor) else tree_leaves(value)
+    leaves = (
+        tree_leaves(vars(value)) if hasattr(value, "__dict__") and not isinstance(value, Tensor) else tree_leaves(value)
+    )
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]

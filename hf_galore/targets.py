@@ -26,9 +26,10 @@ class Targets:
 
 
 def find_targets(model: nn.Module, target_modules: Any, config: GaLoreConfig) -> Targets:
-    """The trainable weights of the linear layers of `model` that `target_modules` names.
+    """The trainable weights of the linear layers of `model` that `target_modules` names, and of embeddings.
 
-    Linear layers are `nn.Linear` and transformers' `Conv1D` (GPT-2). A weight shared by several modules appears once.
+    Linear layers are `nn.Linear` and transformers' `Conv1D` (GPT-2). An embedding is a target only where an entry matches
+    embeddings and no linear layer, such as `embed_tokens`. A weight shared by several modules appears once.
 
     Args:
         model: the model.
@@ -39,7 +40,7 @@ def find_targets(model: nn.Module, target_modules: Any, config: GaLoreConfig) ->
 
     Raises:
         TypeError: `target_modules` is neither a string nor a list of strings.
-        ValueError: it, or an entry of it, selects no trainable linear layer, or none that is large enough.
+        ValueError: it, or an entry of it, selects no trainable layer, or none that is large enough.
     """
     linear = {name: module for name, module in model.named_modules() if _is_linear(module)}
     trainable = {name: module for name, module in linear.items() if _weight(module).requires_grad}
@@ -55,13 +56,15 @@ def find_targets(model: nn.Module, target_modules: Any, config: GaLoreConfig) ->
             )
     else:
         entries = _entries(target_modules)
+        embeddings = {name: module for name, module in _embeddings(model) if _weight(module).requires_grad}
         chosen: set[str] = set()
         for entry, matches in entries.items():
-            matched = [name for name in trainable if matches(name)]
+            matched = [name for name in trainable if matches(name)] or [name for name in embeddings if matches(name)]
             if not matched:
                 raise ValueError(_explain_no_match(entry, matches, model, linear, isinstance(target_modules, str)))
             chosen.update(matched)
-        names = [name for name in trainable if name in chosen]
+        trainable = {name: module for name, module in model.named_modules() if name in chosen}
+        names = list(trainable)
 
     unique = {id(_weight(trainable[name])): name for name in reversed(list(names))}
     weights = {name: _weight(trainable[name]) for name in names if unique[id(_weight(trainable[name]))] == name}
@@ -152,7 +155,11 @@ def _weight(module: nn.Module) -> Tensor:
 
 def embedding_weights(model: nn.Module) -> list[Tensor]:
     """The weights of the embedding layers of `model`."""
-    return [_weight(module) for module in model.modules() if isinstance(module, nn.Embedding)]
+    return [_weight(module) for _, module in _embeddings(model)]
+
+
+def _embeddings(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Embedding))
 
 
 def summarize(model: nn.Module, targets: Targets, config: GaLoreConfig) -> str:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -48,15 +49,15 @@ class Allocation(NamedTuple):
 
 
 class _Storage:
-    __slots__ = ("dtype", "label", "nbytes", "operation", "phase", "recorded", "shape")
+    __slots__ = ("dtype", "label", "nbytes", "operation", "phase", "recomputed", "shape")
 
-    def __init__(self, nbytes: int, tensor: Tensor, operation: str, phase: str, recorded: bool) -> None:
+    def __init__(self, nbytes: int, tensor: Tensor, operation: str, phase: str, recomputed: bool) -> None:
         self.nbytes = nbytes
         self.operation = operation
         self.shape = tuple(tensor.shape)
         self.dtype = tensor.dtype
         self.phase = phase
-        self.recorded = recorded  # autograd was recording: it may be needed for the backward pass
+        self.recomputed = recomputed
         self.label: str | None = None
 
 
@@ -82,6 +83,27 @@ class StorageTracker(TorchDispatchMode):
         self._bytes = 0
         self._peaks: dict[str, Peak] = {}  # by phase
         self._in_backward = False
+        self._modules = 0  # whose forward is running
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> StorageTracker:
+        self._handles = [
+            register_module_forward_pre_hook(self._enter_module),
+            register_module_forward_hook(self._leave_module, always_call=True),  # checkpoints leave by an exception
+        ]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for handle in self._handles:
+            handle.remove()
+
+    def _enter_module(self, *_: Any) -> None:
+        self._modules += 1
+
+    def _leave_module(self, *_: Any) -> None:
+        self._modules -= 1
 
     def use_phases(self, phase: Callable[[], str]) -> None:
         """Ask `phase` at each operation what is going on; while autograd runs it is the backward pass anyhow."""
@@ -124,7 +146,8 @@ class StorageTracker(TorchDispatchMode):
                 return None
             index = len(self._storages)
             phase = BACKWARD if self._in_backward else self._phase()
-            self._storages.append(_Storage(nbytes, tensor, operation, phase, torch.is_grad_enabled()))
+            recomputed = self._in_backward and self._modules > 0
+            self._storages.append(_Storage(nbytes, tensor, operation, phase, recomputed))
             self._live[key] = index
             self._references[key] = weakref.ref(storage, lambda _, key=key: self._dead(key))
             self._record(index, nbytes)
@@ -185,4 +208,4 @@ class StorageTracker(TorchDispatchMode):
         storage = self._storages[index]
         if storage.label is not None:
             return storage.label
-        return ACTIVATIONS if storage.phase == BACKWARD and storage.recorded else TEMPORARIES
+        return ACTIVATIONS if storage.recomputed else TEMPORARIES

@@ -182,7 +182,13 @@ def _get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | No
 
     targets = find_targets(model, args.optim_target_modules, config)
     options: dict[Tensor, dict[str, Any]] = {}
-    if kind.cls is GaLoreAdamW8bit:  # bitsandbytes' rule, which the Trainer applies to its 8-bit optimizers
+    if kind.cls is not GaLoreAdamW8bit:
+        if config.embedding_bits != 32:
+            raise ValueError(
+                f"embedding_bits={config.embedding_bits} is for the 8-bit optimizers; all moments of {name!r} have 32 bits. "
+                "Leave it out."
+            )
+    elif config.embedding_bits == 32:  # bitsandbytes' rule, which the Trainer applies to its 8-bit optimizers
         options.update((weight, {"optim_bits": 32}) for weight in embedding_weights(model))
     options.update((weight, config.group_options()) for weight in targets.projected.values())
     if args.process_index == 0:

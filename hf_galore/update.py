@@ -266,8 +266,12 @@ def adam_8bit_direction(
     betas: tuple[float, float],
     eps: float,
 ) -> Tensor:
-    """N for a low-rank gradient with 8-bit moments, in float32; see `adam_direction` for how."""
-    direction = torch.zeros(gradient.shape, dtype=torch.float32, device=gradient.device)
+    """N for a low-rank gradient with 8-bit moments, in its dtype; see `adam_direction` for how.
+
+    The kernel computes in float32 whatever the dtype, and N is cast to the weight's in any case when it is projected
+    back: float32 copies of it and of the gradient would only take memory.
+    """
+    direction = torch.zeros_like(gradient, memory_format=torch.contiguous_format)
     adam_8bit_(direction, gradient, moments, codebooks, step=step, betas=betas, eps=eps, lr=-1.0, weight_decay=0.0)
     return direction
 

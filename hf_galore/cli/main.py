@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from .errors import Stopped, UserError
 COMMANDS = {
     "quickstart": "train a small chat model on this machine, without downloads, and talk to it",
     "sft": "fine-tune a model as a recipe says: what `trl sft` reads, with a galore_* optim",
+    "plan": "find out whether a recipe fits a card, without a GPU, weights or data",
 }
 
 USER_ERROR = 2
@@ -49,14 +51,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the command's name; those of the process where `None`.
 
     Returns:
-        0, 2 for something wrong in what was given, 130 for Ctrl-C. Anything else that goes wrong is a bug and
-        keeps its traceback.
+        0, 1 for a plan that does not fit, 2 for something wrong in what was given, 130 for Ctrl-C. Anything else that
+        goes wrong is a bug and keeps its traceback.
     """
     prog = "hf-galore"
     try:
         chosen = _parser().parse_args(argv)
         prog = f"hf-galore {chosen.command}"
-        command = importlib.import_module(f"{__package__}.{chosen.command}")
+        with contextlib.redirect_stdout(
+            sys.stderr
+        ):  # huggingface_hub prints where an import fails that it can do without
+            command = importlib.import_module(f"{__package__}.{chosen.command}")
         status: int = command.run(chosen.arguments)
     except UserError as error:
         print(f"{prog}: {error}", file=sys.stderr)

@@ -279,12 +279,22 @@ def reporting_errors(output_dir: str) -> Iterator[None]:
     """Turn complaints of libraries about arguments into `UserError`, and leave no empty `output_dir` behind."""
     folder = Path(output_dir).absolute()
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    with reporting_complaints():
+        try:
+            yield
+        except BaseException:
+            for path in missing:
+                with contextlib.suppress(OSError):  # it is not there, or not empty
+                    path.rmdir()
+            raise
+
+
+@contextlib.contextmanager
+def reporting_complaints() -> Iterator[None]:
+    """Turn complaints of libraries about arguments into `UserError`."""
     try:
         yield
-    except BaseException as error:
-        for path in missing:
-            with contextlib.suppress(OSError):  # it is not there, or not empty
-                path.rmdir()
+    except Exception as error:
         if _is_about_arguments(error):
             raise UserError(str(error)) from error
         raise
@@ -294,7 +304,7 @@ def reporting_errors(output_dir: str) -> Iterator[None]:
 _CHECKING = ("hf_galore", "trl", "transformers", "datasets", "peft")
 
 
-def _is_about_arguments(error: BaseException) -> bool:
+def _is_about_arguments(error: Exception) -> bool:
     """Whether a library raised `error` on purpose, about what it was given; a bug's traceback is to be seen."""
     if not isinstance(error, (ValueError, ImportError, OSError, datasets.exceptions.DatasetsError)):
         return False

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+import torch
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, Trainer
 from trl import ModelConfig, SFTConfig
@@ -34,8 +35,20 @@ class _Model(NamedTuple):
     notes: list[str]
 
 
+def parse(arguments: Sequence[str], prog: str, about: str) -> recipe.Arguments:
+    """Read a command's arguments as `recipe.parse` does, with the same errors; there need not be a GPU.
+
+    Without one transformers refuses bf16, unless it is told that a CPU is meant. That comes last, after what anybody
+    else may have said about `use_cpu`.
+    """
+    on_cpu = [] if torch.cuda.is_available() else ["--use_cpu", "true"]
+    return recipe.parse([*arguments, *on_cpu], prog, about)
+
+
 def prepare(arguments: recipe.Arguments) -> Prepared:
     """A Trainer as `hf-galore sft` would make it, for data of full length.
+
+    The arguments are changed for that: they are of no use for a training afterwards.
 
     Raises:
         UserError: there is no such model, or something cannot be planned.
@@ -107,8 +120,8 @@ def _find_model(model_args: ModelConfig, training: SFTConfig) -> _Model:
         except (OSError, ValueError) as error:
             known = ", ".join(known_models())
             raise UserError(
-                f"model_name_or_path {name}: its config is neither on this machine nor to be had from the Hub ({error}) "
-                f"nor among those that come with hf_galore ({known}). Give a folder with its config.json."
+                f"model_name_or_path {name}: its config is neither on this machine nor to be had from the Hub "
+                f"({error}) nor among those that come with hf_galore ({known}). Give a folder with its config.json."
             ) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
