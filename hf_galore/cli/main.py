@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import sys
 from collections.abc import Sequence
@@ -58,10 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         chosen = _parser().parse_args(argv)
         prog = f"hf-galore {chosen.command}"
-        with contextlib.redirect_stdout(
-            sys.stderr
-        ):  # huggingface_hub prints where an import fails that it can do without
-            command = importlib.import_module(f"{__package__}.{chosen.command}")
+        command = importlib.import_module(f"{__package__}.{chosen.command}")
         status: int = command.run(chosen.arguments)
     except UserError as error:
         print(f"{prog}: {error}", file=sys.stderr)
