@@ -3,9 +3,14 @@
 Importing the package registers its optimizers under the `galore_*` names of `TrainingArguments.optim`.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from .config import GaLoreConfig
 from .optimizers import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 from .trainer import GaLoreCallback, register, unregister
+
+if TYPE_CHECKING:
+    from .planner import MemoryPlan, measure, plan
 
 __version__ = "0.1.0"
 
@@ -15,8 +20,21 @@ __all__ = [
     "GaLoreAdamW8bit",
     "GaLoreCallback",
     "GaLoreConfig",
+    "MemoryPlan",
+    "measure",
+    "plan",
     "register",
     "unregister",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The planner, once somebody asks for it: a training does without what it imports."""
+    if name in ("MemoryPlan", "measure", "plan"):
+        from . import planner
+
+        return getattr(planner, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 register()

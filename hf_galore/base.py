@@ -353,7 +353,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         if "gap_factor" in state and old is not None and kept:
             chance = max(group["rank"] / p.shape[0] for p in new if p is not None)
             factor = next_gap_factor(int(state["gap_factor"].item()), shared, chance)
-            state["gap_factor"] = torch.full_like(state["gap_factor"], factor)
+            state["gap_factor"] = torch.tensor(float(factor))
         watch.stop()
         self._refresh_log.add(Refresh(energy, None if old is None else shared, watch))
         return low_rank

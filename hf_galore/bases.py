@@ -71,8 +71,8 @@ def kept_bases(bases: Bases, param: Tensor, group: Group) -> State:
 
 def count_refresh(state: State, step: int) -> None:
     """Note a refresh after `step` steps."""
-    # Out of place, as the step is counted.
-    state["refreshed_at"] = torch.full_like(state["refreshed_at"], step)
+    # Out of place, as the step is counted: fake tensors know such numbers.
+    state["refreshed_at"] = torch.tensor(float(step))
     state["refreshes"] = state["refreshes"] + 1
 
 

@@ -194,6 +194,12 @@ class GaLoreConfig:
             )
         return cls(**_parse_optim_args(optim_args))
 
+    def optim_args(self) -> str:
+        """The string that `from_optim_args` reads this from; what has its default is left out."""
+        default = type(self)()
+        values = {key: value for key, value in dataclasses.asdict(self).items() if value != getattr(default, key)}
+        return ", ".join(f"{key}={str(v).lower() if isinstance(v, bool) else v}" for key, v in values.items())
+
     @classmethod
     def from_group(cls, group: Mapping[str, Any]) -> GaLoreConfig | None:
         """The configuration of an optimizer's parameter group; `None` for a group without a `rank`.

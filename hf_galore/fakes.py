@@ -10,20 +10,21 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 from unittest import mock
 
 import numpy as np
 import torch
 import transformers.masking_utils
 import transformers.trainer_pt_utils
+from peft import PeftModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensorMode,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
 from transformers import AutoConfig, PreTrainedModel
 
@@ -36,10 +37,11 @@ _aten = torch.ops.aten
 
 
 class Fakes:
-    """What `fake_training()` gives: a way from real batches to fake ones."""
+    """What `fake_training()` gives: a way from real batches to fake ones, and answers to what is asked of fakes."""
 
     def __init__(self, mode: FakeTensorMode) -> None:
         self._mode = mode
+        self._cache = ShapeCache(mode)
         self._documents = False
         self._padded = False
 
@@ -47,9 +49,21 @@ class Fakes:
         """A batch with fakes for its tensors; the answers to questions about the real one are kept."""
         if isinstance(batch, Mapping):
             positions, mask = batch.get("position_ids"), batch.get("attention_mask")
-            self._documents = positions is not None and bool((positions == 0).sum() > len(positions))
-            self._padded = mask is not None and not bool(mask.all())
+            with _disable_current_modes():
+                self._documents = positions is not None and bool((positions == 0).sum() > len(positions))
+                self._padded = mask is not None and not bool(mask.all())
         return tree_map_only(Tensor, self._mode.from_tensor, batch)
+
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What an operation gives. Numbers that are not there are those of a full batch and finite gradients."""
+        if func is _aten._local_scalar_dense.default and args[0].constant is None:
+            return _answer(func, args)  # by far the most frequent question: no need to let it fail first
+        try:
+            return self._cache.call(func, args, kwargs)
+        except DataDependentOutputException:
+            return _answer(func, args)
+        except DynamicOutputShapeException:
+            return _all_of(func, args)
 
     def packed_indices(self, position_ids: Tensor) -> Tensor | None:
         """Stands in for transformers' `find_packed_sequence_indices`, which reads where documents begin."""
@@ -76,6 +90,7 @@ def fake_training(target: Target) -> Iterator[Fakes]:
             # Weights come from nowhere, and nothing is written.
             (PreTrainedModel, "from_pretrained", classmethod(_from_config)),
             (PreTrainedModel, "save_pretrained", _nothing),
+            (PeftModel, "save_pretrained", _nothing),
             (torch, "save", _nothing),
             (nn.Module, "_apply", _apply),
             # transformers takes a fake for a sign of compilation, for which it makes other masks.
@@ -92,26 +107,17 @@ def fake_training(target: Target) -> Iterator[Fakes]:
         quantize._equal_steps.cache_clear()
         stack.callback(quantize._equal_steps.cache_clear)
         enter(mode)
-        enter(_Answers(mode))
+        enter(_Answers(fakes))
         yield fakes
 
 
 class _Answers(TorchDispatchMode):
-    """Answers questions about numbers that fakes do not have as a full batch and finite gradients would."""
-
-    def __init__(self, mode: FakeTensorMode) -> None:
+    def __init__(self, fakes: Fakes) -> None:
         super().__init__()
-        self._cache = ShapeCache(mode)
+        self._fakes = fakes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is _aten._local_scalar_dense.default and args[0].constant is None:
-            return _answer(func, args)  # by far the most frequent question: no need to let it fail first
-        try:
-            return self._cache.call(func, args, kwargs or {})
-        except DataDependentOutputException:
-            return _answer(func, args)
-        except DynamicOutputShapeException:
-            return _all_of(func, args)
+        return self._fakes.call(func, args, kwargs or {})
 
 
 def _answer(func: Any, args: Any) -> Any:
@@ -128,14 +134,11 @@ def _all_of(func: Any, args: Any) -> Tensor:
         if len(masks) == 1 and masks[0][1].dtype == torch.bool:
             dimension, mask = masks[0]
             shape = (*values.shape[:dimension], mask.numel(), *values.shape[dimension + mask.ndim :])
-            selected: Tensor = values.new_empty(shape)
-            return selected
+            return cast("Tensor", values.new_empty(shape))
     elif func is _aten.masked_select.default:
-        selected = args[0].new_empty(args[0].numel())
-        return selected
+        return cast("Tensor", args[0].new_empty(args[0].numel()))
     elif func is _aten.nonzero.default:
-        selected = args[0].new_empty((args[0].numel(), args[0].ndim), dtype=torch.int64)
-        return selected
+        return cast("Tensor", args[0].new_empty((args[0].numel(), args[0].ndim), dtype=torch.int64))
     raise NotImplementedError(f"The shape of what {func} gives depends on numbers that a plan does not have.")
 
 
@@ -143,7 +146,8 @@ def _all_of(func: Any, args: Any) -> Tensor:
 
 
 def _from_config(
-    cls: type[PreTrainedModel],
+    cls: Any,
+    /,
     name: Any = None,
     *args: Any,
     config: Any = None,
@@ -153,9 +157,9 @@ def _from_config(
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Instead of `PreTrainedModel.from_pretrained`: a model of that shape, with no weights behind it."""
-    if quantization_config is not None:
-        raise ValueError("A model with quantized weights (load_in_4bit, load_in_8bit) cannot be planned.")
     config = config or AutoConfig.from_pretrained(name)
+    if quantization_config is not None or getattr(config, "quantization_config", None) is not None:
+        raise ValueError("A model with quantized weights (load_in_4bit, load_in_8bit) cannot be planned.")
     if dtype is None or dtype == "auto":
         dtype = config.dtype or torch.float32
     if attn_implementation is not None and attn_implementation.startswith(("flash_attention", "kernels")):
@@ -212,7 +216,8 @@ def _attention(
 ) -> Tensor:
     """Instead of `scaled_dot_product_attention`, which cannot ask a fake and would not take a fused kernel.
 
-    Fused kernels on CPUs and GPUs allocate the same: the output, and a float32 number for each row of it.
+    Fused kernels on CPUs and GPUs allocate the same: the output, and a float32 number for each row of it. (With dropout
+    a CPU has none, and takes more than this says.)
     """
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)

@@ -3,7 +3,7 @@
 TRL computes loss and logits together, tile by tile, but its backward pass gathers the head's gradient in a float32
 matrix of the head's size: at the moment when the activations of the whole model are alive, 0.5 GiB for Llama-2-7B and
 2 GiB for Llama-3-8B, and half of that again for the cast. Here it takes the vocabulary in parts: only a part's gradient
-is ever float32, and where the head is a target and has a basis, its gradient is projected part by part and never exists.
+is ever float32, and where the head is a target with a basis, its gradient is projected part by part and never exists.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class _FusedHead(torch.autograd.Function):
         grad_bias = torch.empty_like(bias) if bias is not None and needs_bias else None
         grad_weight = torch.empty_like(weight) if needs_weight and bases is None else None
         low_rank = None if bases is None or bases.right is None else weight.new_empty(len(weight), bases.right.shape[1])
-        # In float32, for TRL would round each part's share of its gradient; the products are in the dtype that it chose.
+        # In float32, for TRL would round each part's share of its gradient; the products are in the dtype it chose.
         inputs = hidden.float()
         for start in range(0, len(weight), VOCABULARY_PART):
             rows = slice(start, start + VOCABULARY_PART)
@@ -109,7 +109,7 @@ class _FusedHead(torch.autograd.Function):
                 grad_hidden.add_(of_hidden)
             if grad_weight is not None:
                 grad_weight[rows] = of_weight
-            elif low_rank is not None:
+            elif low_rank is not None and bases is not None:
                 low_rank[rows] = project(of_weight, bases)
             if grad_bias is not None:
                 grad_bias[rows] = of_bias

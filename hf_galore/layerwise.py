@@ -199,7 +199,7 @@ class BackwardHooks:
         return functools.partial(self.take_low_rank, weight, low_rank.to(weight.dtype))
 
     def bases_for_rows(self, weight: Tensor) -> Bases | None:
-        """The bases with which rows of a gradient can be projected by themselves; `None` where autograd has to build it.
+        """The bases that rows of a gradient can be projected with by themselves; `None` where autograd has to build it.
 
         Only a projection of the right side takes rows by themselves, and only between refreshes.
         """

@@ -80,6 +80,7 @@ def dequantize_basis(kept: QuantizedBasis, shape: Sequence[int], bits: ProjBits,
     """The basis, of `shape` k × r in `dtype`; for 16 bits the tensor that is kept, cast if need be."""
     if bits == 16:
         return kept.codes.to(dtype)
+    assert kept.absmax is not None
     functional = _bitsandbytes()
     direct = dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
     if bits == 8:

@@ -23,7 +23,7 @@ from transformers.trainer_utils import SaveStrategy
 from .base import GaLoreOptimizer
 from .fakes import Fakes
 from .groups import is_target
-from .tracking import FORWARD, StorageTracker
+from .tracking import ACTIVATIONS, FORWARD, StorageTracker
 from .trainer import GaLoreCallback
 
 STEPS = 3
@@ -57,7 +57,7 @@ def rehearse(trainer: Trainer, fakes: Fakes | None = None, progress: Progress | 
         progress: told what goes on.
     """
     _prepare(trainer)
-    tracker = StorageTracker(trainer.args.device)
+    tracker = StorageTracker(trainer.args.device, None if fakes is None else fakes.call)
     model: nn.Module = trainer.model
     tracker.label((*model.parameters(), *model.buffers()), PARAMETERS)
     rehearsal = _Rehearsal(trainer, tracker, fakes is not None, progress or (lambda phase, step: None))
@@ -116,7 +116,7 @@ class _Rehearsal(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._progress = progress
         self._phase = UPDATE
         self._micro_batch = 0
-        tracker.use_phases(lambda: self._phase)
+        tracker.use_phases(lambda: self._phase, self._after_backward)
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -129,6 +129,9 @@ class _Rehearsal(TrainerCallback):  # type: ignore[misc, unused-ignore]
             step = self._in_phase(FORWARD, training_step)
             stack.enter_context(mock.patch.object(trainer, "training_step", lambda *a, **k: self._train(step, *a, **k)))
             yield
+
+    def _after_backward(self) -> None:
+        self._phase = UPDATE  # what is left of a training step is no forward pass
 
     def _in_phase(self, phase: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -145,7 +148,9 @@ class _Rehearsal(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._micro_batch += 1
         last = self._micro_batch == self._trainer.current_gradient_accumulation_steps
         if self._shorten and self._micro_batch > 1 and not last:
-            return torch.zeros((), device=self._trainer.args.device)
+            loss = torch.zeros((), device=self._trainer.args.device)
+            self._tracker.label([loss], ACTIVATIONS)  # as that of a micro-batch that is run
+            return loss
         loss = step(*args, **kwargs)
         optimizer = _galore(self._trainer)
         if optimizer is not None and optimizer.hooks is not None:

@@ -46,6 +46,11 @@ _aten = torch.ops.aten
 _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
+# What is known holds no tensors, and is true of every plan: the next one begins with it.
+_known: dict[Any, tuple[type, list[_Output]]] = {}
+_MOST_KNOWN = 200_000  # of some 500 bytes
+
+
 class ShapeCache:
     """Answers operations that it has seen with arguments of the same shapes, strides, dtypes and devices.
 
@@ -55,7 +60,6 @@ class ShapeCache:
 
     def __init__(self, mode: FakeTensorMode) -> None:
         self._mode = mode
-        self._outputs: dict[Any, tuple[type, list[_Output]]] = {}
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
         """What `func(*args, **kwargs)` gives."""
@@ -63,12 +67,14 @@ class ShapeCache:
         key = None if _changes_shape(func) else self._key(func, args, kwargs, tensors)
         if key is None:
             return func(*args, **kwargs)
-        known = self._outputs.get(key)
+        known = _known.get(key)
         if known is None:
             result = func(*args, **kwargs)
             outputs = self._describe(result, tensors)
             if outputs is not None:
-                self._outputs[key] = (type(result) if isinstance(result, (tuple, list)) else Tensor, outputs)
+                if len(_known) >= _MOST_KNOWN:
+                    _known.clear()
+                _known[key] = (type(result) if isinstance(result, (tuple, list)) else Tensor, outputs)
             return result
         kind, outputs = known
         made = [self._make(output, tensors) for output in outputs]
@@ -76,7 +82,7 @@ class ShapeCache:
 
     def _key(self, func: Any, args: Any, kwargs: Any, tensors: list[FakeTensor]) -> Any:
         """What the result depends on, and the tensors among the arguments; `None` where that is not known."""
-        parts: list[Any] = [func]
+        parts: list[Any] = [func, torch.get_default_dtype()]  # which new tensors have where none is given
         if not (self._add(args, parts, tensors) and self._add(kwargs.values(), parts, tensors)):
             return None
         return (*parts, *kwargs)
@@ -121,7 +127,7 @@ class ShapeCache:
                         storages.index(storage._cdata),
                         tuple(value.shape),
                         value.stride(),
-                        value.storage_offset(),
+                        int(value.storage_offset()),
                         value.dtype,
                         value.device,
                     )
@@ -142,7 +148,7 @@ class ShapeCache:
             storage = tensors[output.argument].untyped_storage()
             with torch._C._DisableTorchDispatch():
                 meta = torch.empty(0, dtype=output.dtype, device="meta")
-                meta.set_(storage, output.offset, output.shape, output.stride)  # type: ignore[call-overload]
+                meta.set_(storage, output.offset, output.shape, output.stride)
         return FakeTensor(self._mode, meta, output.device)
 
 

@@ -28,8 +28,8 @@ class Targets:
 def find_targets(model: nn.Module, target_modules: Any, config: GaLoreConfig) -> Targets:
     """The trainable weights of the linear layers of `model` that `target_modules` names, and of embeddings.
 
-    Linear layers are `nn.Linear` and transformers' `Conv1D` (GPT-2). An embedding is a target only where an entry matches
-    embeddings and no linear layer, such as `embed_tokens`. A weight shared by several modules appears once.
+    Linear layers are `nn.Linear` and transformers' `Conv1D` (GPT-2). An embedding is a target only where an entry
+    matches embeddings and no linear layer, such as `embed_tokens`. A weight shared by several modules appears once.
 
     Args:
         model: the model.
@@ -122,7 +122,7 @@ def _explain_no_match(
     entry: str, matches: Callable[[str], bool], model: nn.Module, linear: dict[str, nn.Module], is_regex: bool
 ) -> str:
     start = f"optim_target_modules: {entry!r} matches no trainable linear layer of {type(model).__name__}."
-    if any(matches(name) for name in linear):
+    if any(matches(name) for name in (*linear, *dict(_embeddings(model)))):
         return f"{start} It matches frozen ones: unfreeze them, or leave it out."
     others = sorted({type(module).__name__ for name, module in model.named_modules() if name and matches(name)})
     if others:

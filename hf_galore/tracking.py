@@ -6,6 +6,7 @@ uses inside, as a work space, is not seen.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -44,7 +45,7 @@ class Allocation(NamedTuple):
     operation: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    count: int
+    number: int
     nbytes: int
 
 
@@ -70,12 +71,15 @@ class StorageTracker(TorchDispatchMode):
 
     Args:
         device: where storages count; those elsewhere do not.
+        call: calls an operation with its arguments; by default just that.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, call: Callable[[Any, Any, Any], Any] | None = None) -> None:
         super().__init__()
         self._device = device
+        self._call = call or (lambda func, args, kwargs: func(*args, **kwargs))
         self._phase: Callable[[], str] = lambda: FORWARD
+        self._after_backward: Callable[[], None] = lambda: None
         self._live: dict[int, int] = {}  # a storage's address to its index
         self._references: dict[int, Any] = {}
         self._storages: list[_Storage] = []
@@ -85,6 +89,11 @@ class StorageTracker(TorchDispatchMode):
         self._in_backward = False
         self._modules = 0  # whose forward is running
         self._handles: list[Any] = []
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Nothing is compiled here, and keeping the compiler off would take longer than all else that is done.
+        return False
 
     def __enter__(self) -> StorageTracker:
         self._handles = [
@@ -105,9 +114,14 @@ class StorageTracker(TorchDispatchMode):
     def _leave_module(self, *_: Any) -> None:
         self._modules -= 1
 
-    def use_phases(self, phase: Callable[[], str]) -> None:
-        """Ask `phase` at each operation what is going on; while autograd runs it is the backward pass anyhow."""
-        self._phase = phase
+    def use_phases(self, phase: Callable[[], str], after_backward: Callable[[], None] = lambda: None) -> None:
+        """Ask `phase` at each operation what is going on; while autograd runs it is the backward pass anyhow.
+
+        Args:
+            phase: gives the phase's name.
+            after_backward: called at the first operation after a backward pass.
+        """
+        self._phase, self._after_backward = phase, after_backward
 
     @property
     def live_bytes(self) -> int:
@@ -120,8 +134,10 @@ class StorageTracker(TorchDispatchMode):
         in_backward = torch._C._current_graph_task_id() != -1
         if in_backward and not self._in_backward:
             self._label_activations()
+        elif self._in_backward and not in_backward:
+            self._after_backward()
         self._in_backward = in_backward
-        out = func(*args, **(kwargs or {}))
+        out = self._call(func, args, kwargs or {})
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._see(leaf, str(func))
@@ -149,14 +165,14 @@ class StorageTracker(TorchDispatchMode):
             recomputed = self._in_backward and self._modules > 0
             self._storages.append(_Storage(nbytes, tensor, operation, phase, recomputed))
             self._live[key] = index
-            self._references[key] = weakref.ref(storage, lambda _, key=key: self._dead(key))
+            self._references[key] = weakref.ref(storage, functools.partial(self._dead, key))
             self._record(index, nbytes)
         elif nbytes != self._storages[index].nbytes:  # resized
             self._record(index, nbytes - self._storages[index].nbytes)
             self._storages[index].nbytes = nbytes
         return self._storages[index]
 
-    def _dead(self, key: int) -> None:
+    def _dead(self, key: int, _: Any) -> None:
         del self._references[key]
         index = self._live.pop(key)
         self._record(index, -self._storages[index].nbytes)

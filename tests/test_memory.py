@@ -82,7 +82,7 @@ def test_memory_is_what_the_state_holds(llama: nn.Module, optim: str, proj_bits:
     optimizer = trainers_optimizer(llama, optim, tmp_path, f"rank={RANK}, proj_bits={proj_bits}")
     memory = optimizer.memory()
     assert memory.moment_bytes + memory.basis_bytes == bytes_in(optimizer)
-    bits = {16: 16, 8: 8.125, 4: 4.5}[proj_bits]
+    bits = {16: 16, 8: 8.125, 4: 4.25}[proj_bits]
     # The smaller side is 2048 for all seven matrices of a layer: a whole number of blocks.
     assert 8 * memory.basis_bytes == 24 * 7 * 2048 * RANK * bits
     assert memory.targets == 24 * 7

@@ -23,7 +23,7 @@ from transformers import LlamaConfig
 from hf_galore.cli import plan as command
 from hf_galore.cli import recipe
 from hf_galore.cli.main import main
-from hf_galore.plan import CONTEXT_BYTES, FRAGMENTATION, GIB, MemoryPlan, plan
+from hf_galore.planner import CONTEXT_BYTES, FRAGMENTATION, GIB, MemoryPlan, plan
 
 # Warnings that Python does not show a person.
 UNSEEN = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)

@@ -135,7 +135,7 @@ def test_the_room_made_is_the_room_needed(shape: tuple[int, int], bits: ProjBits
             assert (room.shape, room.dtype, room.device.type) == (needed.shape, needed.dtype, device)
 
 
-@pytest.mark.parametrize(("bits", "each"), [(16, 16.0), (8, 8.125), (4, 4.5)])
+@pytest.mark.parametrize(("bits", "each"), [(16, 16.0), (8, 8.125), (4, 4.25)])
 def test_an_element_takes_the_bits_it_says(bits: ProjBits, each: float) -> None:
     kept = quantize_basis(orthonormal(1024, 256), bits, torch.bfloat16)
     taken = sum(tensor.numel() * tensor.element_size() for tensor in kept if tensor is not None)
@@ -152,7 +152,8 @@ def test_sizes_that_are_no_whole_blocks_are_rounded_up(bits: ProjBits) -> None:
         kept = quantize_basis(orthonormal(rows, rank), bits, torch.float32)
         assert kept.absmax is not None
         assert (kept.codes.dtype, kept.codes.numel()) == (torch.uint8, codes[bits])
-        assert (kept.absmax.dtype, kept.absmax.numel()) == (torch.float32, scales[bits])
+        dtype = torch.float32 if bits == 8 else torch.bfloat16
+        assert (kept.absmax.dtype, kept.absmax.numel()) == (dtype, scales[bits])
 
 
 # ---- in an optimizer
@@ -187,7 +188,7 @@ def test_training_with_codes_stays_near_training_with_bases(
     state = optimizer.state[param]
     (side,) = {"basis_left", "basis_right"} & set(state)
     assert state[side].dtype == torch.uint8
-    assert state[f"{side}_absmax"].dtype == torch.float32
+    assert state[f"{side}_absmax"].dtype == (torch.float32 if bits == 8 else torch.bfloat16)
     expected, *_ = trained(shape, 16)
     distance = error(found, expected)
     assert 0 < distance < bound

@@ -18,7 +18,16 @@ from transformers.trainer_utils import check_target_module_exists
 
 from hf_galore import GaLoreConfig
 from hf_galore.targets import Targets, embedding_weights, find_targets
-from tests.helpers import GAP, RANK, make_trainer, optimizer_of, snapshot, tiny_llama, train
+from tests.helpers import (
+    GAP,
+    RANK,
+    assert_same_path,
+    make_trainer,
+    optimizer_of,
+    snapshot,
+    tiny_llama,
+    train,
+)
 
 LAYERS = [
     f"model.layers.{layer}.{name}"
@@ -166,6 +175,45 @@ def test_conv1d_of_gpt2_is_projected(tmp_path: Path) -> None:
         assert not after[f"{name}.weight"].equal(before[f"{name}.weight"])
 
 
+@pytest.mark.parametrize("entry", ["embed_tokens", "model.embed_tokens", r"model\.embed.*"])
+def test_an_embedding_is_a_target_where_it_is_meant(entry: str) -> None:
+    model = llama()
+    weight = model.model.embed_tokens.weight
+    assert find([entry], model).projected == {"model.embed_tokens": weight}
+    both = find(["mlp", entry], model).projected
+    assert next(iter(both)) == "model.embed_tokens"
+    assert len(both) == 1 + 3 * model.config.num_hidden_layers
+    if entry.startswith("model."):
+        assert find(entry, model).projected == {"model.embed_tokens": weight}
+
+
+@pytest.mark.parametrize("target_modules", [["model"], ["o"], r"model\..*", "all-linear"], ids=repr)
+def test_an_embedding_among_linear_layers_is_not_meant(target_modules: Any) -> None:
+    assert "model.embed_tokens" not in find(target_modules).projected
+
+
+def test_a_frozen_embedding_says_so() -> None:
+    model = tiny_llama()
+    model.model.embed_tokens.requires_grad_(False)
+    with pytest.raises(ValueError, match="It matches frozen ones"):
+        find(["embed_tokens"], model)
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_projected_embeddings_train_layerwise_as_they_do_plain(tie: bool, tmp_path: Path) -> None:
+    paths = []
+    for optim in ("galore_adamw", "galore_adamw_layerwise"):
+        model = tiny_llama(tie_word_embeddings=tie)
+        start = snapshot(model)
+        targets = ["attn", "mlp", "embed_tokens", *([] if tie else ["lm_head"])]
+        trainer = train(model, tmp_path, optim, optim_target_modules=targets)
+        optimizer: Any = optimizer_of(trainer)
+        assert optimizer.memory().targets == (15 if tie else 16)
+        assert "basis_right" in optimizer.state[model.model.embed_tokens.weight]
+        paths.append(snapshot(model))
+    assert_same_path(paths[1], paths[0], start, 1e-4)  # over refreshes, as in test_layerwise
+
+
 def test_embedding_weights() -> None:
     assert [id(weight) for weight in embedding_weights(llama())] == [id(llama().model.embed_tokens.weight)]
     assert len(embedding_weights(gpt2())) == 2
@@ -223,7 +271,7 @@ def test_refused_in_words(target_modules: Any, kind: type[Exception], words: lis
 
 @pytest.mark.parametrize(
     ("target_modules", "kinds"),
-    [(["norm"], "LlamaRMSNorm"), (["embed_tokens"], "Embedding"), (r"model\.norm", "LlamaRMSNorm")],
+    [(["norm"], "LlamaRMSNorm"), (["layers.0.mlp.act_fn"], "SiLUActivation"), (r"model\.norm", "LlamaRMSNorm")],
     ids=repr,
 )
 def test_a_match_of_other_modules_only_says_so(target_modules: Any, kinds: str) -> None:

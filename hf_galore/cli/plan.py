@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hf_galore.plan import CONTEXT_BYTES, FRAGMENTATION, GIB, MemoryPlan, card_bytes, parse_size, plan
+from hf_galore.planner import CONTEXT_BYTES, FRAGMENTATION, GIB, MemoryPlan, card_bytes, parse_size, plan
 from hf_galore.rehearsal import EVALUATION, SAVING, STEPS, Progress
 from hf_galore.tracking import FORWARD
 

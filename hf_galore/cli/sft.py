@@ -95,7 +95,7 @@ def make_trainer(
     hf_galore.register()
     if model_args.model_name_or_path is None:
         raise UserError("model_name_or_path is missing: give a model's name or folder.")
-    check_optimizer(training_args)
+    galore_config(training_args)  # read now, for its mistakes
     _check_writable(Path(training_args.output_dir))
     training_args.resume_from_checkpoint = _checkpoint(training_args)
     _check_model(model_args, training_args)
@@ -136,14 +136,15 @@ def make_sft_trainer(
     )
 
 
-def check_optimizer(training_args: SFTConfig) -> None:
-    """Check `optim_args` of a `galore_*` optim.
+def galore_config(training_args: SFTConfig) -> hf_galore.GaLoreConfig | None:
+    """What `optim_args` of a `galore_*` optim say; `None` for another optim.
 
     Raises:
         ValueError: they are not what GaLore takes.
     """
-    if str(getattr(training_args.optim, "value", training_args.optim)) in KINDS:
-        hf_galore.GaLoreConfig.from_optim_args(training_args.optim_args)
+    if str(getattr(training_args.optim, "value", training_args.optim)) not in KINDS:
+        return None
+    return hf_galore.GaLoreConfig.from_optim_args(training_args.optim_args)
 
 
 def train_and_save(trainer: SFTTrainer, dataset_name: str | None = None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,13 +12,13 @@ import datasets
 import torch
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, Trainer
-from trl import ModelConfig, SFTConfig
+from trl import SFTConfig
 
 from hf_galore.rehearsal import STEPS
 
 from . import recipe
 from .errors import UserError
-from .sft import check_optimizer, make_sft_trainer
+from .sft import galore_config, make_sft_trainer
 
 
 class Prepared(NamedTuple):
@@ -29,8 +31,18 @@ class Prepared(NamedTuple):
     """What stands in for what."""
 
 
+class Shape(NamedTuple):
+    """What a search for settings has to know of a model."""
+
+    layers: int
+    smaller_side: int
+    """Of most of its matrices: no rank above it projects them."""
+
+
 class _Model(NamedTuple):
     name: str
+    """Where its config is: a folder, or its name on the Hub."""
+    config: Any
     tokenizer: Any
     notes: list[str]
 
@@ -45,7 +57,7 @@ def parse(arguments: Sequence[str], prog: str, about: str) -> recipe.Arguments:
     return recipe.parse([*arguments, *on_cpu], prog, about)
 
 
-def prepare(arguments: recipe.Arguments) -> Prepared:
+def prepare(arguments: recipe.Arguments, layers: int | None = None) -> Prepared:
     """A Trainer as `hf-galore sft` would make it, for data of full length.
 
     The arguments are changed for that: they are of no use for a training afterwards.
@@ -54,15 +66,13 @@ def prepare(arguments: recipe.Arguments) -> Prepared:
         UserError: there is no such model, or something cannot be planned.
     """
     training, model_args = arguments.training, arguments.model
-    check_optimizer(training)
-    if model_args.model_name_or_path is None:
-        raise UserError("model_name_or_path is missing: give a model's name or folder.")
+    galore_config(training)  # read now, for its mistakes
     if model_args.load_in_4bit or model_args.load_in_8bit:
         raise UserError("load_in_4bit and load_in_8bit: a model with quantized weights cannot be planned.")
     length = training.max_length
     if length is None:
         raise UserError("max_length is empty: a plan is for sequences of that many tokens. Give it a number.")
-    model = _find_model(model_args, training)
+    model = _find_model(arguments)
     _simplify(training)
     batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
     train = _rows(STEPS * batch * accumulation, length, training.packing)
@@ -70,7 +80,11 @@ def prepare(arguments: recipe.Arguments) -> Prepared:
     evaluated = _rows(training.per_device_eval_batch_size, length, packing) if training.eval_strategy != "no" else None
 
     def make_trainer() -> Trainer:
-        return make_sft_trainer(model.name, training, model_args, train, evaluated, model.tokenizer)
+        if layers is None:
+            return make_sft_trainer(model.name, training, model_args, train, evaluated, model.tokenizer)
+        with tempfile.TemporaryDirectory() as folder:
+            _cut(model.config, layers).save_pretrained(folder)
+            return make_sft_trainer(folder, training, model_args, train, evaluated, model.tokenizer)
 
     return Prepared(make_trainer, batch * accumulation * length, model.notes)
 
@@ -101,9 +115,32 @@ def configs_folder() -> Path:
     return recipe.recipes_folder() / "configs"
 
 
-def _find_model(model_args: ModelConfig, training: SFTConfig) -> _Model:
+def shape_of(arguments: recipe.Arguments) -> Shape:
+    """The shape of a recipe's model.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    text = _find_model(arguments).config.get_text_config()
+    return Shape(text.num_hidden_layers, text.hidden_size)
+
+
+def _cut(config: Any, layers: int) -> Any:
+    """The config with so many layers."""
+    cut = copy.deepcopy(config)
+    text = cut.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    return cut
+
+
+def _find_model(arguments: recipe.Arguments) -> _Model:
     """Where the config is to be read from, and a tokenizer: from this machine, or our own, or else from the Hub."""
-    name = str(model_args.model_name_or_path)
+    model_args, training = arguments.model, arguments.training
+    if model_args.model_name_or_path is None:
+        raise UserError("model_name_or_path is missing: give a model's name or folder.")
+    name = model_args.model_name_or_path
     options = {"revision": model_args.model_revision, "trust_remote_code": training.trust_remote_code}
     notes: list[str] = []
     try:
@@ -112,7 +149,8 @@ def _find_model(model_args: ModelConfig, training: SFTConfig) -> _Model:
         bundled = configs_folder() / name
         if (bundled / "config.json").is_file():
             notes.append(f"The config of {name} is the one that comes with hf_galore: it is not on this machine.")
-            return _Model(str(bundled), _tokenizer(AutoConfig.from_pretrained(bundled)), notes)
+            config = AutoConfig.from_pretrained(bundled)
+            return _Model(str(bundled), config, _tokenizer(config), notes)
         if Path(name).exists():
             raise UserError(f"model_name_or_path {name} cannot be loaded: {error}") from error
         try:
@@ -123,12 +161,18 @@ def _find_model(model_args: ModelConfig, training: SFTConfig) -> _Model:
                 f"model_name_or_path {name}: its config is neither on this machine nor to be had from the Hub "
                 f"({error}) nor among those that come with hf_galore ({known}). Give a folder with its config.json."
             ) from error
+    # transformers would make a folder without a tokenizer one with hardly a token.
+    missing = Path(name).is_dir() and not any(Path(name).glob(f"{kind}*") for kind in ("tokenizer", "vocab", "spiece"))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        tokenizer = None if missing else AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError, ImportError):
+        tokenizer = None
+    if tokenizer is None:
         notes.append(f"The tokenizer of {name} is not there; its vocabulary is taken to be as large as the model's.")
         tokenizer = _tokenizer(config)
-    return _Model(name, tokenizer, notes)
+    if not config.architectures:
+        raise UserError(f"model_name_or_path {name}: its config.json does not say its architectures. Add them.")
+    return _Model(name, config, tokenizer, notes)
 
 
 def known_models() -> list[str]:

@@ -70,7 +70,7 @@ class MemoryPlan:
     @property
     def needed_bytes(self) -> int:
         """The card that it needs: the peak, fragmentation of the allocator, CUDA's context."""
-        return int(self.peak_bytes * (1 + FRAGMENTATION)) + CONTEXT_BYTES
+        return needed_bytes(self.peak_bytes)
 
     @property
     def fits(self) -> bool | None:
@@ -88,6 +88,11 @@ class MemoryPlan:
             return f"{line}; needs a card of {in_gib(self.needed_bytes)}"
         verdict = "fits" if self.fits else "does not fit"
         return f"{line}; {verdict} into {in_gib(self.vram_bytes)}, needs {in_gib(self.needed_bytes)}"
+
+
+def needed_bytes(peak_bytes: int) -> int:
+    """The card that a peak needs: it, fragmentation of the allocator, CUDA's context."""
+    return int(peak_bytes * (1 + FRAGMENTATION)) + CONTEXT_BYTES
 
 
 def in_gib(nbytes: int) -> str:
@@ -116,6 +121,7 @@ def plan(
     overrides: Sequence[str] = (),
     vram: int | None = None,
     target: Target = "cuda",
+    layers: int | None = None,
     progress: Progress | None = None,
 ) -> MemoryPlan:
     """The memory of a training run, found without a GPU, weights or data.
@@ -127,6 +133,7 @@ def plan(
         overrides: for a recipe's file, `["--key", "value", ...]` as on the command line.
         vram: bytes of the card's memory; by default those of the GPU, if there is one.
         target: the device that the tensors stand for; `cpu` gives what the run takes on a CPU.
+        layers: for a recipe, how many layers the model is to have, instead of its own number.
         progress: called with the phase and the number of the step.
 
     Raises:
@@ -144,7 +151,7 @@ def plan(
             if isinstance(source, (str, os.PathLike)):
                 source = stand_in.parse(["--config", os.fspath(source), *overrides], "plan", "")
             source.training.output_dir = folder  # the Trainer makes it
-            prepared = stand_in.prepare(source)
+            prepared = stand_in.prepare(source, layers)
             make, tokens = prepared.make_trainer, prepared.tokens_per_step
             notes += prepared.notes
         with fake_training(target) as fakes:

@@ -1,0 +1,237 @@
+"""`hf-galore plan --suggest`: which ranks and batches a card has room for.
+
+Planning a model with a few of its layers takes seconds, and memory grows by the same with each further one. So the
+settings are compared by estimates from such plans, and those worth showing are then planned as they are: what is listed
+fits by a plan of the whole model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from hf_galore.config import GaLoreConfig
+from hf_galore.planner import GIB, MemoryPlan, needed_bytes, plan
+
+from . import recipe
+from .errors import UserError
+from .sft import galore_config
+from .stand_in import Shape, shape_of
+
+RANKS = (64, 128, 256, 512, 1024, 2048)
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+_FEW_LAYERS = (4, 8)
+_MOST_ROWS = 6
+# An estimate this far above the card is not worth a plan.
+_HOPELESS = 1.05
+
+Parse = Callable[[Sequence[str]], recipe.Arguments]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Settings that may fit."""
+
+    rank: int
+    batch: int
+    checkpointing: bool
+
+    def overrides(self, config: GaLoreConfig) -> list[str]:
+        """What a recipe's command line needs for them; bases in 4 bits, which cost nothing that could be measured."""
+        return [
+            "--optim_args",
+            dataclasses.replace(config, rank=self.rank, proj_bits=4).optim_args(),
+            "--per_device_train_batch_size",
+            str(self.batch),
+            "--activation_checkpointing",
+            str(self.checkpointing).lower(),
+        ]
+
+
+def suggest(parse: Parse, vram: int, as_json: bool) -> int:
+    """Print the settings that fit, best first: the largest rank, then the most tokens a step.
+
+    Args:
+        parse: reads the recipe, with more overrides.
+        vram: bytes of the card's memory.
+        as_json: one JSON list on stdout instead of a table.
+
+    Returns:
+        0 if anything fits, else 1.
+
+    Raises:
+        UserError: the recipe is not one for GaLore, or something that was given is wrong.
+    """
+    base = parse([])
+    config = galore_config(base.training)
+    if config is None:
+        raise UserError(
+            f"--suggest looks for a rank, and optim {base.training.optim} has none. Give a galore_* optim, such as "
+            "--optim galore_adamw_8bit_layerwise."
+        )
+    shape = shape_of(base)
+    with _progress() as advance:
+        estimate = _Estimate(parse, config, shape, advance)
+        found = list(itertools.islice(_search(parse, config, shape, estimate, vram, advance), _MOST_ROWS))
+    rows = [_row(choice, planned, config) for choice, planned in found]
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    elif rows:
+        _show(rows, vram)
+    else:
+        print(
+            f"Nothing fits into {vram / GIB:.4g} GiB: not even rank {min(_ranks(shape))} with a batch of 1 and "
+            "activation checkpointing. A smaller max_length or model, or a card with more memory, would help.",
+        )
+    return 0 if rows else 1
+
+
+def _search(
+    parse: Parse,
+    config: GaLoreConfig,
+    shape: Shape,
+    estimate: _Estimate,
+    vram: int,
+    advance: Callable[[str], None],
+) -> Iterator[tuple[Choice, MemoryPlan]]:
+    """For each rank the largest batch that fits, with checkpointing and, where that fits too, without."""
+    most = {True: 0, False: 0}  # that fits: a smaller rank leaves room for as much
+    for rank in sorted(_ranks(shape), reverse=True):
+        rows = []
+        for checkpointing in (True, False):
+
+            def planned(batch: int) -> tuple[Choice, MemoryPlan] | None:
+                choice = Choice(rank, batch, checkpointing)  # noqa: B023 - called in this very round
+                advance(f"planning rank {choice.rank}, batch {choice.batch}")
+                found = plan(parse(choice.overrides(config)), vram=vram)
+                return (choice, found) if found.fits else None
+
+            likely = [b for b in BATCHES if needed_bytes(estimate(Choice(rank, b, checkpointing))) <= vram]
+            start = max(len(likely) - 1, most[checkpointing])
+            if not likely and needed_bytes(estimate(Choice(rank, BATCHES[0], checkpointing))) > _HOPELESS * vram:
+                continue
+            best = None
+            for batch in reversed(BATCHES[: start + 1]):
+                best = planned(batch)
+                if best is not None:
+                    break
+            if best is None:
+                continue
+            if best[0].batch == BATCHES[start]:  # estimates are rather high than low
+                for batch in BATCHES[start + 1 :]:
+                    larger = planned(batch)
+                    if larger is None:
+                        break
+                    best = larger
+            most[checkpointing] = BATCHES.index(best[0].batch)
+            rows.append(best)
+        yield from sorted(rows, key=lambda row: -row[0].batch)
+
+
+def _ranks(shape: Shape) -> list[int]:
+    ranks = [rank for rank in RANKS if rank < shape.smaller_side]
+    return ranks or [max(1, shape.smaller_side // 4)]
+
+
+class _Estimate:
+    """The peak of a choice in bytes, from plans of few layers at the corners of what is searched."""
+
+    def __init__(self, parse: Parse, config: GaLoreConfig, shape: Shape, advance: Callable[[str], None]) -> None:
+        self._parse, self._config, self._shape, self._advance = parse, config, shape, advance
+        self._corners: dict[Choice, int] = {}
+        self._ranks = (min(_ranks(shape)), max(_ranks(shape)))
+        self._batches = (min(BATCHES), max(BATCHES))
+
+    def __call__(self, choice: Choice) -> int:
+        # Between corners the true peak lies below: it is the highest of many that grow evenly with rank and batch.
+        low, high = self._ranks
+        along_rank = (choice.rank - low) / max(1, high - low)
+        first, last = self._batches
+        along_batch = (choice.batch - first) / (last - first)
+        total = 0.0
+        for rank, weight in ((low, 1 - along_rank), (high, along_rank)):
+            for batch, other in ((first, 1 - along_batch), (last, along_batch)):
+                if weight * other:
+                    total += weight * other * self._corner(Choice(rank, batch, choice.checkpointing))
+        return math.ceil(total)
+
+    def _corner(self, choice: Choice) -> int:
+        if choice not in self._corners:
+            few, more = (min(layers, self._shape.layers) for layers in _FEW_LAYERS)
+            peaks = {layers: self._peak(choice, layers) for layers in {few, more}}
+            each = (peaks[more] - peaks[few]) / max(1, more - few)
+            self._corners[choice] = int(peaks[more] + each * (self._shape.layers - more))
+        return self._corners[choice]
+
+    def _peak(self, choice: Choice, layers: int) -> int:
+        self._advance(f"estimating, from {layers} layers")
+        return plan(self._parse(choice.overrides(self._config)), layers=layers).peak_bytes
+
+
+# ---- what came of it
+
+
+def _row(choice: Choice, planned: MemoryPlan, config: GaLoreConfig) -> dict[str, object]:
+    return {
+        **dataclasses.asdict(choice),
+        "proj_bits": 4,
+        "tokens_per_step": planned.tokens_per_step,
+        "peak_bytes": planned.peak_bytes,
+        "needed_bytes": planned.needed_bytes,
+        "overrides": choice.overrides(config),
+    }
+
+
+def _show(rows: Iterable[dict[str, object]], vram: int) -> None:
+    console = Console(highlight=False)
+    table = Table(title=f"What fits into {vram / GIB:.4g} GiB, the best first", title_justify="left")
+    for name in ("rank", "batch", "tokens a step", "checkpointing", "peak", "card needed"):
+        table.add_column(name, justify="right")
+    rows = list(rows)
+    for row in rows:
+        table.add_row(
+            str(row["rank"]),
+            str(row["batch"]),
+            f"{row['tokens_per_step']:,}",
+            "yes" if row["checkpointing"] else "no",
+            f"{int(str(row['peak_bytes'])) / GIB:.2f} GiB",
+            f"{int(str(row['needed_bytes'])) / GIB:.2f} GiB",
+        )
+    console.print(table)
+    first = rows[0]["overrides"]
+    assert isinstance(first, list)
+    console.print(Text(f"For the first: {shlex.join(first)}"), soft_wrap=True)
+    console.print(
+        Text(
+            "Bases in 4 bits (proj_bits=4): more bits cost memory and gain nothing that could be measured. TRL "
+            "computes the loss in chunks in any case."
+        ),
+        soft_wrap=True,
+    )
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """A line on stderr that says what is going on, where somebody looks at it."""
+    if not sys.stderr.isatty():
+        yield lambda text: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+        task = shown.add_task("estimating", total=None)
+
+        def advance(text: str) -> None:
+            shown.update(task, description=text, advance=1)
+
+        yield advance
