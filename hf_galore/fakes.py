@@ -103,6 +103,11 @@ def fake_training(target: Target) -> Iterator[Fakes]:
             enter(mock.patch.object(module, name, replacement))
         if target == "cuda":
             _use_gpu_loss(enter)
+        with contextlib.suppress(ImportError):
+            from bitsandbytes.optim import GlobalOptimManager
+
+            # It remembers parameters by their addresses, for good.
+            enter(mock.patch.object(GlobalOptimManager, "_instance", None))
         # Tables of codes are cached for the process: no fake may stay there, and no real one be used.
         quantize._equal_steps.cache_clear()
         stack.callback(quantize._equal_steps.cache_clear)

@@ -21,6 +21,7 @@ from transformers import DefaultFlowCallback, Trainer, TrainerCallback, TrainerC
 from transformers.trainer_utils import SaveStrategy
 
 from .base import GaLoreOptimizer
+from .bases import count_refresh
 from .fakes import Fakes
 from .groups import is_target
 from .tracking import ACTIVATIONS, FORWARD, StorageTracker
@@ -52,8 +53,9 @@ def rehearse(trainer: Trainer, fakes: Fakes | None = None, progress: Progress | 
 
     Args:
         trainer: of which arguments and callbacks are changed: it is of no use afterwards.
-        fakes: where this happens under `fake_training()`. Of a long accumulation only the first and the last
-            micro-batch are run then: those between are like the last.
+        fakes: where this happens under `fake_training()`. What is between two that are alike is left out then: of a long
+            accumulation all micro-batches but the first and the last; the refreshes of matrices of one shape but those
+            of the first and the last of them, for memory changes evenly from layer to layer.
         progress: told what goes on.
     """
     _prepare(trainer)
@@ -163,6 +165,17 @@ class _Rehearsal(TrainerCallback):  # type: ignore[misc, unused-ignore]
         """A parameter's hook: its gradient is there."""
         if param.grad is not None:
             self._tracker.label([param.grad], GRADIENTS)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        optimizer = _galore(self._trainer)
+        if optimizer is not None and self._shorten:
+            # Half of a plan's time would go into first refreshes.
+            spared = {id(param) for param in _first_and_last(optimizer)}
+            for param, state_of in optimizer.state.items():
+                if "refreshed_at" in state_of and id(param) not in spared:
+                    count_refresh(state_of, 0)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Before anything imports transformers, which reads them once.
@@ -24,3 +25,10 @@ hypothesis.settings.load_profile("tests")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _frozen_imports() -> None:
+    """Keep what the libraries have made out of garbage collections: a Trainer asks for one at each end of training."""
+    gc.collect()
+    gc.freeze()

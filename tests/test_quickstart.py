@@ -125,7 +125,7 @@ def test_bytes_are_those_of_the_optimizers_tensors() -> None:
     step = 4  # a float32 scalar for each parameter, and two more for the refreshes of a target
     assert quickstart.optimizer_bytes(trainer_with(plain, model, [])) == (2 * 4 * 64 * 32 + step, 2 * 4 * 64 * 32)
     projected = GaLoreAdamW([{"params": [model.weight], "rank": 4}])
-    basis, moments = 32 * 4 // 2 + 2 * 4, 2 * 4 * 4 * 64  # 4 bits an element, and a scale for 64 of them
+    basis, moments = 32 * 4 // 2 + 2 * 2, 2 * 4 * 4 * 64  # 4 bits an element, and a scale for 64 of them
     assert quickstart.optimizer_bytes(trainer_with(projected, model, [])) == (
         basis + moments + 3 * step,
         2 * 4 * 64 * 32,
