@@ -104,7 +104,7 @@ def fake_training(target: Target) -> Iterator[Fakes]:
         if target == "cuda":
             _use_gpu_loss(enter)
         with contextlib.suppress(ImportError):
-            from bitsandbytes.optim import GlobalOptimManager
+            from bitsandbytes.optim.optimizer import GlobalOptimManager
 
             # It remembers parameters by their addresses, for good.
             enter(mock.patch.object(GlobalOptimManager, "_instance", None))

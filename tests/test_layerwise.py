@@ -516,10 +516,11 @@ class Shapes(TorchDispatchMode):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("cls", CLASSES)
-def test_a_projected_backward_makes_nothing_of_a_targets_shape(way: str, cls: type[Any]) -> None:
+@pytest.mark.parametrize("kind", [Net, Checkpointed, CheckpointedReentrant])
+def test_a_projected_backward_makes_nothing_of_a_targets_shape(kind: type[Net], way: str, cls: type[Any]) -> None:
     torch.manual_seed(0)
-    net = Net()
-    optimizer = make(net, way, cls)
+    net = kind()
+    optimizer = make(net, way, cls, group={"stagger": False})  # of a layer that is run twice G is built
     first, second = batches(2)
     ordinary_step(net, optimizer, first)  # a refresh
     with Shapes() as shapes:

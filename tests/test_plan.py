@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
 import os
@@ -388,3 +389,17 @@ def test_a_model_of_a_thousand_times_this_machines_memory(tmp_path: Path) -> Non
     assert 2 * planned.parameters > 1000 * memory
     assert planned.breakdown["parameters"] == nbytes
     assert sum(planned.breakdown.values()) == planned.peak_bytes
+
+
+# ---- what a plan leaves out
+
+
+@pytest.mark.parametrize("more", [{}, {"max_grad_norm": 1.0}, {"gradient_accumulation_steps": 5}], ids=repr)
+@pytest.mark.parametrize("optim", ["galore_adamw_8bit", "galore_adamw_8bit_layerwise"])
+def test_what_lies_between_the_first_and_the_last_of_a_kind_changes_nothing(
+    optim: str, more: dict[str, Any], tmp_path: Path
+) -> None:
+    """Five layers, of which a plan refreshes the outer ones only, and runs two micro-batches of five."""
+    deep = functools.partial(llama, num_hidden_layers=5)
+    for checkpointing in (True, False):
+        assert_plan_is_measured(sft(tmp_path, optim, deep, activation_checkpointing=checkpointing, **more))

@@ -7,9 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hf_galore import projection
 from hf_galore.config import PROJ_TYPES, ProjType
 from hf_galore.projection import (
     Bases,
+    FactoredGradient,
     Side,
     add_projected_back_,
     basis_shapes,
@@ -17,6 +19,8 @@ from hf_galore.projection import (
     low_rank_shape,
     project,
     side_of,
+    times,
+    transposed_times,
 )
 from hf_galore.refresh import align_signs, svd_bases
 
@@ -114,3 +118,24 @@ def test_signs_follow_the_old_basis() -> None:
     torch.testing.assert_close(aligned, align_signs(drifted, old), atol=0, rtol=0)
     assert ((aligned * old).sum(dim=0) > 0).all()
     torch.testing.assert_close(align_signs(drifted, torch.zeros(9, 4)), drifted, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("elements", [1, 64, 100, 10**9])
+@pytest.mark.parametrize("factored", [True, False])
+def test_products_in_another_dtype_are_those_of_the_cast_gradient(
+    factored: bool, elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many elements are cast at a time."""
+    monkeypatch.setattr(projection, "CAST_ELEMENTS", elements)
+    delta, inputs = (torch.randn(11, size).to(torch.bfloat16) for size in (12, 7))
+    whole = delta.double().mT @ inputs.double()
+    gradient = FactoredGradient(delta, inputs) if factored else whole.to(torch.bfloat16)
+    expected = whole if factored else whole.to(torch.bfloat16).double()
+    for matrix in (torch.randn(7, 3), torch.randn(7, 3, dtype=torch.float64)):
+        found = times(gradient, matrix)
+        assert found.dtype == matrix.dtype
+        torch.testing.assert_close(found.double(), expected @ matrix.double(), rtol=1e-5, atol=1e-5)
+    for matrix in (torch.randn(12, 3), torch.randn(12, 3, dtype=torch.float64)):
+        found = transposed_times(gradient, matrix)
+        assert found.dtype == matrix.dtype
+        torch.testing.assert_close(found.double(), expected.mT @ matrix.double(), rtol=1e-5, atol=1e-5)

@@ -605,3 +605,23 @@ def test_state_owns_no_more_memory_than_it_shows(name: str, tmp_path: Path) -> N
     assert len(tensors) > 21 * 2
     for tensor in tensors:
         assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
+# ---- the bits of embeddings' moments
+
+
+@pytest.mark.parametrize(
+    ("bits", "quantized"), [("", False), (", embedding_bits=32", False), (", embedding_bits=8", True)]
+)
+def test_embedding_bits(bits: str, quantized: bool, tmp_path: Path) -> None:
+    model = tiny_llama()
+    trainer = train(model, tmp_path, "galore_adamw_8bit_layerwise", optim_args=OPTIM_ARGS + bits, max_steps=2)
+    state = optimizer_of(trainer).state
+    assert ("exp_avg_absmax" in state[model.model.embed_tokens.weight]) is quantized
+    assert "exp_avg_absmax" in state[model.lm_head.weight], "the head is no embedding"
+
+
+@pytest.mark.parametrize("optim", ["galore_adamw", "galore_adafactor_layerwise"])
+def test_embedding_bits_are_for_the_8_bit_optimizers(optim: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"embedding_bits=8 is for the 8-bit optimizers, and '{optim}' is none"):
+        train(tiny_llama(), tmp_path, optim, optim_args=OPTIM_ARGS + ", embedding_bits=8")

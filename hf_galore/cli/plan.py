@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import sys
 import tempfile
@@ -68,9 +67,9 @@ def _run(arguments: Sequence[str]) -> int:
             raise UserError("--suggest needs to know the card: give its memory, as --vram 24GiB.")
         if own.plot is not None:
             raise UserError("--plot draws the plan of one recipe, which --suggest is not about: leave out one of them.")
-        command = importlib.import_module(f"{__package__}.suggest")
-        status: int = command.suggest(parse, vram, own.json)
-        return status
+        from .suggest import suggest
+
+        return suggest(parse, vram, own.json)
     picture = None if own.plot is None else _picture(own.plot)
     name = parsed.recipe.name if parsed.recipe else str(parsed.model.model_name_or_path)
     # Whatever a library prints has no place in a pipe.
