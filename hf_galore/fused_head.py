@@ -74,6 +74,7 @@ class _FusedHead(torch.autograd.Function):
         *rest: Any,
     ) -> Any:
         ctx.original, ctx.hooks, ctx.weight = original, hooks, weight
+        hooks.count_run(weight)  # tied to the embedding, it gets a second gradient
         return original.forward(
             ctx, hidden, weight, bias, targets, temperature, min(chunk_size, VOCABULARY_PART), *rest
         )

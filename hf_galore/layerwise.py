@@ -198,6 +198,11 @@ class BackwardHooks:
             return _nothing
         return functools.partial(self.take_low_rank, weight, low_rank.to(weight.dtype))
 
+    def count_run(self, weight: Tensor) -> None:
+        """Note that a forward pass uses a weight without running its module, as a fused loss uses the head's."""
+        if id(weight) in self._group_index:
+            self._runs[id(weight)] += 1
+
     def bases_for_rows(self, weight: Tensor) -> Bases | None:
         """The bases that rows of a gradient can be projected with by themselves; `None` where autograd has to build it.
 

@@ -54,8 +54,8 @@ def rehearse(trainer: Trainer, fakes: Fakes | None = None, progress: Progress | 
     Args:
         trainer: of which arguments and callbacks are changed: it is of no use afterwards.
         fakes: where this happens under `fake_training()`. What is between two that are alike is left out then: of a
-            long accumulation all micro-batches but the first and the last; the refreshes of matrices of one shape but those
-            of the first and the last of them, for memory changes evenly from layer to layer.
+            long accumulation all micro-batches but the first and the last; the refreshes of matrices of one shape but
+            those of the first and the last of them, for memory changes evenly from layer to layer.
         progress: told what goes on.
     """
     _prepare(trainer)
