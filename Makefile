@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # As many test processes as cores, each with one thread: torch's own threads would fight over them.
+# One that has run out of tests takes some of another: those that plan recipes of 7B models take long.
 WORKERS ?= auto
 
 .PHONY: quickstart test lint format clean
@@ -26,7 +27,7 @@ quickstart: $(VENV)/installed
 	$(BIN)/hf-galore quickstart
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
