@@ -21,7 +21,7 @@ class SkippedUpdates:
     """Counts, for each parameter, the updates skipped and the step of the first."""
 
     def __init__(self) -> None:
-        self._records: dict[Tensor, Tensor] = {}  # [times, first step], on the parameter's device
+        self._records: dict[Tensor, tuple[Tensor, Tensor]] = {}  # times and first step, on the parameter's device
 
     def note(self, param: Tensor, skip: Tensor, step: int) -> None:
         """Note whether this step's update of `param` is skipped.
@@ -30,18 +30,18 @@ class SkippedUpdates:
             skip: 0-dimensional, 1 where it is and 0 where not.
         """
         record = self._records.get(param)
-        if record is None or record.device != param.device:
+        if record is None or record[0].device != param.device:
             # Filled there: copying from the host would wait.
-            record = self._records[param] = torch.zeros(2, device=param.device)
-            record[1].fill_(_NEVER)
-        record[0].add_(skip)
-        record[1].clamp_(max=step + (1 - skip) * _NEVER)
+            record = (torch.zeros((), device=param.device), torch.full((), _NEVER, device=param.device))
+            self._records[param] = record
+        times, first_step = record
+        times.add_(skip)
+        first_step.clamp_(max=(1 - skip).mul_(_NEVER).add_(step))
 
     def read(self) -> dict[Tensor, Skipped]:
         """The parameters with skipped updates. Waits for the device."""
         found = {}
-        for param, record in self._records.items():
-            times, first_step = record.tolist()
-            if times:
-                found[param] = Skipped(int(times), int(first_step))
+        for param, (times, first_step) in self._records.items():
+            if times.item():
+                found[param] = Skipped(int(times.item()), int(first_step.item()))
         return found

@@ -52,7 +52,7 @@ class Allocation(NamedTuple):
 class _Storage:
     __slots__ = ("dtype", "label", "nbytes", "operation", "phase", "recomputed", "shape")
 
-    def __init__(self, nbytes: int, tensor: Tensor, operation: str, phase: str, recomputed: bool) -> None:
+    def __init__(self, nbytes: int, tensor: Tensor, operation: Any, phase: str, recomputed: bool) -> None:
         self.nbytes = nbytes
         self.operation = operation
         self.shape = tuple(tensor.shape)
@@ -138,9 +138,9 @@ class StorageTracker(TorchDispatchMode):
             self._after_backward()
         self._in_backward = in_backward
         out = self._call(func, args, kwargs or {})
-        for leaf in tree_leaves(out):
+        for leaf in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(leaf, Tensor):
-                self._see(leaf, str(func))
+                self._see(leaf, func)
         return out
 
     def label(self, tensors: Iterable[Tensor], label: str) -> None:
@@ -150,7 +150,7 @@ class StorageTracker(TorchDispatchMode):
             if storage is not None:
                 storage.label = label
 
-    def _see(self, tensor: Tensor, operation: str) -> _Storage | None:
+    def _see(self, tensor: Tensor, operation: Any) -> _Storage | None:
         if tensor.device != self._device:
             return None
         storage = tensor.untyped_storage()
@@ -214,7 +214,7 @@ class StorageTracker(TorchDispatchMode):
         for index, nbytes in alive.items():
             if nbytes:
                 storage = self._storages[index]
-                found[self._label_of(index), storage.operation, storage.shape, storage.dtype].append(nbytes)
+                found[self._label_of(index), str(storage.operation), storage.shape, storage.dtype].append(nbytes)
         return sorted(
             (Allocation(*key, len(each), sum(each)) for key, each in found.items()),  # type: ignore[arg-type]
             key=lambda allocation: -allocation.nbytes,

@@ -28,7 +28,8 @@ def skip_unless_finite(norm: Tensor) -> Tensor:
     Args:
         norm: 0-dimensional.
     """
-    return norm.isfinite().logical_not_().to(torch.float32)
+    # Three small kernels instead of the six of isfinite().
+    return (norm * 0).ne(0).to(torch.float32)
 
 
 def adam_(

@@ -158,7 +158,7 @@ class _Estimate:
         low, high = self._ranks
         along_rank = (choice.rank - low) / max(1, high - low)
         first, last = self._batches
-        along_batch = (choice.batch - first) / (last - first)
+        along_batch = (choice.batch - first) / max(1, last - first)
         total = 0.0
         for rank, weight in ((low, 1 - along_rank), (high, along_rank)):
             for batch, other in ((first, 1 - along_batch), (last, along_batch)):
