@@ -409,3 +409,9 @@ def test_what_lies_between_the_first_and_the_last_of_a_kind_changes_nothing(
     """Five layers, of which a plan refreshes the outer ones only, and runs two micro-batches of five."""
     deep = functools.partial(llama, num_hidden_layers=5)
     assert_plan_is_measured(sft(tmp_path, optim, deep, **more))
+
+
+def test_the_package_has_the_planner() -> None:
+    assert (hf_galore.plan, hf_galore.measure, hf_galore.MemoryPlan) == (plan, measure, MemoryPlan)
+    with pytest.raises(AttributeError, match="no attribute 'plna'"):
+        _ = hf_galore.plna
