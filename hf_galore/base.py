@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypedDict, cast, overload
 
 import torch
@@ -225,11 +225,8 @@ class GaLoreOptimizer(torch.optim.Optimizer):
     def _phase_of(self, param: Tensor) -> int:
         """The step of the gap at which a target refreshes, spread over the targets that are staggered."""
         if not self._phases:
-            targets = [
-                (param, group) for group in self.param_groups for param in group["params"] if is_target(param, group)
-            ]
-            staggered = [(param, group) for param, group in targets if group["stagger"]]
-            self._phases = {id(param): 0 for param, _ in targets}
+            staggered = [(param, group) for param, group in self.targets() if group["stagger"]]
+            self._phases = {id(param): 0 for param, _ in self.targets()}
             for index, (target, group) in enumerate(staggered):
                 self._phases[id(target)] = phase_of(index, len(staggered), group["update_proj_gap"])
         return self._phases[id(param)]
@@ -475,6 +472,10 @@ class GaLoreOptimizer(torch.optim.Optimizer):
                 gradient.mul_(factor.to(gradient.device))
         return norm
 
+    def targets(self) -> Iterator[tuple[Tensor, Group]]:
+        """The parameters that are projected, each with its group, in the order of the groups."""
+        return ((p, group) for group in self.param_groups for p in group["params"] if is_target(p, group))
+
     def _params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
 
@@ -494,17 +495,16 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         figures = self._refresh_log.take()
         done = saved = 0
         lazy = False
-        for group in self.param_groups:
-            for param in group["params"]:
-                state = self.state.get(param)
-                if not state or not is_target(param, group):
-                    continue
-                refreshes = int(state["refreshes"].item())
-                done += refreshes
-                if group["lazy_refresh"]:
-                    lazy = True
-                    step = int(state["step"].item())
-                    saved += refreshes_by(step, group["update_proj_gap"], self._phase_of(param)) - refreshes
+        for param, group in self.targets():
+            state = self.state.get(param)
+            if not state:
+                continue
+            refreshes = int(state["refreshes"].item())
+            done += refreshes
+            if group["lazy_refresh"]:
+                lazy = True
+                step = int(state["step"].item())
+                saved += refreshes_by(step, group["update_proj_gap"], self._phase_of(param)) - refreshes
         figures["refreshes"] = done
         if lazy:
             figures["refreshes_saved"] = max(saved, 0)

@@ -211,9 +211,9 @@ class BackwardHooks:
         optimizer, group = self._optimizer_and_group(weight)
         if optimizer is None or group is None or not self.projected_backward or not is_target(weight, group):
             return None
-        if side_of(weight.shape, group["proj_type"]) != "right" or self._refresh_due(optimizer, weight, group):
+        if side_of(weight.shape, group["proj_type"]) != "right" or id(weight) in self._put_off:
             return None
-        if id(weight) in self._put_off:
+        if self._refresh_due(optimizer, weight, group):
             return None
         return optimizer.bases_of(weight, group)
 

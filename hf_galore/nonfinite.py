@@ -42,6 +42,7 @@ class SkippedUpdates:
         """The parameters with skipped updates. Waits for the device."""
         found = {}
         for param, (times, first_step) in self._records.items():
-            if times.item():
-                found[param] = Skipped(int(times.item()), int(first_step.item()))
+            count = int(times.item())
+            if count:
+                found[param] = Skipped(count, int(first_step.item()))
         return found

@@ -23,9 +23,8 @@ from transformers.trainer_utils import SaveStrategy
 from .base import GaLoreOptimizer
 from .bases import count_refresh
 from .fakes import Fakes
-from .groups import is_target
 from .tracking import ACTIVATIONS, FORWARD, StorageTracker
-from .trainer import GaLoreCallback
+from .trainer import GaLoreCallback, galore_optimizer
 
 STEPS = 3
 _REFRESH_AFTER = 1  # steps
@@ -154,7 +153,7 @@ class _Rehearsal(TrainerCallback):  # type: ignore[misc, unused-ignore]
             self._tracker.label([loss], ACTIVATIONS)  # as that of a micro-batch that is run
             return loss
         loss = step(*args, **kwargs)
-        optimizer = _galore(self._trainer)
+        optimizer = galore_optimizer(self._trainer.optimizer)
         if optimizer is not None and optimizer.hooks is not None:
             self._tracker.label(optimizer.hooks.held(), LOW_RANK)
         if last:
@@ -169,7 +168,7 @@ class _Rehearsal(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        optimizer = _galore(self._trainer)
+        optimizer = galore_optimizer(self._trainer.optimizer)
         if optimizer is not None and self._shorten:
             # Half of a plan's time would go into first refreshes.
             spared = {id(param) for param in _first_and_last(optimizer)}
@@ -181,7 +180,7 @@ class _Rehearsal(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._micro_batch = 0
-        optimizer = _galore(self._trainer)
+        optimizer = galore_optimizer(self._trainer.optimizer)
         if optimizer is not None and state.global_step == _REFRESH_AFTER:
             optimizer.refresh_next(_first_and_last(optimizer))
 
@@ -214,18 +213,11 @@ def _iterator(fakes: Fakes | None, on_batch: Callable[[Any], None]) -> Callable[
     return iterate
 
 
-def _galore(trainer: Trainer) -> GaLoreOptimizer | None:
-    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-    return optimizer if isinstance(optimizer, GaLoreOptimizer) else None
-
-
 def _first_and_last(optimizer: GaLoreOptimizer) -> Iterable[Tensor]:
     """Of the targets of each shape the first and the last: in between, memory lies between theirs."""
     found: dict[tuple[int, ...], list[Tensor]] = {}
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            if is_target(param, group):
-                found.setdefault((*param.shape, group["rank"]), []).append(param)
+    for param, group in optimizer.targets():
+        found.setdefault((*param.shape, group["rank"]), []).append(param)
     return (param for params in found.values() for param in (params[0], params[-1]))
 
 

@@ -161,9 +161,8 @@ class StorageTracker(TorchDispatchMode):
             if nbytes == 0:
                 return None
             index = len(self._storages)
-            phase = BACKWARD if self._in_backward else self._phase()
             recomputed = self._in_backward and self._modules > 0
-            self._storages.append(_Storage(nbytes, tensor, operation, phase, recomputed))
+            self._storages.append(_Storage(nbytes, tensor, operation, self._present_phase(), recomputed))
             self._live[key] = index
             self._references[key] = weakref.ref(storage, functools.partial(self._dead, key))
             self._record(index, nbytes)
@@ -177,11 +176,14 @@ class StorageTracker(TorchDispatchMode):
         index = self._live.pop(key)
         self._record(index, -self._storages[index].nbytes)
 
+    def _present_phase(self) -> str:
+        return BACKWARD if self._in_backward else self._phase()
+
     def _record(self, index: int, nbytes: int) -> None:
         self._bytes += nbytes
         self._events.append((index, nbytes))
         if nbytes > 0:
-            phase = BACKWARD if self._in_backward else self._phase()
+            phase = self._present_phase()
             peak = self._peaks.get(phase)
             if peak is None or self._bytes > peak.nbytes:
                 self._peaks[phase] = Peak(self._bytes, phase, len(self._events))

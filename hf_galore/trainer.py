@@ -145,7 +145,7 @@ class GaLoreCallback(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The Trainer has just waited for the device: what the optimizer counted there costs nothing more to read."""
-        optimizer = _galore_optimizer(kwargs.get("optimizer"))
+        optimizer = galore_optimizer(kwargs.get("optimizer"))
         if optimizer is not None:
             optimizer.warn_of_skipped()
 
@@ -153,7 +153,7 @@ class GaLoreCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """A later backward pass on the model trains nothing."""
-        optimizer = _galore_optimizer(kwargs.get("optimizer"))
+        optimizer = galore_optimizer(kwargs.get("optimizer"))
         if optimizer is not None:
             optimizer.close()
 
@@ -224,7 +224,7 @@ def _create_optimizer(self: Trainer, model: nn.Module | None = None) -> Any:
                     "the matrices that GaLore projects. Run it on one GPU, or under DDP without a layerwise optimizer."
                 )
     wrapper = _originals["create_optimizer"](self, model)
-    optimizer = _galore_optimizer(wrapper)
+    optimizer = galore_optimizer(wrapper)
     if optimizer is not None:
         if optimizer.hooks is not None:
             optimizer.hooks.attach()
@@ -252,7 +252,7 @@ def _get_grad_norm(self: Trainer, model: nn.Module, grad_norm: Any = None) -> An
 
 def _log(self: Trainer, logs: dict[str, float], start_time: float | None = None) -> None:
     """Replaces `Trainer.log`, the way to all that reports: the callback's own `on_log` comes after some of them."""
-    callback, optimizer = _callback_of(self), _galore_optimizer(self.optimizer)
+    callback, optimizer = _callback_of(self), galore_optimizer(self.optimizer)
     if callback is not None and optimizer is not None and "loss" in logs:  # not the logs of evaluation and of the end
         logs.update(callback.figures(optimizer))
     _originals["log"](self, logs, start_time)
@@ -295,7 +295,7 @@ def _optim_name(args: TrainingArguments) -> str:
     return str(getattr(args.optim, "value", args.optim))
 
 
-def _galore_optimizer(optimizer: Any) -> GaLoreOptimizer | None:
+def galore_optimizer(optimizer: Any) -> GaLoreOptimizer | None:
     """The GaLore optimizer that this is, or that accelerate's wrapper holds."""
     inner = getattr(optimizer, "optimizer", optimizer)
     return inner if isinstance(inner, GaLoreOptimizer) else None
@@ -303,5 +303,5 @@ def _galore_optimizer(optimizer: Any) -> GaLoreOptimizer | None:
 
 def _hooked_optimizer(optimizer: Any) -> GaLoreOptimizer | None:
     """Likewise, where its hooks are on the model."""
-    galore = _galore_optimizer(optimizer)
+    galore = galore_optimizer(optimizer)
     return galore if galore is not None and galore.hooks is not None and galore.hooks.attached else None

@@ -8,7 +8,7 @@ from typing import Any
 
 import datasets
 from tokenizers import Tokenizer, models
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, Trainer
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer
 from trl import SFTConfig, SFTTrainer
 
 from tests import helpers
@@ -28,6 +28,20 @@ Maker = Callable[[], Trainer]
 def llama(**overrides: Any) -> LlamaForCausalLM:
     """With grouped-query attention."""
     return tiny_llama(num_attention_heads=4, num_key_value_heads=2, **overrides)
+
+
+def llama_folder(folder: Path, layers: int) -> Path:
+    """The folder, with the config of a small model in it and nothing else."""
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        architectures=["LlamaForCausalLM"],
+    )
+    config.save_pretrained(folder)
+    return folder
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

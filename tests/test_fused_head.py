@@ -13,10 +13,9 @@ import datasets
 import pytest
 import torch
 import trl.trainer.utils
-from tokenizers import Tokenizer, models
 from torch import Tensor, nn
-from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
-from trl import SFTConfig, SFTTrainer
+from transformers import PhiConfig, PhiForCausalLM
+from trl import SFTTrainer
 
 import hf_galore
 import hf_galore.fused_head
@@ -26,10 +25,11 @@ from hf_galore.base import GaLoreOptimizer
 from hf_galore.fused_head import _FusedHead, restore_fused_head, use_fused_head
 from hf_galore.layerwise import hooks_on
 from hf_galore.tracking import BACKWARD, StorageTracker
+from tests import planning
 from tests.helpers import OPTIM_ARGS, assert_same_path, snapshot, tiny_llama
+from tests.planning import LENGTH
 
 PART, VOCABULARY, HIDDEN, TOKENS = 40, 96, 24, 30
-LENGTH = 16
 
 _FOUND = trl.trainer.utils._ChunkedLogProbFunction
 TRL_OWN = getattr(_FOUND, "original", _FOUND)  # another test's run may have come first
@@ -286,13 +286,6 @@ def test_no_float32_matrix_of_the_heads_size(target: bool) -> None:
 # ---- training
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {f"<{index}>": index for index in range(VOCABULARY)}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<0>")), eos_token="<1>", pad_token="<2>"
-    )
-
-
 def llama(**overrides: Any) -> Any:
     return tiny_llama(vocab_size=VOCABULARY, num_hidden_layers=1, **overrides)
 
@@ -320,31 +313,17 @@ def phi() -> PhiForCausalLM:
 
 def sft(folder: Path, model: Any, optim: str = "galore_adamw_layerwise", **overrides: Any) -> SFTTrainer:
     tokens = [[3 + (7 * row + column) % (VOCABULARY - 3) for column in range(LENGTH)] for row in range(32)]
-    data = datasets.Dataset.from_dict({"input_ids": tokens, "labels": tokens})
+    galore = {"optim_target_modules": ["attn", "mlp"], "optim_args": OPTIM_ARGS} if optim.startswith("galore") else {}
     values = {
-        "output_dir": str(folder),
-        "optim": optim,
-        "optim_target_modules": ["attn", "mlp"],
-        "optim_args": OPTIM_ARGS,
+        **galore,
         "learning_rate": 1e-2,
         "adam_epsilon": 1e-3,  # as in test_layerwise: Adam magnifies rounding where gradients are small
         "max_steps": 8,
-        "per_device_train_batch_size": 2,
-        "max_grad_norm": 0.0,
-        "activation_checkpointing": False,
-        "bf16": False,
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "dataset_kwargs": {"skip_prepare_dataset": True},
-        **(
-            overrides if optim.startswith("galore") else {"optim_target_modules": None, "optim_args": None, **overrides}
-        ),
+        "per_device_eval_batch_size": 8,  # all rows at once
+        **overrides,
     }
-    return SFTTrainer(
-        model, SFTConfig(**values), train_dataset=data, eval_dataset=data.select(range(4)), processing_class=tokenizer()
-    )
+    data = datasets.Dataset.from_dict({"input_ids": tokens, "labels": tokens})
+    return planning.sft(folder, optim, lambda: model, data, **values)()
 
 
 class Calls:

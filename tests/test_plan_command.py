@@ -18,12 +18,12 @@ import torch
 import yaml
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from transformers import LlamaConfig
 
 from hf_galore.cli import plan as command
 from hf_galore.cli import recipe
 from hf_galore.cli.main import main
 from hf_galore.planner import CONTEXT_BYTES, FRAGMENTATION, GIB, MemoryPlan, plan
+from tests.planning import llama_folder
 
 # Warnings that Python does not show a person.
 UNSEEN = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
@@ -41,15 +41,7 @@ def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model's folder with a config and nothing else."""
     folder = tmp_path_factory.mktemp("model")
-    LlamaConfig(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        architectures=["LlamaForCausalLM"],
-    ).save_pretrained(folder)
-    return folder
+    return llama_folder(folder, layers=2)
 
 
 @pytest.fixture

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import LlamaConfig
 
 from hf_galore import GaLoreConfig
 from hf_galore.cli import suggest
 from hf_galore.cli.main import main
 from hf_galore.planner import MemoryPlan, needed_bytes, plan
+from tests.planning import llama_folder
 
 RANKS, BATCHES = (4, 16), (1, 4)
 
@@ -29,14 +29,7 @@ def _small_search(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("model")
-    LlamaConfig(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        architectures=["LlamaForCausalLM"],
-    ).save_pretrained(folder)
+    llama_folder(folder, layers=3)
     settings = {
         "model_name_or_path": str(folder),
         "dataset_name": "not/needed",

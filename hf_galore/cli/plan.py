@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich import progress as bars
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -22,6 +21,7 @@ from hf_galore.tracking import FORWARD
 from . import recipe, stand_in
 from .errors import Stopped, UserError
 from .sft import reporting_complaints
+from .spinner import spinner
 
 PROG = "hf-galore plan"
 ABOUT = """Find out how much memory a recipe takes and whether that fits a card, from its real training steps with
@@ -165,14 +165,8 @@ def _picture(name: str) -> Path:
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Progress | None]:
-    """A line on stderr that says what is going on, where somebody looks at it."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    columns = (bars.SpinnerColumn(), bars.TextColumn("{task.description}"), bars.TimeElapsedColumn())
-    with bars.Progress(*columns, console=Console(stderr=True), transient=True) as shown:
-        task = shown.add_task("making the model", total=None)
-        yield lambda phase, step: shown.update(task, description=_doing(phase, step))
+    with spinner("making the model") as say:
+        yield None if say is None else lambda phase, step: say(_doing(phase, step))
 
 
 def _doing(phase: str, step: int) -> str:

@@ -14,23 +14,26 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from hf_galore.config import GaLoreConfig
-from hf_galore.planner import GIB, MemoryPlan, needed_bytes, plan
+from hf_galore.planner import GIB, MemoryPlan, in_gib, needed_bytes, plan
 
 from . import recipe
 from .errors import UserError
 from .sft import galore_config
+from .spinner import spinner
 from .stand_in import Shape, shape_of
 
 RANKS = (64, 128, 256, 512, 1024, 2048)
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
+# The fewest bits that a basis is kept in, which cost nothing that could be measured.
+PROJ_BITS: Literal[4] = 4
 _FEW_LAYERS = (4, 8)
 _MOST_ROWS = 6
 # An estimate this far above the card is not worth a plan.
@@ -48,10 +51,10 @@ class Choice:
     checkpointing: bool
 
     def overrides(self, config: GaLoreConfig) -> list[str]:
-        """What a recipe's command line needs for them; bases in 4 bits, which cost nothing that could be measured."""
+        """What a recipe's command line needs for them."""
         return [
             "--optim_args",
-            dataclasses.replace(config, rank=self.rank, proj_bits=4).optim_args(),
+            dataclasses.replace(config, rank=self.rank, proj_bits=PROJ_BITS).optim_args(),
             "--per_device_train_batch_size",
             str(self.batch),
             "--activation_checkpointing",
@@ -81,20 +84,21 @@ def suggest(parse: Parse, vram: int, as_json: bool) -> int:
             "--optim galore_adamw_8bit_layerwise."
         )
     shape = shape_of(base)
-    with _progress() as advance:
+    # Whatever a library prints has no place in a pipe.
+    with contextlib.redirect_stdout(sys.stderr), spinner("estimating") as say:
+        advance = say or (lambda text: None)
         estimate = _Estimate(parse, config, shape, advance)
         found = list(itertools.islice(_search(parse, config, shape, estimate, vram, advance), _MOST_ROWS))
-    rows = [_row(choice, planned, config) for choice, planned in found]
     if as_json:
-        print(json.dumps(rows, indent=2))
-    elif rows:
-        _show(rows, vram)
+        print(json.dumps([_row(choice, planned, config) for choice, planned in found], indent=2))
+    elif found:
+        _show(found, config, vram)
     else:
         print(
             f"Nothing fits into {vram / GIB:.4g} GiB: not even rank {min(_ranks(shape))} with a batch of 1 and "
             "activation checkpointing. A smaller max_length or model, or a card with more memory, would help.",
         )
-    return 0 if rows else 1
+    return 0 if found else 1
 
 
 def _search(
@@ -185,7 +189,7 @@ class _Estimate:
 def _row(choice: Choice, planned: MemoryPlan, config: GaLoreConfig) -> dict[str, object]:
     return {
         **dataclasses.asdict(choice),
-        "proj_bits": 4,
+        "proj_bits": PROJ_BITS,
         "tokens_per_step": planned.tokens_per_step,
         "peak_bytes": planned.peak_bytes,
         "needed_bytes": planned.needed_bytes,
@@ -193,25 +197,23 @@ def _row(choice: Choice, planned: MemoryPlan, config: GaLoreConfig) -> dict[str,
     }
 
 
-def _show(rows: Iterable[dict[str, object]], vram: int) -> None:
+def _show(found: Sequence[tuple[Choice, MemoryPlan]], config: GaLoreConfig, vram: int) -> None:
     console = Console(highlight=False)
     table = Table(title=f"What fits into {vram / GIB:.4g} GiB, the best first", title_justify="left")
     for name in ("rank", "batch", "tokens a step", "checkpointing", "peak", "card needed"):
         table.add_column(name, justify="right")
-    rows = list(rows)
-    for row in rows:
+    for choice, planned in found:
         table.add_row(
-            str(row["rank"]),
-            str(row["batch"]),
-            f"{row['tokens_per_step']:,}",
-            "yes" if row["checkpointing"] else "no",
-            f"{int(str(row['peak_bytes'])) / GIB:.2f} GiB",
-            f"{int(str(row['needed_bytes'])) / GIB:.2f} GiB",
+            str(choice.rank),
+            str(choice.batch),
+            f"{planned.tokens_per_step:,}",
+            "yes" if choice.checkpointing else "no",
+            in_gib(planned.peak_bytes),
+            in_gib(planned.needed_bytes),
         )
     console.print(table)
-    first = rows[0]["overrides"]
-    assert isinstance(first, list)
-    console.print(Text(f"For the first: {shlex.join(first)}"), soft_wrap=True)
+    best, _ = found[0]
+    console.print(Text(f"For the first: {shlex.join(best.overrides(config))}"), soft_wrap=True)
     console.print(
         Text(
             "Bases in 4 bits (proj_bits=4): more bits cost memory and gain nothing that could be measured. TRL "
@@ -219,19 +221,3 @@ def _show(rows: Iterable[dict[str, object]], vram: int) -> None:
         ),
         soft_wrap=True,
     )
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """A line on stderr that says what is going on, where somebody looks at it."""
-    if not sys.stderr.isatty():
-        yield lambda text: None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
-        task = shown.add_task("estimating", total=None)
-
-        def advance(text: str) -> None:
-            shown.update(task, description=text, advance=1)
-
-        yield advance
