@@ -164,7 +164,7 @@ def _get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | No
     The Trainer calls the class with its own parameter groups, so its split into decayed and undecayed parameters, or
     a subclass's, stands; `param_options` divides those groups further.
     """
-    name = _optim_name(args)
+    name = optim_name(args)
     kind = KINDS.get(name)
     if kind is None:
         return cast("tuple[Any, Any]", _originals["get_optimizer_cls_and_kwargs"](args, model))
@@ -220,7 +220,7 @@ def _create_optimizer(self: Trainer, model: nn.Module | None = None) -> Any:
         for engine in ("fsdp", "deepspeed"):
             if getattr(self, f"is_{engine}_enabled", False):
                 raise ValueError(
-                    f"optim={_optim_name(self.args)!r} does not work under {engine.upper()}, which shards or flattens "
+                    f"optim={optim_name(self.args)!r} does not work under {engine.upper()}, which shards or flattens "
                     "the matrices that GaLore projects. Run it on one GPU, or under DDP without a layerwise optimizer."
                 )
     wrapper = _originals["create_optimizer"](self, model)
@@ -287,10 +287,11 @@ def _check_no_adam_arguments(name: str, args: TrainingArguments) -> None:
 
 def _uses_galore(trainer: Trainer) -> bool:
     made_elsewhere = trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None
-    return not made_elsewhere and _optim_name(trainer.args) in KINDS
+    return not made_elsewhere and optim_name(trainer.args) in KINDS
 
 
-def _optim_name(args: TrainingArguments) -> str:
+def optim_name(args: TrainingArguments) -> str:
+    """The name of the optimizer that training arguments ask for."""
     # TrainingArguments turns names into enum members; arguments changed afterwards may hold either.
     return str(getattr(args.optim, "value", args.optim))
 

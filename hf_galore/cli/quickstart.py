@@ -28,6 +28,7 @@ from trl import SFTTrainer
 from . import recipe
 from .embedded import conversations, embedded, is_asked_in, split
 from .errors import Stopped, UserError
+from .run_record import optimizer_bytes
 from .sft import make_trainer, reporting_errors, train_and_save
 
 PROG = "hf-galore quickstart"
@@ -87,6 +88,7 @@ def _train(arguments: Sequence[str], console: Console) -> SFTTrainer:
         trainer = make_trainer(parsed.script, parsed.training, parsed.model, parsed.dataset)
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(LossBar(console))
+        trainer.record(PROG, parsed.recipe, "the quickstart's", "the quickstart's")
         train_and_save(trainer)
     return trainer
 
@@ -189,22 +191,12 @@ def conversation_table(answers: Sequence[Answer], trained_on: Mapping[str, bool]
     return table
 
 
-def optimizer_bytes(trainer: SFTTrainer) -> tuple[int, int]:
-    """Bytes of the optimizer's state as it is, and what `torch.optim.AdamW` would need: two float32 moments."""
-    own = sum(
-        value.numel() * value.element_size()
-        for state in trainer.optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, torch.Tensor)
-    )
-    trained = sum(param.numel() for param in trainer.model.parameters() if param.requires_grad)
-    return own, 2 * 4 * trained
-
-
 def summary_table(trainer: SFTTrainer) -> Table:
     """The closing table: losses first and last, optimizer bytes beside AdamW's, seconds, where the model is."""
     history, args = trainer.state.log_history, trainer.args
-    own, adamw = optimizer_bytes(trainer)
+    own = optimizer_bytes(trainer.optimizer)
+    trained = sum(param.numel() for param in trainer.model.parameters() if param.requires_grad)
+    adamw = 2 * 4 * trained  # two float32 moments
     parameters = sum(param.numel() for param in trainer.model.parameters())
     seconds = next(entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry)
     table = Table(

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from transformers import TrainingArguments
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from hf_galore.config import nearest
+from hf_galore.trainer import KINDS, optim_name
 
 from .errors import UserError
 
@@ -47,15 +49,28 @@ def parse(arguments: Sequence[str], prog: str, about: str) -> Arguments:
         UserError: no such file, no YAML mapping, an unknown key, a value of the wrong type or out of range.
         SystemExit: `--help` was among them and has been shown.
     """
-    name, rest = _take_config(arguments)
+    (script, training, model, dataset), path = parse_into(DATACLASSES, arguments, prog, about)
+    _find_template(training, path)
+    return Arguments(script, training, model, dataset, path)
+
+
+def parse_into(
+    dataclass_types: Sequence[type], arguments: Sequence[str], prog: str, about: str
+) -> tuple[list[Any], Path | None]:
+    """Likewise, into other dataclasses than `trl sft`'s: one of each, and the recipe's file."""
+    name, rest = take_config(arguments)
     parser = _RecipeParser(
-        DATACLASSES, prog=prog, usage=f"{prog} --config FILE [--key value ...]", description=about, allow_abbrev=False
+        dataclass_types,
+        prog=prog,
+        usage=f"{prog} --config FILE [--key value ...]",
+        description=about,
+        allow_abbrev=False,
     )
     path = None if name is None else find_recipe(name)
-    config = {} if path is None else _read(path)
+    config = {} if path is None else read(path)
     if path is not None:
         _check_values(path, config, parser)
-    _check_renamed({*config, *(_key(item) for item in rest if item.startswith("--"))})
+    _check_renamed({*config, *(key_of(item) for item in rest if item.startswith("--"))})
     _, unknown = parser.parse_known_args(rest)
     if unknown:
         raise UserError(_explain_unknown(unknown[0], parser))
@@ -63,9 +78,18 @@ def parse(arguments: Sequence[str], prog: str, about: str) -> Arguments:
         parsed = parser.parse_args_and_config([*(["--config", str(path)] if path else []), *rest])
     except (ValueError, TypeError, ImportError) as error:  # the dataclasses check values of their own
         raise UserError(str(error)) from error
-    script, training, model, dataset = parsed
-    _find_template(training, path)
-    return Arguments(script, training, model, dataset, path)
+    _drop_other_optims(parsed, config, {key_of(item) for item in rest if item.startswith("--")})
+    return list(parsed), path
+
+
+def _drop_other_optims(parsed: Iterable[Any], config: dict[str, Any], given: set[str]) -> None:
+    """`--optim adamw_torch` over a GaLore recipe: what the recipe tells GaLore is not for AdamW."""
+    if "optim" not in given or config.get("optim") not in KINDS:
+        return
+    for values in parsed:
+        if isinstance(values, TrainingArguments) and optim_name(values) not in KINDS:
+            for key in {"optim_args", "optim_target_modules"} - given:
+                setattr(values, key, None)
 
 
 # ---- finding and reading
@@ -104,8 +128,12 @@ def find_recipe(name: str) -> Path:
     )
 
 
-def _take_config(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The value of `--config`, in either spelling, and the other arguments."""
+def take_config(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The value of `--config`, in either spelling, and the other arguments.
+
+    Raises:
+        UserError: `--config` is without a file, or given twice.
+    """
     name: str | None = None
     rest: list[str] = []
     items = iter(arguments)
@@ -123,7 +151,12 @@ def _take_config(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     return name, rest
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
+    """A recipe's keys and values.
+
+    Raises:
+        UserError: it cannot be read, is no YAML mapping, or gives a key twice.
+    """
     try:
         text = path.read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -220,7 +253,7 @@ def _explain_unknown(item: str, parser: _RecipeParser) -> str:
     if not item.startswith("-"):
         return f"{item!r} belongs to no --key. Options are given as --key value."
     flags = [f"--{name}" for name in parser.known_keys()]
-    return f"there is no option {item.partition('=')[0]}.{nearest(f'--{_key(item)}', flags)}"
+    return f"there is no option {item.partition('=')[0]}.{nearest(f'--{key_of(item)}', flags)}"
 
 
 # transformers takes the new name's value and drops the old one's without a word.
@@ -236,7 +269,7 @@ def _check_renamed(given: set[str]) -> None:
             raise UserError(f"{old} and {new} are both given, which are one option. Use {new} only.")
 
 
-def _key(flag: str) -> str:
+def key_of(flag: str) -> str:
     """`gradient_checkpointing` for `--gradient-checkpointing=true`, `--no_gradient_checkpointing` and the like."""
     return flag.partition("=")[0].lstrip("-").replace("-", "_").removeprefix("no_")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import linecache
 import shlex
 import tempfile
@@ -12,8 +13,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import datasets
-from transformers import AutoConfig
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import AutoConfig, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import (
     DatasetMixtureConfig,
@@ -27,14 +28,21 @@ from trl import (
 )
 
 import hf_galore
-from hf_galore.trainer import KINDS
+from hf_galore.log import logger
+from hf_galore.planner import MemoryPlan, plan
+from hf_galore.trainer import KINDS, optim_name
 
 from . import recipe
 from .errors import Stopped, UserError
+from .run_record import RecordedTrainer
 
 PROG = "hf-galore sft"
 ABOUT = """Fine-tune a model with TRL's SFTTrainer. The file holds 'key: value' lines, with the keys below: those of
 `trl sft`, optim: galore_* among them. Options on the command line come after the file and override it."""
+
+
+class RecordedSFTTrainer(RecordedTrainer, SFTTrainer):  # type: ignore[misc, unused-ignore]
+    """An SFTTrainer that leaves a record of its run."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -48,27 +56,20 @@ def run(arguments: Sequence[str]) -> int:
         raise UserError("give a recipe: --config recipe.yaml, and --key value to override what it says.")
     parsed = recipe.parse(arguments, PROG, ABOUT)
     try:
-        trainer = run_sft(parsed.script, parsed.training, parsed.model, parsed.dataset)
+        trainer = run_sft(parsed)
     except KeyboardInterrupt:
-        _stop(arguments, parsed.training.output_dir)
+        stop(PROG, arguments, parsed.training.output_dir)
     trainer.accelerator.print(f"The model is in {parsed.training.output_dir}.")
     trainer.end()
     return 0
 
 
-def run_sft(
-    script_args: ScriptArguments,
-    training_args: SFTConfig,
-    model_args: ModelConfig,
-    dataset_args: DatasetMixtureConfig,
-) -> SFTTrainer:
+def run_sft(parsed: recipe.Arguments) -> SFTTrainer:
     """Load model and data, train, save: what `trl sft` does, with mistakes said in one line.
 
     Args:
-        script_args: which dataset.
-        training_args: how to train. `resume_from_checkpoint` may be "true": the last checkpoint in `output_dir`.
-        model_args: which model.
-        dataset_args: a mixture of datasets, in place of the one of `script_args`.
+        parsed: which model and dataset, how to train. `resume_from_checkpoint` may be "true": the last checkpoint in
+            `output_dir`.
 
     Returns:
         The trainer after training; the model has been saved to `output_dir`.
@@ -76,10 +77,32 @@ def run_sft(
     Raises:
         UserError: something in the arguments is wrong. No file or folder is left behind then.
     """
-    with reporting_errors(training_args.output_dir):
-        trainer = make_trainer(script_args, training_args, model_args, dataset_args)
-        train_and_save(trainer, script_args.dataset_name)
+    with reporting_errors(parsed.training.output_dir):
+        memory_plan = plan_for_card(parsed)
+        trainer = make_trainer(parsed.script, parsed.training, parsed.model, parsed.dataset)
+        trainer.memory_plan = memory_plan
+        data = data_name(parsed.script, parsed.dataset)
+        trainer.record(PROG, parsed.recipe, str(parsed.model.model_name_or_path), data)
+        train_and_save(trainer, parsed.script.dataset_name)
     return trainer
+
+
+def plan_for_card(parsed: Any) -> MemoryPlan | None:
+    """The plan of a run that is to be published: its model card says it. `None` for others, and where there is none."""
+    if not parsed.training.push_to_hub or optim_name(parsed.training) not in KINDS:
+        return None
+    try:
+        return plan(copy.deepcopy(parsed))  # which a plan uses up
+    except ValueError as error:
+        logger.warning("The model card will say nothing of memory: %s", error)
+        return None
+
+
+def data_name(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) -> str:
+    """What a run is trained on, for its record."""
+    if dataset_args.datasets:
+        return ", ".join(str(one.path) for one in dataset_args.datasets)
+    return str(script_args.dataset_name)
 
 
 def make_trainer(
@@ -87,7 +110,7 @@ def make_trainer(
     training_args: SFTConfig,
     model_args: ModelConfig,
     dataset_args: DatasetMixtureConfig,
-) -> SFTTrainer:
+) -> RecordedSFTTrainer:
     """The first half of `run_sft`: everything up to the training.
 
     What needs neither model nor data is checked before they are loaded, which may take minutes.
@@ -96,8 +119,7 @@ def make_trainer(
     if model_args.model_name_or_path is None:
         raise UserError("model_name_or_path is missing: give a model's name or folder.")
     galore_config(training_args)  # read now, for its mistakes
-    _check_writable(Path(training_args.output_dir))
-    training_args.resume_from_checkpoint = _checkpoint(training_args)
+    check_folders(training_args)
     _check_model(model_args, training_args)
     splits = _load_dataset(script_args, dataset_args)
     train = _split(splits, script_args.dataset_train_split, "dataset_train_split", training_args)
@@ -114,7 +136,7 @@ def make_sft_trainer(
     train_dataset: Any,
     eval_dataset: Any,
     processing_class: Any = None,
-) -> SFTTrainer:
+) -> RecordedSFTTrainer:
     """The Trainer of a recipe for a model, by name or folder, and data that have been found."""
     if training_args.device.type == "cpu":
         training_args.dataloader_pin_memory = False  # there is no device to copy to
@@ -125,7 +147,7 @@ def make_sft_trainer(
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    return SFTTrainer(
+    return RecordedSFTTrainer(
         model=model,
         args=training_args,
         train_dataset=train_dataset,
@@ -136,21 +158,22 @@ def make_sft_trainer(
     )
 
 
-def galore_config(training_args: SFTConfig) -> hf_galore.GaLoreConfig | None:
+def galore_config(training_args: TrainingArguments) -> hf_galore.GaLoreConfig | None:
     """What `optim_args` of a `galore_*` optim say; `None` for another optim.
 
     Raises:
         ValueError: they are not what GaLore takes.
     """
-    if str(getattr(training_args.optim, "value", training_args.optim)) not in KINDS:
+    if optim_name(training_args) not in KINDS:
         return None
     return hf_galore.GaLoreConfig.from_optim_args(training_args.optim_args)
 
 
-def train_and_save(trainer: SFTTrainer, dataset_name: str | None = None) -> None:
-    """The second half of `run_sft`: train, or go on training, and save the model."""
+def train_and_save(trainer: RecordedTrainer, dataset_name: str | None = None) -> None:
+    """The second half of a run: train, or go on training, and save the model and the log."""
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model(trainer.args.output_dir)
+    trainer.save_record()
     if trainer.args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)
 
@@ -207,6 +230,16 @@ def _check_columns(split: Any, name: str, training_args: SFTConfig) -> None:
 # ---- folders and checkpoints
 
 
+def check_folders(training_args: TrainingArguments) -> None:
+    """Whether `output_dir` can be written to; and `resume_from_checkpoint` becomes the folder that it means.
+
+    Raises:
+        UserError: it cannot, or there is no such checkpoint.
+    """
+    _check_writable(Path(training_args.output_dir))
+    training_args.resume_from_checkpoint = _checkpoint(training_args)
+
+
 def _check_writable(folder: Path) -> None:
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir():
@@ -219,7 +252,7 @@ def _check_writable(folder: Path) -> None:
         raise UserError(f"output_dir {folder} cannot be written to ({error}). Give another one.") from error
 
 
-def _checkpoint(training_args: SFTConfig) -> str | None:
+def _checkpoint(training_args: TrainingArguments) -> str | None:
     """The checkpoint that `resume_from_checkpoint` means: a folder, or the last one in `output_dir`."""
     wanted = training_args.resume_from_checkpoint
     if wanted is None or str(wanted).lower() == "false":
@@ -232,8 +265,12 @@ def _checkpoint(training_args: SFTConfig) -> str | None:
                 "to start from the beginning, or give the output_dir of the run to continue."
             )
         return str(last)
-    if not (Path(wanted) / TRAINER_STATE_NAME).is_file():
-        raise UserError(f"resume_from_checkpoint: {wanted} is no checkpoint; it holds no {TRAINER_STATE_NAME}.")
+    for name in (TRAINER_STATE_NAME, SCHEDULER_NAME):  # the first alone is also in a finished run's folder
+        if not (Path(wanted) / name).is_file():
+            raise UserError(
+                f"resume_from_checkpoint: {wanted} is no checkpoint; it holds no {name}. Give a folder "
+                f"{PREFIX_CHECKPOINT_DIR}-N, or no value for the last one in output_dir."
+            )
     return str(wanted)
 
 
@@ -250,7 +287,14 @@ def last_checkpoint(output_dir: Path) -> Path | None:
     return steps[max(steps)] if steps else None
 
 
-def _stop(arguments: Sequence[str], output_dir: str) -> NoReturn:
+def stop(prog: str, arguments: Sequence[str], output_dir: str) -> NoReturn:
+    """After Ctrl-C: say how to go on.
+
+    Args:
+        prog: the command that was stopped.
+        arguments: what it was given.
+        output_dir: where its checkpoints are.
+    """
     last = last_checkpoint(Path(output_dir))
     if last is None:
         raise Stopped(
@@ -258,7 +302,7 @@ def _stop(arguments: Sequence[str], output_dir: str) -> NoReturn:
             "often one is written."
         ) from None
     command = _without_resume(arguments)
-    raise Stopped(f"interrupted; go on from {last} with: {PROG} {shlex.join(command)} --resume_from_checkpoint")
+    raise Stopped(f"interrupted; go on from {last} with: {prog} {shlex.join(command)} --resume_from_checkpoint")
 
 
 def _without_resume(arguments: Sequence[str]) -> list[str]:
