@@ -29,7 +29,7 @@ from .log import logger
 from .rehearsal import Progress, Record, rehearse
 
 if TYPE_CHECKING:
-    from .cli import recipe
+    from .cli import stand_in
 
 GIB = 2**30
 
@@ -116,7 +116,7 @@ def parse_size(text: str) -> int:
 
 
 def plan(
-    source: Callable[[], Trainer] | recipe.Arguments | str | os.PathLike[str],
+    source: Callable[[], Trainer] | stand_in.Arguments | str | os.PathLike[str],
     *,
     overrides: Sequence[str] = (),
     vram: int | None = None,
@@ -149,9 +149,11 @@ def plan(
             from .cli import stand_in
 
             if isinstance(source, (str, os.PathLike)):
-                source = stand_in.parse(["--config", os.fspath(source), *overrides], "plan", "")
-            source.training.output_dir = folder  # the Trainer makes it
-            prepared = stand_in.prepare(source, layers)
+                arguments = stand_in.parse(["--config", os.fspath(source), *overrides], "plan", "")
+            else:
+                arguments = source
+            arguments.training.output_dir = folder  # the Trainer makes it
+            prepared = stand_in.prepare(arguments, layers)
             make, tokens = prepared.make_trainer, prepared.tokens_per_step
             notes += prepared.notes
         with fake_training(target) as fakes:

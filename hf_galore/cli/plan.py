@@ -18,8 +18,9 @@ from hf_galore.planner import CONTEXT_BYTES, FRAGMENTATION, GIB, MemoryPlan, car
 from hf_galore.rehearsal import EVALUATION, SAVING, STEPS, Progress
 from hf_galore.tracking import FORWARD
 
-from . import recipe, stand_in
+from . import colors, recipe, stand_in
 from .errors import Stopped, UserError
+from .options import take_options
 from .sft import reporting_complaints
 from .spinner import spinner
 
@@ -57,7 +58,7 @@ def _run(arguments: Sequence[str]) -> int:
     if not rest:
         raise UserError("give a recipe: --config recipe.yaml, and --key value to override what it says.")
 
-    def parse(overrides: Sequence[str] = ()) -> recipe.Arguments:
+    def parse(overrides: Sequence[str] = ()) -> stand_in.Arguments:
         return stand_in.parse([*rest, *overrides], PROG, ABOUT)
 
     parsed = parse()
@@ -71,7 +72,7 @@ def _run(arguments: Sequence[str]) -> int:
 
         return suggest(parse, vram, own.json)
     picture = None if own.plot is None else _picture(own.plot)
-    name = parsed.recipe.name if parsed.recipe else str(parsed.model.model_name_or_path)
+    name = parsed.recipe.name if parsed.recipe else str(stand_in.model_name(parsed))
     # Whatever a library prints has no place in a pipe.
     with contextlib.redirect_stdout(sys.stderr), _progress() as progress:
         found = plan(parsed, vram=vram, progress=progress)
@@ -102,30 +103,10 @@ _SWITCHES = ("--json", "--suggest")
 
 
 def _take_own(arguments: Sequence[str]) -> tuple[_Own, list[str]]:
-    """A plan's own options, in either spelling, and the other arguments."""
-    given: dict[str, str] = {}
-    rest: list[str] = []
-    items = list(arguments)
-    while items:
-        item = items.pop(0)
-        flag, equals, value = item.partition("=")
-        if flag not in _VALUES and flag not in _SWITCHES:
-            rest.append(item)
-            continue
-        if flag in given:
-            raise UserError(f"{flag} is given twice. Give it once.")
-        if flag in _SWITCHES:
-            if equals:
-                raise UserError(f"{item}: {flag} takes no value.")
-        elif not equals:
-            value = items.pop(0) if items and not items[0].startswith("--") else ""
-        if flag in _VALUES and not value:
-            raise UserError(f"{flag} needs {_VALUES[flag]}.")
-        # Left there, it would join the values of the option before.
-        if items and not items[0].startswith("-"):
-            raise UserError(f"{items[0]!r} belongs to no --key. Options are given as --key value.")
-        given[flag] = value
-    return _Own(given.get("--vram"), given.get("--plot"), "--json" in given, "--suggest" in given), rest
+    """A plan's own options, and the other arguments."""
+    given, rest = take_options(arguments, _VALUES, _SWITCHES)
+    vram, plot = (given.get(flag, [None])[0] for flag in _VALUES)
+    return _Own(vram, plot, "--json" in given, "--suggest" in given), rest
 
 
 def _size(text: str) -> int:
@@ -236,16 +217,16 @@ def _verdict(found: MemoryPlan, name: str) -> str:
 
 # ---- the picture
 
-# Okabe and Ito's colours, which colour-blind people can tell apart, and their order in the bar: first what stays.
+# In their order in the bar: first what stays.
 _COLORS: Mapping[str, str] = {
-    "parameters": "#0072B2",
-    "moments": "#56B4E9",
-    "bases": "#009E73",
-    "gradients": "#E69F00",
-    "low-rank gradients": "#F0E442",
-    "activations": "#D55E00",
-    "temporaries": "#CC79A7",
-    "batches": "#555555",
+    "parameters": colors.BLUE,
+    "moments": colors.SKY,
+    "bases": colors.GREEN,
+    "gradients": colors.ORANGE,
+    "low-rank gradients": colors.YELLOW,
+    "activations": colors.VERMILION,
+    "temporaries": colors.PURPLE,
+    "batches": colors.GRAY,
 }
 _OTHER, _ASSUMED, _CARD = "#BBBBBB", "#888888", "#B00000"
 _ROOM_FOR_A_NUMBER = 0.05  # of the axis
@@ -305,7 +286,7 @@ def _bar(axes: Any, y: int, left: int, nbytes: int, **style: Any) -> None:
     """A piece of a bar, with its size on it where there is room."""
     drawn = axes.barh(y, nbytes / GIB, left=left / GIB, height=0.6, **{"edgecolor": "white", "linewidth": 0.5, **style})
     if nbytes / GIB >= _ROOM_FOR_A_NUMBER * axes.get_xlim()[1]:
-        dark = style["color"] in ("#0072B2", "#009E73", "#D55E00", "#555555")
+        dark = style["color"] in (colors.BLUE, colors.GREEN, colors.VERMILION, colors.GRAY)
         box = {"facecolor": "white", "edgecolor": "none", "pad": 2} if "hatch" in style else None
         axes.bar_label(
             drawn,

@@ -102,6 +102,16 @@ def recipes_folder() -> Path:
     return installed if installed.is_dir() else package.parent / "recipes"
 
 
+def configs_folder() -> Path:
+    """The configs that come with hf_galore, in folders of their models' names on the Hub."""
+    return recipes_folder() / "configs"
+
+
+def known_models() -> list[str]:
+    """The models whose configs come with hf_galore."""
+    return sorted(str(path.parent.relative_to(configs_folder())) for path in configs_folder().rglob("config.json"))
+
+
 def find_recipe(name: str) -> Path:
     """The file that `--config name` means: a path, or else a recipe that comes with hf_galore.
 

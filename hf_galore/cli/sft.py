@@ -120,7 +120,7 @@ def make_trainer(
         raise UserError("model_name_or_path is missing: give a model's name or folder.")
     galore_config(training_args)  # read now, for its mistakes
     check_folders(training_args)
-    _check_model(model_args, training_args)
+    check_model(model_args, trust_remote_code=training_args.trust_remote_code)
     splits = _load_dataset(script_args, dataset_args)
     train = _split(splits, script_args.dataset_train_split, "dataset_train_split", training_args)
     evaluated = None
@@ -181,13 +181,15 @@ def train_and_save(trainer: RecordedTrainer, dataset_name: str | None = None) ->
 # ---- model and data
 
 
-def _check_model(model_args: ModelConfig, training_args: SFTConfig) -> None:
-    """Find a model that is not there before the data are loaded, and name it: transformers' error may not."""
+def check_model(model_args: ModelConfig, *, trust_remote_code: bool = False) -> None:
+    """Find a model that is not there before the data are loaded, and name it: transformers' error may not.
+
+    Raises:
+        UserError: there is no such model.
+    """
     name = model_args.model_name_or_path
     try:
-        AutoConfig.from_pretrained(
-            name, revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code
-        )
+        AutoConfig.from_pretrained(name, revision=model_args.model_revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"model_name_or_path {name} cannot be loaded: {error}") from error
 

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import datasets
 import torch
 from tokenizers import Tokenizer, models
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, Trainer
-from trl import SFTConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from trl import ModelConfig, SFTConfig
 
 from hf_galore.rehearsal import STEPS
 
-from . import recipe
+from . import glue, pretrain, recipe
 from .errors import UserError
+from .glue_tasks import REGRESSION, TASKS
+from .kinds import command_for
 from .sft import galore_config, make_sft_trainer
+
+Arguments: TypeAlias = recipe.Arguments | pretrain.Arguments | glue.Arguments
+"""Of a recipe of `hf-galore sft`, `pretrain` or `glue`."""
 
 
 class Prepared(NamedTuple):
@@ -47,56 +53,105 @@ class _Model(NamedTuple):
     notes: list[str]
 
 
-def parse(arguments: Sequence[str], prog: str, about: str) -> recipe.Arguments:
-    """Read a command's arguments as `recipe.parse` does, with the same errors; there need not be a GPU.
+def parse(arguments: Sequence[str], prog: str, about: str) -> Arguments:
+    """Read the arguments of whatever command a recipe is for, with its errors; there need not be a GPU.
 
     Without one transformers refuses bf16, unless it is told that a CPU is meant. That comes last, after what anybody
     else may have said about `use_cpu`.
     """
-    on_cpu = [] if torch.cuda.is_available() else ["--use_cpu", "true"]
-    return recipe.parse([*arguments, *on_cpu], prog, about)
+    command = command_for(arguments)
+    everything = [*arguments, *([] if torch.cuda.is_available() else ["--use_cpu", "true"])]
+    if command == "pretrain":
+        return pretrain.parse(everything, prog, about)
+    if command == "glue":
+        return glue.parse(everything, prog, about)
+    return recipe.parse(everything, prog, about)
 
 
-def prepare(arguments: recipe.Arguments, layers: int | None = None) -> Prepared:
-    """A Trainer as `hf-galore sft` would make it, for data of full length.
+def prepare(arguments: Arguments, layers: int | None = None) -> Prepared:
+    """A Trainer as the recipe's command would make it, for data of full length.
 
     The arguments are changed for that: they are of no use for a training afterwards.
 
     Raises:
         UserError: there is no such model, or something cannot be planned.
     """
-    training, model_args = arguments.training, arguments.model
+    training = arguments.training
     galore_config(training)  # read now, for its mistakes
-    if model_args.load_in_4bit or model_args.load_in_8bit:
+    if isinstance(arguments.model, ModelConfig) and (arguments.model.load_in_4bit or arguments.model.load_in_8bit):
         raise UserError("load_in_4bit and load_in_8bit: a model with quantized weights cannot be planned.")
-    length = training.max_length
+    length = arguments.glue.max_length if isinstance(arguments, glue.Arguments) else arguments.training.max_length
     if length is None:
         raise UserError("max_length is empty: a plan is for sequences of that many tokens. Give it a number.")
     model = _find_model(arguments)
     _simplify(training)
-    batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
-    train = _rows(STEPS * batch * accumulation, length, training.packing)
+    per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    sizes = (STEPS * per_step, training.per_device_eval_batch_size if training.eval_strategy != "no" else 0)
+    if isinstance(arguments, glue.Arguments):
+        make = _glue_maker(arguments, model, length, sizes, layers)
+    else:
+        make = _language_model_maker(arguments, model, length, sizes, layers)
+    return Prepared(make, per_step * length, model.notes)
+
+
+def _language_model_maker(
+    arguments: recipe.Arguments | pretrain.Arguments,
+    model: _Model,
+    length: int,
+    sizes: tuple[int, int],
+    layers: int | None,
+) -> Callable[[], Trainer]:
+    training = arguments.training
     packing = training.packing if training.eval_packing is None else training.eval_packing
-    evaluated = _rows(training.per_device_eval_batch_size, length, packing) if training.eval_strategy != "no" else None
+    train, evaluated = _rows(sizes[0], length, training.packing), _rows(sizes[1], length, packing) if sizes[1] else None
 
     def make_trainer() -> Trainer:
-        if layers is None:
-            return make_sft_trainer(model.name, training, model_args, train, evaluated, model.tokenizer)
-        with tempfile.TemporaryDirectory() as folder:
-            _cut(model.config, layers).save_pretrained(folder)
-            return make_sft_trainer(folder, training, model_args, train, evaluated, model.tokenizer)
+        if isinstance(arguments, pretrain.Arguments):
+            config = copy.deepcopy(model.config) if layers is None else _cut(model.config, layers)
+            return pretrain.make_pretraining_trainer(config, model.tokenizer, arguments, train, evaluated)
+        with _folder_of(model, layers) as name:
+            return make_sft_trainer(name, arguments.training, arguments.model, train, evaluated, model.tokenizer)
 
-    return Prepared(make_trainer, batch * accumulation * length, model.notes)
+    return make_trainer
 
 
-def _simplify(training: SFTConfig) -> None:
+def _glue_maker(
+    arguments: glue.Arguments, model: _Model, length: int, sizes: tuple[int, int], layers: int | None
+) -> Callable[[], Trainer]:
+    task = TASKS.get(arguments.glue.task_name or "")
+    is_regression = task is not None and task.metrics == REGRESSION
+    labels = None if is_regression else ["0", "1"]  # a head of three rows is no larger to speak of
+    row = {"input_ids": [[1] * length], "attention_mask": [[1] * length], "labels": [0.0 if is_regression else 0]}
+    rows = datasets.Dataset.from_dict(row)
+    train, evaluated = rows.select([0] * sizes[0]), rows.select([0] * sizes[1])
+
+    def make_trainer() -> Trainer:
+        with _folder_of(model, layers) as name:
+            return glue.make_glue_trainer(name, arguments, labels, (), train, evaluated, model.tokenizer)
+
+    return make_trainer
+
+
+@contextlib.contextmanager
+def _folder_of(model: _Model, layers: int | None) -> Iterator[str]:
+    """Where a model's config is, with so many layers."""
+    if layers is None:
+        yield model.name
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        _cut(model.config, layers).save_pretrained(folder)
+        yield folder
+
+
+def _simplify(training: TrainingArguments) -> None:
     """Put aside what takes no memory on the device, and would want what is not there."""
-    training.dataset_kwargs = {**(training.dataset_kwargs or {}), "skip_prepare_dataset": True}
-    training.assistant_only_loss = False  # every position counts: the most that there can be
-    training.completion_only_loss = None
-    training.eos_token = training.pad_token = None
     training.report_to = []
     training.push_to_hub = False
+    if isinstance(training, SFTConfig):
+        training.dataset_kwargs = {**(training.dataset_kwargs or {}), "skip_prepare_dataset": True}
+        training.assistant_only_loss = False  # every position counts: the most that there can be
+        training.completion_only_loss = None
+        training.eos_token = training.pad_token = None
 
 
 def _rows(count: int, length: int, packed: bool) -> datasets.Dataset:
@@ -110,12 +165,7 @@ def _rows(count: int, length: int, packed: bool) -> datasets.Dataset:
 # ---- the model's config and tokenizer
 
 
-def configs_folder() -> Path:
-    """The configs of the recipes' models that come with hf_galore, in folders of their names on the Hub."""
-    return recipe.recipes_folder() / "configs"
-
-
-def shape_of(arguments: recipe.Arguments) -> Shape:
+def shape_of(arguments: Arguments) -> Shape:
     """The shape of a recipe's model.
 
     Raises:
@@ -123,6 +173,12 @@ def shape_of(arguments: recipe.Arguments) -> Shape:
     """
     text = _find_model(arguments).config.get_text_config()
     return Shape(text.num_hidden_layers, text.hidden_size)
+
+
+def model_name(arguments: Arguments) -> str | None:
+    """The model's name or folder; of one that is trained from scratch, its config's."""
+    model = arguments.model
+    return model.config_name if isinstance(model, pretrain.PretrainArguments) else model.model_name_or_path
 
 
 def _cut(config: Any, layers: int) -> Any:
@@ -135,49 +191,62 @@ def _cut(config: Any, layers: int) -> Any:
     return cut
 
 
-def _find_model(arguments: recipe.Arguments) -> _Model:
+def _find_model(arguments: Arguments) -> _Model:
     """Where the config is to be read from, and a tokenizer: from this machine, or our own, or else from the Hub."""
-    model_args, training = arguments.model, arguments.training
-    if model_args.model_name_or_path is None:
-        raise UserError("model_name_or_path is missing: give a model's name or folder.")
-    name = model_args.model_name_or_path
-    options = {"revision": model_args.model_revision, "trust_remote_code": training.trust_remote_code}
     notes: list[str] = []
-    try:
-        config = AutoConfig.from_pretrained(name, local_files_only=True, **options)
-    except (OSError, ValueError) as error:
-        bundled = configs_folder() / name
-        if (bundled / "config.json").is_file():
-            notes.append(f"The config of {name} is the one that comes with hf_galore: it is not on this machine.")
-            config = AutoConfig.from_pretrained(bundled)
-            return _Model(str(bundled), config, _tokenizer(config), notes)
-        if Path(name).exists():
-            raise UserError(f"model_name_or_path {name} cannot be loaded: {error}") from error
-        try:
-            config = AutoConfig.from_pretrained(name, **options)
-        except (OSError, ValueError) as error:
-            known = ", ".join(known_models())
-            raise UserError(
-                f"model_name_or_path {name}: its config is neither on this machine nor to be had from the Hub "
-                f"({error}) nor among those that come with hf_galore ({known}). Give a folder with its config.json."
-            ) from error
-    # transformers would make a folder without a tokenizer one with hardly a token.
-    missing = Path(name).is_dir() and not any(Path(name).glob(f"{kind}*") for kind in ("tokenizer", "vocab", "spiece"))
-    try:
-        tokenizer = None if missing else AutoTokenizer.from_pretrained(name, **options)
-    except (OSError, ValueError, ImportError):
-        tokenizer = None
-    if tokenizer is None:
+    name = tokenizer_name = model_name(arguments)
+    key = "model_name_or_path"
+    options: dict[str, Any] = {}
+    if isinstance(arguments, pretrain.Arguments):
+        key, tokenizer_name = "config_name", arguments.model.tokenizer_name
+    else:
+        options["revision"] = arguments.model.model_revision
+    if isinstance(arguments, recipe.Arguments):
+        options["trust_remote_code"] = arguments.training.trust_remote_code
+    if name is None:
+        raise UserError(f"{key} is missing: give a model's name or folder.")
+    place, config = _find_config(key, name, options, notes)
+    bundled = place != name  # what is not on this machine is not worth asking the Hub for
+    found = (
+        None if tokenizer_name is None else _find_tokenizer(tokenizer_name, {**options, "local_files_only": bundled})
+    )
+    if found is None and not bundled:
         notes.append(f"The tokenizer of {name} is not there; its vocabulary is taken to be as large as the model's.")
-        tokenizer = _tokenizer(config)
+    tokenizer = _tokenizer(config) if found is None else found
     if not config.architectures:
-        raise UserError(f"model_name_or_path {name}: its config.json does not say its architectures. Add them.")
-    return _Model(name, config, tokenizer, notes)
+        raise UserError(f"{key} {name}: its config.json does not say its architectures. Add them.")
+    return _Model(place, config, tokenizer, notes)
 
 
-def known_models() -> list[str]:
-    """The models whose configs come with hf_galore."""
-    return sorted(str(path.parent.relative_to(configs_folder())) for path in configs_folder().rglob("config.json"))
+def _find_config(key: str, name: str, options: dict[str, Any], notes: list[str]) -> tuple[str, Any]:
+    try:
+        return name, AutoConfig.from_pretrained(name, local_files_only=True, **options)
+    except (OSError, ValueError) as error:
+        bundled = recipe.configs_folder() / name
+        if (bundled / "config.json").is_file():
+            if "/" in name:  # on the Hub there may be another by now
+                notes.append(f"The config of {name} is the one that comes with hf_galore: it is not on this machine.")
+            return str(bundled), AutoConfig.from_pretrained(bundled)
+        if Path(name).exists():
+            raise UserError(f"{key} {name} cannot be loaded: {error}") from error
+    try:
+        return name, AutoConfig.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        known = ", ".join(recipe.known_models())
+        raise UserError(
+            f"{key} {name}: its config is neither on this machine nor to be had from the Hub ({error}) nor among those "
+            f"that come with hf_galore ({known}). Give a folder with its config.json."
+        ) from error
+
+
+def _find_tokenizer(name: str, options: dict[str, Any]) -> Any:
+    # transformers would make a folder without a tokenizer one with hardly a token.
+    if Path(name).is_dir() and not any(Path(name).glob(f"{kind}*") for kind in ("tokenizer", "vocab", "spiece")):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(name, **options)
+    except (OSError, ValueError, ImportError):
+        return None
 
 
 def _tokenizer(config: Any) -> PreTrainedTokenizerFast:

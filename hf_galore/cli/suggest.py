@@ -24,11 +24,10 @@ from rich.text import Text
 from hf_galore.config import GaLoreConfig
 from hf_galore.planner import GIB, MemoryPlan, in_gib, needed_bytes, plan
 
-from . import recipe
 from .errors import UserError
 from .sft import galore_config
 from .spinner import spinner
-from .stand_in import Shape, shape_of
+from .stand_in import Arguments, Shape, shape_of
 
 RANKS = (64, 128, 256, 512, 1024, 2048)
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -39,7 +38,7 @@ _MOST_ROWS = 6
 # An estimate this far above the card is not worth a plan.
 _HOPELESS = 1.05
 
-Parse = Callable[[Sequence[str]], recipe.Arguments]
+Parse = Callable[[Sequence[str]], Arguments]
 
 
 @dataclasses.dataclass(frozen=True)
