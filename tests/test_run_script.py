@@ -125,7 +125,9 @@ def test_trl_sft_which_trains_in_a_child_process(folder: Path, monkeypatch: pyte
         "output_dir": "out",
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    ended = run([sys.executable, "-m", "hf_galore", "trl", "sft", "--config", "recipe.yaml"])
+    # What `python -m hf_galore trl sft` turns into, without the seconds that it takes to.
+    command = [sys.executable, *python_arguments(["trl", "sft", "--config", "recipe.yaml"])]
+    ended = run(command, environment(os.environ))
     assert ended.returncode == 0, ended.stderr
     state = json.loads((folder / "out" / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["log_history"][0]["galore/targets"] == 14  # what our callback logs
@@ -300,6 +302,16 @@ def test_registered_once_after_the_trainer_and_not_before(bare: Path) -> None:
 def test_a_script_that_imports_hf_galore_itself_registers_once(bare: Path) -> None:
     lines = printed(bare, "import hf_galore, transformers.trainer", bare / "ours")
     assert lines == ["registered after the end"]
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_registering_leaves_the_path_of_modules_as_it_was(installed: bool, bare: Path) -> None:
+    code = "import sys; before = sys.path[:]; import transformers.trainer; print(sys.path == before, sys.path[1:])"
+    folders = [bare / "ours"] if installed else []
+    plain = run_bare(
+        bare, "import sys; print(sys.path[1:])", PYTHONPATH=os.pathsep.join(map(str, [*folders, bare / "theirs"]))
+    )
+    assert printed(bare, code, *folders) == ["registered after the end", f"True {plain.stdout.strip()}"]
 
 
 def test_a_process_that_never_trains_loads_next_to_nothing(bare: Path) -> None:

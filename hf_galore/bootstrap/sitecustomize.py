@@ -55,11 +55,14 @@ class _Registrar:
 
 def _import_hf_galore() -> None:
     """Importing it registers. One that this interpreter has comes before the one that this file is part of."""
-    sys.path.append(PACKAGE_PARENT)
+    elsewhere = PACKAGE_PARENT not in sys.path
+    if elsewhere:
+        sys.path.append(PACKAGE_PARENT)
     try:
         importlib.import_module("hf_galore")
     finally:
-        sys.path.remove(PACKAGE_PARENT)
+        if elsewhere:
+            sys.path.remove(PACKAGE_PARENT)
 
 
 def _run_hidden() -> None:
