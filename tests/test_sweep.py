@@ -20,7 +20,7 @@ from hf_galore.cli.errors import Stopped
 from hf_galore.cli.main import main
 from hf_galore.cli.run_record import RUN_FILE, RunFacts
 from hf_galore.cli.sweep import SETTINGS_FILE, plan_sweep
-from tests.test_compare import FACTS, Page, write_state
+from tests.written_runs import FACTS, Page, write_state
 
 SETTINGS: dict[str, Any] = {
     "model_name_or_path": "org/model",

@@ -76,10 +76,17 @@ def run(arguments: Sequence[str]) -> int:
     if not {"-h", "--help"}.isdisjoint(arguments):
         print(ABOUT, end="")
         raise SystemExit(0)
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt:
+        raise Stopped("interrupted.") from None
+
+
+def _run(arguments: Sequence[str]) -> int:
     sweeps = any(item.partition("=")[0] == "--sweep" for item in arguments)
     given, rest = take_options(arguments, _VALUES, _SWITCHES, repeatable=("--sweep",), with_files=not sweeps)
     as_json = "--json" in given
-    names = given["--names"][0].split(",") if "--names" in given else None
+    names = [name.strip() for name in given["--names"][0].split(",")] if "--names" in given else None
     output = Path(given["--output"][0]).expanduser() if "--output" in given else None
     if sweeps:
         return _sweep(arguments, given["--sweep"], rest, names, output, as_json)
@@ -87,10 +94,7 @@ def run(arguments: Sequence[str]) -> int:
     output = output or Path(DEFAULT_OUTPUT)
     _check_names(names, len(folders))
     _check_output(output)
-    try:
-        _compare(folders, names, output, as_json)
-    except KeyboardInterrupt:
-        raise Stopped("interrupted.") from None
+    _compare(folders, names, output, as_json)
     return 0
 
 
@@ -149,7 +153,7 @@ def _check_names(names: Sequence[str] | None, count: int) -> None:
         return
     if len(names) != count:
         raise UserError(f"--names gives {len(names)} ({', '.join(names)}), but there are {count} runs. Give one each.")
-    if not all(name.strip() for name in names):
+    if not all(names):
         raise UserError("--names has an empty name. Give one for each run, with commas between them.")
     if len(set(names)) < len(names):
         raise UserError(f"--names calls two runs the same: {', '.join(names)}. Give each its own.")

@@ -221,9 +221,12 @@ def _targets(run: Run) -> str | None:
 
 
 def _steps(run: Run) -> str:
-    if run.finished:
-        return f"{run.step:,}" if run.step >= run.max_steps else f"{run.step:,} of {run.max_steps:,}, stopped early"
-    return f"{run.step:,} of {run.max_steps:,}, interrupted"
+    how = "" if run.step >= run.max_steps and run.finished else "stopped early" if run.finished else "interrupted"
+    return f"{_of_all(run)}, {how}" if how else f"{run.step:,}"
+
+
+def _of_all(run: Run) -> str:
+    return f"{run.step:,} of {run.max_steps:,}" if run.max_steps else f"{run.step:,}"
 
 
 def _row(quantity: Quantity, runs: Sequence[Run]) -> Row:
@@ -296,8 +299,7 @@ _MEASURED = {
 
 def _unfinished(run: Run) -> str:
     return (
-        f"{run.name} was interrupted, or is running: its figures are those of its last checkpoint, step {run.step:,} "
-        f"of {run.max_steps:,}."
+        f"{run.name} was interrupted, or is running: its figures are those of its last checkpoint, step {_of_all(run)}."
     )
 
 

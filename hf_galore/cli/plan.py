@@ -18,7 +18,7 @@ from hf_galore.planner import CONTEXT_BYTES, FRAGMENTATION, GIB, MemoryPlan, car
 from hf_galore.rehearsal import EVALUATION, SAVING, STEPS, Progress
 from hf_galore.tracking import FORWARD
 
-from . import colors, recipe, stand_in
+from . import colors, stand_in
 from .errors import Stopped, UserError
 from .options import take_options
 from .sft import reporting_complaints

@@ -237,7 +237,11 @@ def read_run(folder: Path, name: str) -> Run:
     log = tuple(_numbers(entry) for entry in entries if isinstance(entry.get("step"), int))
     if not log:
         raise UserError(f"{file} has an empty log. Train with logging_steps below the number of steps.")
-    step, max_steps = int(state.get("global_step") or 0), int(state.get("max_steps") or 0)
+    max_steps = state.get("max_steps")
+    max_steps = max_steps if isinstance(max_steps, int) else 0
+    step = int(max(entry["step"] for entry in log))
+    if isinstance(state.get("global_step"), int):
+        step = max(step, state["global_step"])
     if facts is not None:
         finished = facts.finished
     else:

@@ -235,6 +235,8 @@ def _how_to_go_on(trial: Trial) -> list[str] | None:
         return ["--resume_from_checkpoint=false"]
     except (OSError, ValueError) as error:
         raise UserError(f"{trial.folder} cannot be gone on with: {error}") from error
+    if not isinstance(known, dict):
+        raise UserError(f"{trial.folder / SETTINGS_FILE} holds no settings. Remove it to run {trial.name} anew.")
     changed = [key for key in sorted({*known, *trial.settings}) if known.get(key) != trial.settings.get(key)]
     if changed:
         told = ", ".join(f"{key} {known.get(key)!r}, now {trial.settings.get(key)!r}" for key in changed[:3])
