@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from typing import TYPE_CHECKING
 
 # Before anything imports transformers, which reads them once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,6 +14,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import hypothesis
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from hf_galore.cli.embedded import Embedded
 
 # pytest-xdist fills the cores; and one thread sums in one order, which the bit-for-bit tests rest on.
 torch.set_num_threads(1)
@@ -32,3 +36,13 @@ def _frozen_imports() -> None:
     """Keep what the libraries have made out of garbage collections: a Trainer asks for one at each end of training."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Embedded:
+    """Folders with the embedded model and its conversations."""
+    from hf_galore.cli.embedded import CACHE_VARIABLE, embedded
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
+        return embedded()

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from hf_galore import GaLoreConfig
-from hf_galore.cli import recipe, sft
+from hf_galore.cli import kinds, recipe, sft
 from hf_galore.cli.errors import UserError
 from hf_galore.cli.main import main
 
@@ -111,6 +111,48 @@ def test_a_template_is_found_from_the_recipes_folder_and_the_one_above(
     assert parse("--config", path).training.chat_template_path == "someone/tokenizer"
 
 
+@pytest.mark.parametrize(
+    ("options", "args", "targets"),
+    [
+        (["--optim", "adamw_torch"], None, None),
+        (["--optim=adamw_bnb_8bit"], None, None),
+        (["--optim", "galore_adafactor"], "rank=8", ["attn"]),
+        (["--optim", "lomo", "--optim_target_modules", "mlp"], None, "mlp"),
+        ([], "rank=8", ["attn"]),
+    ],
+)
+def test_another_optimizer_does_not_get_galores_arguments(
+    options: list[str], args: str | None, targets: Any, tmp_path: Path
+) -> None:
+    galore = {"optim": "galore_adamw", "optim_args": "rank=8", "optim_target_modules": ["attn"]}
+    training = parse("--config", recipe_in(tmp_path, **galore), *options).training
+    assert (training.optim_args, training.optim_target_modules) == (args, targets)
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "command"),
+    [
+        ({"config_name": "llama_60m"}, [], "pretrain"),
+        ({"task_name": "rte"}, [], "glue"),
+        ({"model_name_or_path": "m"}, [], "sft"),
+        ({}, ["--train-file=a.csv"], "glue"),
+        ({"learning_rate": 1e-3}, ["--model_name_or_path", "m"], "sft"),
+    ],
+)
+def test_a_recipes_keys_say_its_command(
+    settings: dict[str, Any], options: list[str], command: str, tmp_path: Path
+) -> None:
+    path = recipe_in(tmp_path, **settings)
+    assert kinds.command_for(["--config", path, *options]) == command
+    if not options:
+        assert kinds.command_of(Path(path)) == command
+
+
+def test_the_quickstarts_recipe_is_its_own() -> None:
+    assert kinds.command_of(recipe.recipes_folder() / kinds.QUICKSTART) == "quickstart"
+    assert kinds.command_for(["--config", kinds.QUICKSTART, "--model_name_or_path", "m"]) == "sft"
+
+
 # ---- errors
 
 
@@ -182,6 +224,14 @@ def test_resume_from_a_folder_that_is_no_checkpoint(tmp_path: Path, capsys: pyte
     assert main(["sft", "--config", path, "--resume_from_checkpoint", str(tmp_path)]) == 2
     assert f"{tmp_path} is no checkpoint" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_runs_folder_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It has the Trainer's log, but no optimizer."""
+    path = recipe_in(tmp_path, model_name_or_path="m", dataset_name="d")
+    (tmp_path / "trainer_state.json").write_text("{}")
+    assert main(["sft", "--config", path, "--resume_from_checkpoint", str(tmp_path)]) == 2
+    assert "it holds no scheduler.pt. Give a folder checkpoint-N" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("resumed", [[], ["--resume_from_checkpoint"], ["--resume_from_checkpoint", "before"]])

@@ -21,13 +21,6 @@ from hf_galore.cli.main import COMMANDS, main
 from tests.helpers import assert_identical
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Embedded:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
-        return embedded()
-
-
 @pytest.fixture
 def settings(small: Embedded, tmp_path: Path) -> dict[str, Any]:
     """A recipe that trains for six steps."""
@@ -205,7 +198,7 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert f"hf-galore {command}" in shown
-    assert "--optim_target_modules" in shown
+    assert ("--sweep" if command == "compare" else "--optim_target_modules") in shown
 
 
 # ---- killed, and resumed

@@ -40,13 +40,6 @@ RECIPES = sorted(
 )
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Embedded:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_GALORE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return embedded()
-
-
 def settings(path: Path) -> dict[str, Any]:
     loaded: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     return loaded

@@ -65,7 +65,7 @@ def load_texts(args: GlueArguments) -> TextData:
     if args.train_file is None and args.validation_file is None:
         if task is None:
             raise UserError("task_name is missing: give a task of GLUE, or texts of your own as train_file.")
-        splits = _load(args.dataset_name, config=args.task_name)
+        splits = _load_task(args.dataset_name, str(args.task_name))
         train, validation = _splits(splits, ("train",), args), _splits(splits, task.validation, args)
     else:
         files = {"train": _file(args.train_file, "train_file")}
@@ -75,7 +75,7 @@ def load_texts(args: GlueArguments) -> TextData:
             raise UserError(
                 f"train_file {args.train_file} and validation_file {args.validation_file}: give one format."
             )
-        splits = _load(kinds.pop(), data_files={name: str(path) for name, path in files.items()})
+        splits = _load_files(kinds.pop(), {name: [str(path)] for name, path in files.items()})
         train, validation = splits["train"], splits["validation"]
     columns = _columns(train, None if task is None else task.columns)
     missing = [column for column in (LABEL, *columns) if column not in validation.column_names]
@@ -94,14 +94,33 @@ def load_texts(args: GlueArguments) -> TextData:
     return TextData(train, validation, columns, labels, metrics)
 
 
-def _load(name: str, **options: Any) -> Any:
+def _load_task(name: str, task: str) -> Any:
+    if Path(name).is_dir():
+        return _load_folder(Path(name) / task)
     try:
-        return datasets.load_dataset(name, **options)
+        return datasets.load_dataset(name, task)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        what = (
-            ", ".join(map(str, options["data_files"].values())) if "data_files" in options else f"dataset_name {name}"
-        )
-        raise UserError(f"{what} cannot be loaded: {error.__cause__ or error}") from error
+        raise UserError(f"dataset_name {name} cannot be loaded: {error}") from error
+
+
+def _load_folder(folder: Path) -> Any:
+    """Of files that are named as their splits, as on the Hub: `validation_matched-00000-of-00001.parquet`."""
+    files: dict[str, list[str]] = {}
+    kinds = {**_KINDS, ".parquet": "parquet"}
+    found = [path for path in sorted(folder.glob("*")) if path.suffix.lower() in kinds]
+    if not found:
+        raise UserError(f"dataset_name: {folder} has no files that end in one of {', '.join(kinds)}.")
+    for path in found:
+        files.setdefault(path.stem.partition("-")[0], []).append(str(path))
+    return _load_files(kinds[found[0].suffix.lower()], files)
+
+
+def _load_files(kind: str, files: dict[str, list[str]]) -> Any:
+    try:
+        return datasets.load_dataset(kind, data_files=files)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        names = ", ".join(name for of_split in files.values() for name in of_split)
+        raise UserError(f"{names} cannot be loaded: {error.__cause__ or error}") from error
 
 
 def _file(name: str | None, key: str) -> Path:

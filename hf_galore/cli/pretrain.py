@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_se
 from trl import ScriptArguments, SFTConfig, SFTTrainer
 
 import hf_galore
+from hf_galore.config import nearest
 from hf_galore.log import logger
 
 from . import recipe
@@ -181,16 +182,17 @@ def load_config(model_args: PretrainArguments) -> Any:
         UserError: there is none.
     """
     name = model_args.config_name
-    if name is None:
+    if not name:
         raise UserError("config_name is missing: give a config's folder or name, such as llama_60m.")
     bundled = recipe.configs_folder() / name
     own = bundled if (bundled / "config.json").is_file() and not Path(name).exists() else name
     try:
         return AutoConfig.from_pretrained(own)
     except (OSError, ValueError) as error:
-        known = ", ".join(recipe.known_models())
+        known = recipe.known_models()
         raise UserError(
-            f"config_name {name} cannot be loaded: {error} Configs that come with hf_galore: {known}."
+            f"config_name {name} cannot be loaded: {error} Configs that come with hf_galore: {', '.join(known)}."
+            f"{nearest(name, known)}"
         ) from error
 
 
@@ -201,7 +203,7 @@ def load_tokenizer(model_args: PretrainArguments) -> Any:
         UserError: there is none, or it has no token for the end of a document.
     """
     name = model_args.tokenizer_name
-    if name is None:
+    if not name:
         raise UserError("tokenizer_name is missing: give a tokenizer's folder, or a model's name on the Hub.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
