@@ -1,0 +1,175 @@
+"""What `report_to` sends to TensorBoard, W&B and trackio, read back from where each keeps it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wandb.proto import wandb_internal_pb2
+
+from hf_galore.cli.embedded import CACHE_VARIABLE, conversations, embedded, split
+
+STEPS = 4
+OPTIM_ARGS = "rank=16, update_proj_gap=2, scale=1"
+
+# step -> name -> value
+History = dict[int, dict[str, float]]
+
+
+class Tracked(NamedTuple):
+    """A folder in which a run has left what it reported, and what it logged."""
+
+    folder: Path
+    log: list[dict[str, float]]
+
+
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory: pytest.TempPathFactory) -> Tracked:
+    """One run that reports to all three, in a process of its own: W&B writes the last of it when the process ends."""
+    folder = tmp_path_factory.mktemp("tracked")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CACHE_VARIABLE, str(folder / "cache"))
+        small = embedded()
+    data = folder / "data"
+    data.mkdir()
+    for name, part in zip(("train", "test"), split(conversations()), strict=True):
+        lines = (json.dumps({"messages": messages}) + "\n" for messages in part[:8])
+        (data / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    settings = {
+        "model_name_or_path": str(small.model),
+        "dataset_name": str(data),
+        "max_length": 32,
+        "assistant_only_loss": True,
+        "optim": "galore_adamw_8bit_layerwise",
+        "optim_target_modules": ["attn", "mlp"],
+        "optim_args": OPTIM_ARGS,
+        "learning_rate": 1e-3,
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 2,
+        "activation_checkpointing": False,
+        "bf16": False,
+        "use_cpu": True,
+        "logging_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": STEPS,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "report_to": ["tensorboard", "wandb", "trackio"],
+        "run_name": "tracked",
+        "output_dir": str(folder / "out"),
+    }
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    offline = {"WANDB_MODE": "offline", "WANDB_DIR": str(folder), "TRACKIO_DIR": str(folder / "trackio")}
+    subprocess.run(
+        [sys.executable, "-m", "hf_galore.cli.main", "sft", "--config", str(recipe)],
+        env={**os.environ, **offline, "OMP_NUM_THREADS": "1"},
+        check=True,
+    )
+    state = json.loads((folder / "out" / "trainer_state.json").read_text(encoding="utf-8"))
+    return Tracked(folder, state["log_history"])
+
+
+# ---- reading
+
+
+def tensorboard(folder: Path) -> tuple[History, str]:
+    """The scalars of the event file, and the optim_args among the arguments that it holds as text."""
+    (events,) = (folder / "out" / "runs").rglob("events.out.tfevents.*")
+    accumulator = EventAccumulator(str(events))
+    accumulator.Reload()
+    history: History = {}
+    for name in accumulator.Tags()["scalars"]:
+        for event in accumulator.Scalars(name):
+            history.setdefault(event.step, {})[name] = event.value
+    (arguments,) = accumulator.Tensors("args/text_summary")
+    return history, json.loads(arguments.tensor_proto.string_val[0])["optim_args"]
+
+
+def wandb(folder: Path) -> tuple[History, str]:
+    """The history and the configuration in the file that `wandb sync` uploads."""
+    (transactions,) = (folder / "wandb").glob("offline-run-*/*.wandb")
+    history: History = {}
+    config: dict[str, Any] = {}
+    for record in wandb_records(transactions.read_bytes()):
+        config.update({update.key: json.loads(update.value_json) for update in record.config.update if update.key})
+        row = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+        if row:
+            history.setdefault(row["train/global_step"], {}).update(row)
+    return history, config["optim_args"]
+
+
+def wandb_records(data: bytes) -> Iterator[Any]:
+    """The records of a `.wandb` file: seven bytes that name the format, then LevelDB's log of protobuf messages.
+
+    Its blocks of 32 KiB hold chunks: a checksum (4 bytes), a length (2), a type (1) and the data. A chunk holds all of
+    a record (type 1), or its first part (2), one between (3), or its last (4). Fewer than seven bytes at the end of a
+    block are left empty. https://github.com/google/leveldb/blob/main/doc/log_format.md
+    """
+    assert data.startswith(b":W&B")
+    block, header = 2**15, 7
+    place, record = header, b""
+    while place + header <= len(data):
+        if (left := block - place % block) < header:
+            place += left
+            continue
+        size, kind = struct.unpack_from("<HB", data, place + 4)
+        place += header
+        record += data[place : place + size]
+        place += size
+        if kind in (1, 4):
+            yield wandb_internal_pb2.Record.FromString(record)  # type: ignore[attr-defined, unused-ignore]
+            record = b""
+
+
+def trackio(folder: Path) -> tuple[History, str]:
+    """The metrics and the configuration in the project's database."""
+    (database,) = (folder / "trackio").glob("*.db")
+    connection = sqlite3.connect(database)
+    rows = [json.loads(text) for (text,) in connection.execute("SELECT metrics FROM metrics ORDER BY id")]
+    ((config,),) = connection.execute("SELECT config FROM configs WHERE run_name = 'tracked'")
+    connection.close()
+    history: History = {}
+    for row in rows:
+        history.setdefault(row["train/global_step"], {}).update(row)
+    return history, json.loads(config)["optim_args"]
+
+
+# ---- what is there
+
+READERS = {"tensorboard": tensorboard, "wandb": wandb, "trackio": trackio}
+# TensorBoard keeps float32.
+TOLERANCE = {"tensorboard": 2**-23, "wandb": 0, "trackio": 0}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_every_figure_arrives_with_its_step(name: str, tracked: Tracked) -> None:
+    history, _ = READERS[name](tracked.folder)
+    logged = {int(entry["step"]): entry for entry in tracked.log if "loss" in entry}
+    assert sorted(logged) == list(range(1, STEPS + 1))
+    for step, entry in logged.items():
+        assert {"loss", "learning_rate", "grad_norm", "galore/refreshes", "galore/captured_energy_median"} <= set(entry)
+        expected = {f"train/{key}": value for key, value in entry.items() if key != "step"}
+        found = {key: history[step].get(key) for key in expected}
+        assert found == pytest.approx(expected, rel=TOLERANCE[name], abs=0)
+    assert {"galore/moment_mib", "galore/basis_mib", "galore/targets", "galore/full_rank"} <= set(logged[1])
+    assert "galore/overlap_median" in logged[2]
+    assert [entry["learning_rate"] for entry in logged.values()] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+    (evaluation,) = (entry for entry in tracked.log if "eval_loss" in entry)
+    assert history[STEPS]["eval/loss"] == pytest.approx(evaluation["eval_loss"], rel=TOLERANCE[name], abs=0)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_the_runs_arguments_arrive(name: str, tracked: Tracked) -> None:
+    _, optim_args = READERS[name](tracked.folder)
+    assert optim_args == OPTIM_ARGS
