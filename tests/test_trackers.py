@@ -1,4 +1,4 @@
-"""What `report_to` sends to TensorBoard, W&B and trackio, read back from where each keeps it."""
+"""What `report_to` sends to TensorBoard, W&B and trackio, read back from where each keeps it; what it cannot."""
 
 from __future__ import annotations
 
@@ -15,9 +15,14 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations, integration_utils
 from wandb.proto import wandb_internal_pb2
 
+from hf_galore.cli import trackers
 from hf_galore.cli.embedded import CACHE_VARIABLE, conversations, embedded, split
+from hf_galore.cli.errors import UserError
+from hf_galore.cli.trackers import check_trackers
 
 STEPS = 4
 OPTIM_ARGS = "rank=16, update_proj_gap=2, scale=1"
@@ -173,3 +178,50 @@ def test_every_figure_arrives_with_its_step(name: str, tracked: Tracked) -> None
 def test_the_runs_arguments_arrive(name: str, tracked: Tracked) -> None:
     _, optim_args = READERS[name](tracked.folder)
     assert optim_args == OPTIM_ARGS
+
+
+# ---- what is not there
+
+
+@pytest.fixture
+def only_tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in get_available_reporting_integrations():
+        if name != "tensorboard":
+            monkeypatch.setattr(integration_utils, f"is_{name}_available", lambda: False)
+
+
+MISSING = {
+    "trackio": (
+        ["tensorboard", "trackio"],
+        'trackio is not installed. Install it (pip install trackio, or "hf-galore[tracking]"), or set report_to to one '
+        "of tensorboard.",
+    ),
+    "mlflow": (
+        "mlflow",
+        "mlflow is not installed, or not set up. Install it as its documentation says, or set report_to to one of "
+        "tensorboard.",
+    ),
+    "tensorbord": ("tensorbord", "tensorbord is not supported, only azure_ml, comet_ml, "),
+}
+
+
+@pytest.mark.usefixtures("only_tensorboard")
+@pytest.mark.parametrize(("report_to", "words"), MISSING.values(), ids=list(MISSING))
+def test_a_tracker_that_is_not_there(report_to: str | list[str], words: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        check_trackers(TrainingArguments(output_dir=str(tmp_path), report_to=report_to, use_cpu=True))
+    assert str(error.value).startswith(f"report_to: {words}")
+
+
+@pytest.mark.usefixtures("only_tensorboard")
+@pytest.mark.parametrize("report_to", ["none", "all", "tensorboard", "azure_ml", "flyte", []])
+def test_trackers_that_are_there_or_that_nobody_can_tell(report_to: Any, tmp_path: Path) -> None:
+    check_trackers(TrainingArguments(output_dir=str(tmp_path), report_to=report_to, use_cpu=True))
+
+
+def test_no_tracker_at_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(trackers, "get_available_reporting_integrations", list)
+    with pytest.raises(
+        UserError, match=r'pip install wandb, or "hf-galore\[tracking\]"\), or set report_to to \'none\'\.$'
+    ):
+        check_trackers(TrainingArguments(output_dir=str(tmp_path), report_to="wandb", use_cpu=True))
