@@ -59,7 +59,8 @@ _VALUES = {
     "--sweep": "a key and its values, as --sweep rank=8,32,128",
 }
 _SWITCHES = ("--json",)
-_NAME_WIDTH = 16  # characters; of a longer name the rest goes into the next line
+_LONG_NAME, _SHORT_NAME = 48, 16  # characters in a line, where there is room and where there is not
+_BORDERS = 3  # of a column: spaces and a line; the first has another
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -204,32 +205,33 @@ def _parts(table: Table, width: int) -> Iterator[rich.table.Table]:
     """The table, in as many parts as its columns need to fit `width`."""
     if not table.rows:  # nothing is known of the settings of other programs
         return
-    left = max(len(row.label) for row in table.rows)
-    columns = [
-        max(len(table.names[place]), *(len(row.cells[place]) for row in table.rows))
-        for place in range(len(table.names))
-    ]
+    left = max(len(row.label) for row in table.rows) + _BORDERS + 1
+    columns = _widths(table, _LONG_NAME)
+    if left + sum(columns) > width:
+        columns = _widths(table, _SHORT_NAME)
     start = 0
     while start < len(columns):
-        end, taken = start, left + 4
-        while end < len(columns) and (end == start or taken + columns[end] + 3 <= width):
-            taken += columns[end] + 3
+        end = start + 1
+        while end < len(columns) and left + sum(columns[start : end + 1]) <= width:
             end += 1
-        yield _part(table, start, end)
+        yield _part(table, start, end, columns)
         start = end
 
 
-def _width(table: Table, place: int) -> int:
-    cells = [len(row.cells[place]) for row in table.rows]
-    return max(min(len(table.names[place]), _NAME_WIDTH), *cells)
+def _widths(table: Table, longest_name: int) -> list[int]:
+    """Of each run's column, with its borders; what a name has more goes into the next line."""
+    return [
+        _BORDERS + max(min(len(name), longest_name), *(len(row.cells[place]) for row in table.rows))
+        for place, name in enumerate(table.names)
+    ]
 
 
-def _part(table: Table, start: int, end: int) -> rich.table.Table:
+def _part(table: Table, start: int, end: int, columns: Sequence[int]) -> rich.table.Table:
     shown = rich.table.Table(title=Text(table.title) if start == 0 else None, title_justify="left")
     shown.add_column("")
     for place in range(start, end):
         name = Text(table.names[place], overflow="fold")
-        shown.add_column(name, justify="right", overflow="fold", max_width=_width(table, place))
+        shown.add_column(name, justify="right", overflow="fold", max_width=columns[place] - _BORDERS)
     for row in table.rows:
         cells = [(row.cells[place], "bold" if place in row.best else "") for place in range(start, end)]
         shown.add_row(Text(row.label), *(Text(cell, style, overflow="fold") for cell, style in cells))

@@ -47,7 +47,8 @@ _WINDOW = 40  # a running median is over this part of the points
 _SPREAD = 30  # from where a linear axis would hide most of a curve
 _LONGEST_NAME = 48
 _LEGEND_WIDTH = 104  # characters
-_FAR_OUT = 3  # times the slowest run's median: a step, mostly the first, that would flatten all the others
+_RARE = 20  # one value in so many, and at least one, is not ordinary
+_FAR_OUT = 3  # times the highest ordinary value: a step, mostly the first, that would flatten all the others
 _DECADES = 1e3  # that a logarithmic axis goes below the lowest curve's middle: schedules end at 0
 
 
@@ -175,8 +176,9 @@ def _scale(axes: Any, found: Sequence[Series], from_zero: bool) -> list[str]:
         axes.set_ylim(bottom=max(axes.get_ylim()[0], min(middles) / _DECADES))
     elif from_zero:
         axes.set_ylim(bottom=0)
-        if highest > _FAR_OUT * max(middles) > 0:
-            axes.set_ylim(top=_FAR_OUT / 2 * max(middles))
+        ordinary = max(sorted(values)[max(0, len(values) - 1 - max(1, len(values) // _RARE))] for values in finite)
+        if highest > _FAR_OUT * ordinary > 0:
+            axes.set_ylim(top=1.15 * ordinary)
             return [f"highest {digits(highest)}, beyond the axis"]
     return []
 
@@ -185,7 +187,7 @@ def _finish(axes: Any, unit: str, steps: int) -> None:
     axes.set_xlabel("step")
     axes.set_ylabel(unit)
     axes.set_xlim(-0.01 * steps, 1.02 * steps or 1)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.grid(color=_GRID)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
