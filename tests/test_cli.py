@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from hf_galore import GaLoreConfig
-from hf_galore.cli import kinds, recipe, sft
+from hf_galore.cli import checkpoints, errors, kinds, recipe, sft
 from hf_galore.cli.errors import UserError
 from hf_galore.cli.main import main
 
@@ -173,13 +173,13 @@ def test_a_folder_that_nothing_can_be_written_to(tmp_path: Path, capsys: pytest.
 
 
 def test_a_bug_keeps_its_traceback(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="a bug"), sft.reporting_errors(str(tmp_path / "out")):
+    with pytest.raises(ValueError, match="a bug"), errors.reporting_errors(str(tmp_path / "out")):
         raise ValueError("a bug")  # this module is none that checks arguments
-    with pytest.raises(ValueError, match="unpack"), sft.reporting_errors(str(tmp_path / "out")):
+    with pytest.raises(ValueError, match="unpack"), errors.reporting_errors(str(tmp_path / "out")):
         _, _ = (1,)  # type: ignore[misc]
-    with pytest.raises(FileNotFoundError), sft.reporting_errors(str(tmp_path / "out")):
+    with pytest.raises(FileNotFoundError), errors.reporting_errors(str(tmp_path / "out")):
         (tmp_path / "missing").read_text()  # the operating system's own
-    with pytest.raises(UserError, match="rank"), sft.reporting_errors(str(tmp_path / "out")):
+    with pytest.raises(UserError, match="rank"), errors.reporting_errors(str(tmp_path / "out")):
         GaLoreConfig(rank=0)
 
 
@@ -188,7 +188,7 @@ def test_only_empty_folders_of_a_failed_run_are_removed(tmp_path: Path) -> None:
         out = tmp_path / "new" / "out"
 
         def fails(out: Path = out, leaves_a_file: bool = leaves_a_file) -> None:
-            with sft.reporting_errors(str(out)):
+            with errors.reporting_errors(str(out)):
                 out.mkdir(parents=True)
                 if leaves_a_file:
                     (out / "weights").touch()
@@ -211,12 +211,12 @@ def checkpoint(output_dir: Path, step: int, *, complete: bool = True) -> Path:
 
 
 def test_the_last_checkpoint_is_the_last_complete_one(tmp_path: Path) -> None:
-    assert sft.last_checkpoint(tmp_path) is None
+    assert checkpoints.last_checkpoint(tmp_path) is None
     checkpoint(tmp_path, 9)
     latest = checkpoint(tmp_path, 10)  # after 9 by number, before it by name
     checkpoint(tmp_path, 11, complete=False)  # its run was killed while it was written
     (tmp_path / "checkpoint-best").mkdir()
-    assert sft.last_checkpoint(tmp_path) == latest
+    assert checkpoints.last_checkpoint(tmp_path) == latest
 
 
 def test_resume_from_a_folder_that_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,11 +23,11 @@ from transformers import (
 import hf_galore
 from hf_galore import GaLoreConfig
 from hf_galore.cli import stand_in
-from hf_galore.cli.embedded import Embedded, embedded
+from hf_galore.cli.embedded import Embedded
 from hf_galore.cli.kinds import command_of
 from hf_galore.cli.main import main
 from hf_galore.cli.recipe import configs_folder, known_models, recipes_folder
-from hf_galore.cli.sft import galore_config
+from hf_galore.cli.training import galore_config
 from hf_galore.planner import GIB, MemoryPlan, plan
 from hf_galore.targets import find_targets
 

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import ModelCard
 
 import hf_galore
-from hf_galore.cli import recipe, sft
+from hf_galore.cli import recipe, training
 from hf_galore.cli.embedded import Embedded
 from hf_galore.cli.main import main
 from hf_galore.cli.run_record import RUN_FILE, RunFacts, peak_memory_bytes
@@ -195,5 +195,5 @@ def test_a_run_that_cannot_be_planned_is_pushed_without_a_plan(
     settings: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     given = {**settings, "push_to_hub": "true", "load_in_4bit": "true", "use_peft": "true"}
-    assert sft.plan_for_card(recipe.parse(options(given), "", "")) is None
+    assert training.plan_for_card(recipe.parse(options(given), "", "")) is None
     assert "The model card will say nothing of memory: load_in_4bit" in caplog.text

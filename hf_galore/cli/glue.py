@@ -22,19 +22,19 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-import hf_galore
-
 from . import recipe
+from .checkpoints import last_checkpoint, stop
 from .errors import UserError
 from .glue_data import LABEL, GlueArguments, load_texts, numbered
 from .glue_tasks import CLASSIFICATION, PUBLISHED, PUBLISHED_IN, REGRESSION, TASKS, scorer
 from .run_record import RecordedTrainer, RunFacts
-from .sft import check_folders, check_model, galore_config, last_checkpoint, reporting_errors, stop, train_and_save
+from .training import check_arguments, check_model, run_recorded
 
 PROG = "hf-galore glue"
-ABOUT = """Fine-tune a sequence-classification model on tasks of GLUE, a file for each after --config, or on texts of your
-own, and show its scores beside the published ones. A file holds 'key: value' lines, with the keys below. Options on the
-command line come after the files and override them. --resume_from_checkpoint does what an interrupted run has not."""
+ABOUT = """Fine-tune a sequence-classification model on tasks of GLUE, a file for each after --config, or on texts of
+your own, and show its scores beside the published ones. A file holds 'key: value' lines, with the keys below. Options
+on the command line come after the files and override them. With --resume_from_checkpoint, what an interrupted run has
+not done is done."""
 
 
 class Arguments(NamedTuple):
@@ -153,23 +153,25 @@ def run_glue(parsed: Arguments) -> Score:
     Raises:
         UserError: something in the arguments is wrong. No file or folder is left behind then.
     """
-    with reporting_errors(parsed.training.output_dir):
-        trainer = make_trainer(parsed)
-        trainer.record(PROG, parsed.recipe, str(parsed.model.model_name_or_path), parsed.name)
-        train_and_save(trainer)
+    trainer = run_recorded(
+        parsed,
+        lambda: make_trainer(parsed),
+        command=PROG,
+        model=str(parsed.model.model_name_or_path),
+        data=parsed.name,
+        dataset_name=None,
+    )
     trainer.end()
     return _score(trainer.state.log_history, parsed)
 
 
 def make_trainer(parsed: Arguments) -> RecordedTrainer:
     """Everything up to the training."""
-    hf_galore.register()
     if parsed.model.model_name_or_path is None:
         raise UserError("model_name_or_path is missing: give a model's name or folder.")
-    galore_config(parsed.training)  # read now, for its mistakes
     if parsed.training.eval_strategy == "no":
         raise UserError("eval_strategy is 'no': a run is for its scores. Set it to 'epoch' or 'steps'.")
-    check_folders(parsed.training)
+    check_arguments(parsed.training)
     check_model(parsed.model)
     data = numbered(load_texts(parsed.glue))
     tokenizer = AutoTokenizer.from_pretrained(parsed.model.model_name_or_path, revision=parsed.model.model_revision)

@@ -19,9 +19,8 @@ from hf_galore.rehearsal import EVALUATION, SAVING, STEPS, Progress
 from hf_galore.tracking import FORWARD
 
 from . import colors, stand_in
-from .errors import Stopped, UserError
+from .errors import Stopped, UserError, reporting_complaints
 from .options import take_options
-from .sft import reporting_complaints
 from .spinner import spinner
 
 PROG = "hf-galore plan"

@@ -12,16 +12,16 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import ScriptArguments, SFTConfig, SFTTrainer
 
-import hf_galore
 from hf_galore.config import nearest
 from hf_galore.log import logger
 
 from . import recipe
+from .checkpoints import stop
 from .errors import UserError
 from .run_record import RecordedTrainer
-from .sft import check_folders, galore_config, plan_for_card, reporting_errors, stop, train_and_save
 from .stream_position import keep_position
 from .text_data import load_text
+from .training import check_arguments, run_recorded
 
 PROG = "hf-galore pretrain"
 ABOUT = """Train a language model from scratch: its shape from a config, random weights, text from a dataset or from any
@@ -121,24 +121,23 @@ def run_pretrain(parsed: Arguments) -> PretrainingTrainer:
     Raises:
         UserError: something in the arguments is wrong. No file or folder is left behind then.
     """
-    with reporting_errors(parsed.training.output_dir):
-        memory_plan = plan_for_card(parsed)
-        trainer = make_trainer(parsed)
-        trainer.memory_plan = memory_plan
-        trainer.record(PROG, parsed.recipe, str(parsed.model.config_name), parsed.script.dataset_name)
-        train_and_save(trainer, parsed.script.dataset_name)
-    return trainer
+    return run_recorded(
+        parsed,
+        lambda: make_trainer(parsed),
+        command=PROG,
+        model=str(parsed.model.config_name),
+        data=parsed.script.dataset_name,
+        dataset_name=parsed.script.dataset_name,
+    )
 
 
 def make_trainer(parsed: Arguments) -> PretrainingTrainer:
     """The first half of `run_pretrain`: everything up to the training."""
-    hf_galore.register()
     script, training, model_args = parsed.script, parsed.training, parsed.model
-    galore_config(training)  # read now, for its mistakes
+    check_arguments(training)
     if script.dataset_streaming and training.max_steps <= 0:
         raise UserError("dataset_streaming: nobody knows how long a stream is. Set max_steps.")
     config, tokenizer = load_config(model_args), load_tokenizer(model_args)
-    check_folders(training)
     evaluate = training.eval_strategy != "no"
     train, held_out = load_text(script, training.dataset_text_field, model_args.held_out, evaluate=evaluate)
     trainer = make_pretraining_trainer(config, tokenizer, parsed, train, held_out)

@@ -29,7 +29,8 @@ from . import recipe
 from .embedded import conversations, embedded, is_asked_in, split
 from .errors import Stopped, UserError
 from .run_record import optimizer_bytes
-from .sft import make_trainer, reporting_errors, train_and_save
+from .sft import RecordedSFTTrainer, make_trainer
+from .training import run_recorded
 
 PROG = "hf-galore quickstart"
 ABOUT = """Train a small chat model on this machine, without downloads, and talk to it. It does what
@@ -84,13 +85,15 @@ def _train(arguments: Sequence[str], console: Console) -> SFTTrainer:
     made = embedded()
     own = ["--model_name_or_path", str(made.model), "--dataset_name", str(made.data)]
     parsed = recipe.parse(["--config", str(config), *own, *arguments], PROG, ABOUT)
-    with reporting_errors(parsed.training.output_dir):
+
+    def make() -> RecordedSFTTrainer:
         trainer = make_trainer(parsed.script, parsed.training, parsed.model, parsed.dataset)
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(LossBar(console))
-        trainer.record(PROG, parsed.recipe, "the quickstart's", "the quickstart's")
-        train_and_save(trainer)
-    return trainer
+        return trainer
+
+    own_name = "the quickstart's"
+    return run_recorded(parsed, make, command=PROG, model=own_name, data=own_name, dataset_name=None)
 
 
 def _hide_progress_of_libraries() -> None:

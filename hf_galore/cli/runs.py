@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from hf_galore.config import GaLoreConfig
 from hf_galore.trainer import KINDS
 
+from .checkpoints import last_checkpoint
 from .errors import UserError
 from .run_record import RunFacts
 
@@ -265,8 +266,6 @@ def _state_file(folder: Path, facts: RunFacts | None) -> Path:
     direct = folder / state_name
     if direct.is_file() and (facts is None or facts.finished):
         return direct
-    from .sft import last_checkpoint  # only an unfinished run is worth the import of TRL
-
     last = last_checkpoint(folder)
     if last is not None:
         return last / state_name

@@ -21,7 +21,8 @@ from . import glue, pretrain, recipe
 from .errors import UserError
 from .glue_tasks import REGRESSION, TASKS
 from .kinds import command_for
-from .sft import galore_config, make_sft_trainer
+from .sft import make_sft_trainer
+from .training import galore_config
 
 Arguments: TypeAlias = recipe.Arguments | pretrain.Arguments | glue.Arguments
 """Of a recipe of `hf-galore sft`, `pretrain` or `glue`."""

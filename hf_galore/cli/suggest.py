@@ -25,9 +25,9 @@ from hf_galore.config import GaLoreConfig
 from hf_galore.planner import GIB, MemoryPlan, in_gib, needed_bytes, plan
 
 from .errors import UserError
-from .sft import galore_config
 from .spinner import spinner
 from .stand_in import Arguments, Shape, shape_of
+from .training import galore_config
 
 RANKS = (64, 128, 256, 512, 1024, 2048)
 BATCHES = (1, 2, 4, 8, 16, 32, 64)

@@ -22,10 +22,11 @@ from hf_galore.config import GaLoreConfig, nearest
 from hf_galore.trainer import optim_name
 
 from . import recipe, stand_in
-from .errors import Stopped, UserError
+from .checkpoints import last_checkpoint
+from .errors import Stopped, UserError, reporting_complaints
 from .kinds import QUICKSTART, command_for
 from .run_record import RunFacts
-from .sft import galore_config, last_checkpoint, reporting_complaints
+from .training import galore_config
 
 PROG = "hf-galore compare"
 SETTINGS_FILE = "hf_galore_sweep.json"
