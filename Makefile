@@ -2,6 +2,7 @@
 #   make quickstart   train a small chat model with GaLore and talk to it
 #   make test         run the tests
 #   make lint         ruff and mypy
+#   make notebooks    execute the notebooks in place, for the outputs that are committed
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 # One that has run out of tests takes some of another: those that plan recipes of 7B models take long.
 WORKERS ?= auto
 
-.PHONY: quickstart test lint format clean
+.PHONY: quickstart notebooks test lint format clean
 
 $(VENV)/pyvenv.cfg:
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +26,9 @@ $(VENV)/installed-dev: $(VENV)/installed
 
 quickstart: $(VENV)/installed
 	$(BIN)/hf-galore quickstart
+
+notebooks: $(VENV)/installed-dev
+	$(BIN)/python -m tests.notebooks
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal

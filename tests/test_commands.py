@@ -81,6 +81,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     "no data": ({"dataset_name": "nowhere/nothing"}, [], ["dataset_name nowhere/nothing cannot be loaded"]),
     "no such split": ({"dataset_train_split": "trian"}, [], ["no split 'trian'", "train, test", "dataset_train_split"]),
     "no checkpoint": ({}, ["--resume_from_checkpoint"], ["no complete checkpoint in"]),
+    "no such tracker": ({"report_to": "tensorbord"}, [], ["report_to: tensorbord is not supported, only"]),
     "fp16": ({"fp16": True}, [], ["fp16"]),
 }
 

@@ -26,18 +26,13 @@ from hf_galore.cli import stand_in
 from hf_galore.cli.embedded import Embedded
 from hf_galore.cli.kinds import command_of
 from hf_galore.cli.main import main
-from hf_galore.cli.recipe import configs_folder, known_models, recipes_folder
+from hf_galore.cli.recipe import configs_folder, known_models, known_recipes, recipes_folder
 from hf_galore.cli.training import galore_config
 from hf_galore.planner import GIB, MemoryPlan, plan
 from hf_galore.targets import find_targets
 
 LLAMA2 = recipes_folder() / "llama2_7b_oasst2.yaml"
-# In whatever folder; those below are no recipes of ours, but tasks of lm-eval.
-RECIPES = sorted(
-    str(path.relative_to(recipes_folder()))
-    for path in recipes_folder().rglob("*.yaml")
-    if path.relative_to(recipes_folder()).parts[0] != "lm_eval"
-)
+RECIPES = known_recipes()  # in whatever folder
 
 
 def settings(path: Path) -> dict[str, Any]:

@@ -112,6 +112,12 @@ def known_models() -> list[str]:
     return sorted(str(path.parent.relative_to(configs_folder())) for path in configs_folder().rglob("config.json"))
 
 
+def known_recipes() -> list[str]:
+    """The recipes that come with hf_galore, as `--config` takes them."""
+    files = (path.relative_to(recipes_folder()) for path in recipes_folder().rglob("*.yaml"))
+    return sorted(file.as_posix() for file in files if file.parts[0] != "lm_eval")  # in which are tasks of lm-eval
+
+
 def find_recipe(name: str) -> Path:
     """The file that `--config name` means: a path, or else a recipe that comes with hf_galore.
 
@@ -131,7 +137,7 @@ def find_recipe(name: str) -> Path:
         below = path.relative_to("recipes") if path.parts[:1] == ("recipes",) else path
         if (packaged / below).is_file():
             return packaged / below
-    known = sorted(str(file.relative_to(packaged)) for file in packaged.rglob("*.yaml"))
+    known = known_recipes()
     raise UserError(
         f"--config {name}: there is no such file, and no such recipe comes with hf_galore "
         f"({', '.join(known)}).{nearest(name, known)}"
