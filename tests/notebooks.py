@@ -1,7 +1,7 @@
 """Execute the notebooks as Jupyter does, in kernels of this Python.
 
-    python -m tests.notebooks                # all of them in place: makes the outputs that are committed
-    python -m tests.notebooks 03 05_other    # those whose names start so
+`python -m tests.notebooks` executes all of them in place, which makes the outputs that are committed; with arguments,
+`python -m tests.notebooks 03 05_other`, those whose names start so.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def read(path: Path) -> nbformat.NotebookNode:
     Raises:
         nbformat.ValidationError: it does not follow the format.
     """
-    notebook = nbformat.read(path, as_version=4)
+    notebook: nbformat.NotebookNode = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     return notebook
 
