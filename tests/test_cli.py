@@ -148,6 +148,11 @@ def test_a_recipes_keys_say_its_command(
         assert kinds.command_of(Path(path)) == command
 
 
+def test_a_recipe_for_another_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sft", "--config", "pretrain/llama_60m_c4.yaml"]) == 2
+    assert "there is no option 'config_name'. It is one of hf-galore pretrain." in capsys.readouterr().err
+
+
 def test_the_quickstarts_recipe_is_its_own() -> None:
     assert kinds.command_of(recipe.recipes_folder() / kinds.QUICKSTART) == "quickstart"
     assert kinds.command_for(["--config", kinds.QUICKSTART, "--model_name_or_path", "m"]) == "sft"

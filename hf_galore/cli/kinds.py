@@ -9,9 +9,6 @@ from . import recipe
 
 QUICKSTART = "quickstart.yaml"
 
-# A key of each that the others do not have.
-_MARKS = {"pretrain": {"config_name"}, "glue": {"task_name", "train_file"}}
-
 
 def command_of(path: Path) -> str:
     """`pretrain`, `glue`, `quickstart` or `sft`: the command that the recipe in a file is for.
@@ -37,4 +34,4 @@ def command_for(arguments: Sequence[str]) -> str:
 
 
 def _marked(keys: Iterable[str]) -> str:
-    return next((command for command, marks in _MARKS.items() if not marks.isdisjoint(keys)), "sft")
+    return next((command for command, marks in recipe.MARKS.items() if not marks.isdisjoint(keys)), "sft")

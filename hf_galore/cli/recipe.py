@@ -27,6 +27,10 @@ from .errors import UserError
 DATACLASSES = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig)
 
 
+MARKS = {"pretrain": {"config_name"}, "glue": {"task_name", "train_file"}}
+"""Keys that say which command a recipe is for: no other command has them."""
+
+
 class Arguments(NamedTuple):
     """What `trl sft` gets from a recipe and the command line, by its names, and the recipe's file if there is one."""
 
@@ -301,7 +305,9 @@ def _check_values(path: Path, config: dict[str, Any], parser: _RecipeParser) -> 
                 raise UserError(f"{path}: env has to be a mapping of names to values, but is {_short(value)}.")
             continue
         if key not in known:
-            raise UserError(f"{path}: there is no option {key!r}.{nearest(str(key), known)}")
+            owner = next((command for command, marks in MARKS.items() if key in marks), None)
+            hint = f" It is one of hf-galore {owner}." if owner else nearest(str(key), known)
+            raise UserError(f"{path}: there is no option {key!r}.{hint}")
         problem = _problem(key, value, parser)
         if problem:
             raise UserError(f"{path}: {key} {problem}")
