@@ -305,6 +305,8 @@ def test_ctrl_c_reaches_the_run_and_waits_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sweep, "_PATIENCE", 0.1)
+    # What is started in the background by a shell ignores SIGINT, and so would the process that is waited for.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     begun = tmp_path / "begun"
 
     def interrupt() -> None:
@@ -314,7 +316,10 @@ def test_ctrl_c_reaches_the_run_and_waits_for_it(
 
     thread = threading.Thread(target=interrupt)
     thread.start()
-    assert sweep._wait([sys.executable, "-c", TOLD, str(begun)], to_stderr=True) == 130
+    try:
+        assert sweep._wait([sys.executable, "-c", TOLD, str(begun)], to_stderr=True) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     thread.join()
     assert begun.read_text() == "stopped in order"
     shown = capfd.readouterr()
