@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
@@ -112,6 +112,15 @@ patterns = st.one_of(pieces, st.lists(pieces, min_size=1, max_size=4).map("".joi
 def test_matching_is_that_of_transformers(target_modules: str | list[str]) -> None:
     linear = [name for name, module in llama().named_modules() if isinstance(module, nn.Linear)]
     entries = [target_modules] if isinstance(target_modules, str) else [[entry] for entry in target_modules]
+    # An entry that no linear layer matches may mean the embedding, which transformers leaves out: tested elsewhere.
+    embeddings = [name for name, module in llama().named_modules() if isinstance(module, nn.Embedding)]
+    only_embeddings = [
+        entry
+        for entry in entries
+        if not any(check_target_module_exists(entry, name) for name in linear)
+        and any(check_target_module_exists(entry, name) for name in embeddings)
+    ]
+    assume(not only_embeddings)
     if any(not any(check_target_module_exists(entry, name) for name in linear) for entry in entries):
         with pytest.raises(ValueError, match="matches no trainable linear layer"):  # transformers passes over it
             find(target_modules, rank=1)
