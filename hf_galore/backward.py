@@ -7,26 +7,22 @@ with narrow matrices, for which the factors do: `hf_galore.projection.FactoredGr
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
+import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 
 class LinearGradientSink(Protocol):
     """Where a patched layer's δ and X go."""
 
     def serves(self, weight: Tensor) -> bool:
-        """Whether `take` wants this weight; asked in the forward pass."""
+        """Whether `gradient_of` may be asked for this weight; called in the forward pass."""
 
-    def take(self, weight: Tensor, output_gradient: Tensor, inputs: Tensor) -> Callable[[], None] | None:
-        """Use δ (T × m) and X (T × n) of one run of a layer, or `None` to have autograd build the gradient.
-
-        What is returned has to be called once the weight is of no more use in this backward pass: it may update it.
-        """
+    def gradient_of(self, weight: Tensor, output_gradient: Tensor, inputs: Tensor) -> Tensor | None:
+        """What stands for the gradient from δ (T × m) and X (T × n) of one use of a layer; `None` where δᵀX has to."""
 
 
 class ProjectedLinear(nn.Linear):
@@ -45,8 +41,11 @@ class ProjectedLinear(nn.Linear):
         bias: Tensor | None = self.bias  # type: ignore[assignment, unused-ignore]
         if sink is None or not torch.is_grad_enabled() or not weight.requires_grad or not sink.serves(weight):
             return F.linear(input, weight, bias)
+        # Functions that are transformed (torch.func, forward-mode gradients) need operations that torch knows.
+        if torch._C._functorch.peek_interpreter_stack() is not None or fwAD._current_level >= 0:
+            return F.linear(input, weight, bias)
         device_type = input.device.type
-        if torch.is_autocast_enabled(device_type):
+        if torch.is_autocast_enabled(device_type) and input.dtype != torch.float64 and weight.dtype != torch.float64:
             # What autocast does to F.linear, which it cannot see inside a custom function.
             dtype = torch.get_autocast_dtype(device_type)
             input = input.to(dtype)
@@ -75,23 +74,42 @@ class _ProjectedLinearFunction(torch.autograd.Function):
         return F.linear(x, weight.to(x.dtype), bias)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         rows = delta.reshape(-1, delta.shape[-1])
         grad_bias = rows.sum(dim=0) if ctx.has_bias and needs_bias else None
-        grad_weight = finish = None
-        if needs_weight:
+        grad_weight = None
+        asked = asked_for(ctx, ctx.weight) if needs_weight else None
+        if asked is not None:
             inputs = x.reshape(-1, x.shape[-1])
-            # The first of all: a refresh takes the most memory, and the input's gradient is as large as the input.
-            finish = ctx.sink.take(ctx.weight, rows, inputs)
-            if finish is None:
+            # First of all: a refresh takes the most memory, and the input's gradient is as large as the input. With
+            # create_graph=True the gradient itself is to be differentiated.
+            if asked == "accumulated" and not torch.is_grad_enabled():
+                grad_weight = ctx.sink.gradient_of(ctx.weight, rows, inputs)
+            if grad_weight is None:
                 grad_weight = (rows.mT @ inputs).to(weight.dtype)
         grad_x = delta @ weight.to(delta.dtype) if needs_x else None
-        if finish is not None:
-            finish()
         return grad_x, grad_weight, grad_bias, None
+
+
+def asked_for(node: Any, weight: Tensor) -> Literal["accumulated", "returned"] | None:
+    """What becomes of the gradient that a node of the present backward pass gives for `weight`.
+
+    `backward()` accumulates it in `.grad`; `torch.autograd.grad` for the weight returns it; `torch.autograd.grad`, or
+    `backward(inputs=...)`, for others has no use for it: `None`.
+
+    Args:
+        node: the autograd node, which a function's `ctx` is.
+        weight: a leaf among the node's inputs.
+    """
+    leaf = next((edge for edge, _ in node.next_functions if getattr(edge, "variable", None) is weight), None)
+    if leaf is None:  # not a leaf, so not ours to replace
+        return "returned"
+    try:
+        return "accumulated" if torch._C._will_engine_execute_node(leaf) else None
+    except RuntimeError:  # torch cannot say it of leaves whose gradients are returned
+        return "returned"
 
 
 def why_not_patchable(module: nn.Module) -> str | None:

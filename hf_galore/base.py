@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypedDict, cast, overload
 
@@ -16,9 +17,23 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from .bases import ON_HOST, State, count_refresh, kept_bases, new_basis_state, read_bases, refresh_due, refreshed_at
+from .bases import (
+    ON_HOST,
+    Before,
+    NewBasis,
+    State,
+    before_refresh,
+    count_refresh,
+    kept_bases,
+    new_basis_state,
+    read_bases,
+    refresh_due,
+    refreshed_at,
+    take_back,
+)
 from .config import GaLoreConfig
 from .diagnostics import Memory, Refresh, RefreshLog, Stopwatch
+from .gradient import BasisVersion, LowRankGradient, UsedGradient
 from .groups import (
     Group,
     ParamOptions,
@@ -30,11 +45,12 @@ from .groups import (
 )
 from .log import logger
 from .moments import Rotation, rotation_between
-from .nonfinite import Skipped, SkippedUpdates
+from .nonfinite import Skipped, SkippedUpdates, known_skip, skip_unless_finite
 from .projection import (
     Bases,
     Gradient,
     add_projected_back_,
+    basis_shapes,
     is_projectable,
     low_rank_shape,
     norm_of,
@@ -43,9 +59,8 @@ from .projection import (
     side_of,
 )
 from .refresh import figures_of, new_bases, products
-from .rounding import add_rounded_, generator_for
+from .rounding import add_rounded_, decay_unless, generator_for
 from .schedule import NEVER, next_gap_factor, phase_of, refreshes_by
-from .update import skip_unless_finite
 
 if TYPE_CHECKING:
     from .layerwise import BackwardHooks
@@ -124,6 +139,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         self._refresh_next: set[int] = set()  # targets, by their id
         self._indices: dict[int, int] = {}  # of the parameters, by their id
         self._phases: dict[int, int] = {}  # of the targets, likewise
+        self._versions: dict[int, BasisVersion] = {}  # likewise
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -226,9 +242,10 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         """The step of the gap at which a target refreshes, spread over the targets that are staggered."""
         if not self._phases:
             staggered = [(param, group) for param, group in self.targets() if group["stagger"]]
-            self._phases = {id(param): 0 for param, _ in self.targets()}
+            phases = {id(param): 0 for param, _ in self.targets()}
             for index, (target, group) in enumerate(staggered):
-                self._phases[id(target)] = phase_of(index, len(staggered), group["update_proj_gap"])
+                phases[id(target)] = phase_of(index, len(staggered), group["update_proj_gap"])
+            self._phases = phases  # whole: another autograd thread may read it
         return self._phases[id(param)]
 
     # ---- the update
@@ -250,21 +267,38 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._hooks is not None:
+            self._hooks.check_processes()
+            self._hooks.check_not_dropped()
         for group in self.param_groups:
             for param in group["params"]:
-                held = None if self._hooks is None else self._hooks.take_held(param)
-                if held is not None:
-                    if param.grad is not None:  # somebody has set it by hand
-                        held.add_(project(param.grad, self.bases_of(param, group)))
-                    self.update_low_rank(param, group, held)
-                elif param.grad is not None:
+                if isinstance(param.grad, LowRankGradient) and param.grad.addend is None:
+                    self._update_held(param, group, param.grad)
+                elif param.grad is not None and not isinstance(param.grad, UsedGradient):
                     self.update_parameter(param, group)
         self._refresh_next.clear()
         if self._hooks is not None:
             self._hooks.start_window()
+            if any(self._hooks.lacks_hooks(param, group) for group in self.param_groups for param in group["params"]):
+                self._hooks.attach_new()
         if all(param.device.type == "cpu" for group in self.param_groups for param in group["params"][:1]):
             self.warn_of_skipped()
         return loss
+
+    def _update_held(self, param: Tensor, group: Group, gradient: LowRankGradient) -> None:
+        """One optimizer step of a target from the low-rank gradient that its hook has left in `.grad`.
+
+        Raises:
+            RuntimeError: the gradient is in another basis than the present one.
+        """
+        before = None if self._hooks is None else self._hooks.before(param)
+        if not gradient.is_zero and gradient.basis is not self.basis_version(param, group):
+            raise RuntimeError(
+                f"The low-rank gradient in {self.name_of(param)}.grad is in an earlier basis than the present one: it "
+                "was kept over a refresh, or over a backward pass that was dropped. Call optimizer.zero_grad() after "
+                "each step; to keep gradients make the optimizer with layerwise=False and projected_backward=False."
+            )
+        self.update_low_rank(param, group, gradient.low_rank, before=before)
 
     @torch.no_grad()
     def update_parameter(self, param: Tensor, group: Group) -> None:
@@ -275,20 +309,44 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         """
         gradient = param.grad
         assert gradient is not None
+        if isinstance(gradient, LowRankGradient):
+            assert gradient.addend is not None
+            gradient = gradient.addend
         if gradient.is_sparse:
             raise RuntimeError(
                 f"{type(self).__name__} cannot use sparse gradients. Build the embedding with sparse=False."
             )
         if is_target(param, group):
             low_rank = self.project_gradient(param, group, gradient, refresh=self.refresh_due(param, group))
-            if low_rank is not None:
-                self.update_low_rank(param, group, low_rank)
+            self.update_low_rank(param, group, low_rank)
             return
         state = self._state_of(param, group)
-        step = _count_step(state)
-        skip = skip_unless_finite(norm_of(gradient))
-        self._skipped.note(param, skip, step)
-        self._update_full_rank(param, gradient, state, group, step, skip)
+        step, skip = self._begin_update(param, state, norm_of(gradient))
+        if step is not None:
+            self._update_full_rank(param, gradient, state, group, step, skip)
+
+    def _begin_update(self, param: Tensor, state: State, norm: Tensor) -> tuple[int | None, Tensor]:
+        """Count an update, unless it is skipped because the gradient is not finite.
+
+        Args:
+            norm: of the gradient, 0-dimensional.
+
+        Returns:
+            The number of the update, from 1, and 1 where it has to be skipped, as `skip_unless_finite` gives it. `None`
+            for a number where the host knows that it is skipped; on a GPU only the device does, and `warn_of_skipped`
+            takes back what was counted.
+        """
+        skip = skip_unless_finite(norm)
+        step = int(state["step"].item()) + 1
+        known = known_skip(skip)
+        if known is None:
+            self._skipped.note(param, skip, step)
+        elif known:
+            self._skipped.note_known(param, step)
+            return None, skip
+        # Out of place: under fake tensors the value of a CPU scalar survives that, and not `+=`.
+        state["step"] = state["step"] + 1
+        return step, skip
 
     def refresh_next(self, params: Iterable[Tensor]) -> None:
         """Let the next step refresh the bases of these targets, whatever their turn; turns stay as they are."""
@@ -314,88 +372,151 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         return read_bases(param, group, self._state_of(param, group))
 
     @torch.no_grad()
-    def project_gradient(self, param: Tensor, group: Group, gradient: Gradient, *, refresh: bool) -> Tensor | None:
+    def project_gradient(self, param: Tensor, group: Group, gradient: Gradient, *, refresh: bool) -> Tensor:
         """The low-rank gradient R of a target, with new bases from this gradient where `refresh` says so.
 
-        `None` where the gradient of a refresh is not finite: the refresh is put off to the next step, and this step
-        is over for the parameter.
+        A gradient that is zero or not finite makes no basis: the refresh stays due. R is NaN of one that is not finite.
         """
-        if refresh:
-            return self._refresh(param, group, gradient)
-        return project(gradient, self.bases_of(param, group))
+        if not refresh:
+            return project(gradient, self.bases_of(param, group))
+        made = self.new_basis(param, group, gradient)
+        if made.usable:
+            before = self.use_basis(param, group, made, self.new_version(param, group), keep=False)
+            self._carry_moments(param, group, self._state_of(param, group), before)
+        return made.low_rank
 
-    def _refresh(self, param: Tensor, group: Group, gradient: Gradient) -> Tensor | None:
+    def basis_version(self, param: Tensor, group: Group) -> BasisVersion:
+        """What low-rank gradients in the present basis of a target have in common."""
+        return self._versions.get(id(param)) or self._present(param, self.new_version(param, group))
+
+    def new_version(self, param: Tensor, group: Group) -> BasisVersion:
+        """The same for a basis that is to come."""
+        me, index = weakref.ref(self), next(i for i, other in enumerate(self.param_groups) if other is group)
+        weight = weakref.ref(param)
+        name = self.name_of(param)
+
+        def low_rank(gradient: Tensor) -> Tensor:
+            optimizer, target = me(), weight()
+            if optimizer is None or target is None:
+                raise RuntimeError(f"The optimizer of the low-rank gradient in {name}.grad is gone: set it to None.")
+            return project(gradient, optimizer.bases_of(target, optimizer.param_groups[index]))
+
+        return BasisVersion(name, low_rank)
+
+    def _present(self, param: Tensor, version: BasisVersion) -> BasisVersion:
+        self._versions[id(param)] = version
+        return version
+
+    @torch.no_grad()
+    def new_basis(self, param: Tensor, group: Group, gradient: Gradient) -> NewBasis:
+        """The bases of a target from a gradient, and its low-rank gradient in them. Changes nothing; waits once."""
         watch = Stopwatch(param.device)
         state = self._state_of(param, group)
-        step = int(state["step"].item())
         old = None if refreshed_at(state) == NEVER else read_bases(param, group, state)
         side = side_of(param.shape, group["proj_type"])
-        computed = new_bases(gradient, side, group["rank"], group["refresh"], old)
-        kept = kept_bases(computed, param, group)
+        kept = kept_bases(new_bases(gradient, side, group["rank"], group["refresh"], old), param, group)
         new = read_bases(param, group, kept)
         low_rank = project(gradient, new)
         # The one time that a refresh waits for the device.
         norm, energy, shared = (value.item() for value in figures_of(gradient, low_rank, new, old).cpu().unbind())
-        if not math.isfinite(norm):
-            self._skipped.note(param, torch.ones((), device=param.device), step + 1)
-            return None
-        if norm == 0 and old is not None:
-            kept = {}  # nothing to learn from it: the basis stays
-        if old is not None and step > 0 and (kept or group["moments"] == "reset"):
-            self._carry_moments(state, group, new, old, step)
-        if norm > 0 or old is not None:  # or else the next step looks again
-            count_refresh(state, step)
-        for key, value in kept.items():
-            state[key].copy_(value)
-        if "gap_factor" in state and old is not None and kept:
-            chance = max(group["rank"] / p.shape[0] for p in new if p is not None)
-            factor = next_gap_factor(int(state["gap_factor"].item()), shared, chance)
-            state["gap_factor"] = torch.tensor(float(factor))
+        if norm == 0:
+            low_rank.zero_()
+        elif not math.isfinite(norm):
+            low_rank.fill_(math.nan)  # an infinite element may meet a zero of the basis
         watch.stop()
-        self._refresh_log.add(Refresh(energy, None if old is None else shared, watch))
-        return low_rank
+        return NewBasis(kept, low_rank, norm, energy, shared, watch)
 
-    def _carry_moments(self, state: State, group: Group, new: Bases, old: Bases, step: int) -> None:
-        """What happens to the moments when the basis changes after `step` steps."""
+    def use_basis(self, param: Tensor, group: Group, made: NewBasis, version: BasisVersion, *, keep: bool) -> Before:
+        """Let a target have new bases from now on.
+
+        Args:
+            made: usable.
+            version: of the new bases.
+            keep: whether the refresh may be taken back.
+
+        Returns:
+            What `update_low_rank` needs for the first update in the new bases, and `take_back_refresh`.
+        """
+        state = self._state_of(param, group)
+        step = int(state["step"].item())
+        before = before_refresh(state, keep=keep or group["moments"] == "rotate")
+        count_refresh(state, step)
+        for key, value in made.kept.items():
+            state[key].copy_(value)
+        if "gap_factor" in state and before.had_basis:
+            shapes = basis_shapes(param.shape, side_of(param.shape, group["proj_type"]), group["rank"])
+            chance = max(group["rank"] / shape[0] for shape in shapes if shape is not None)
+            factor = next_gap_factor(int(state["gap_factor"].item()), made.overlap, chance)
+            state["gap_factor"] = torch.tensor(float(factor))
+        self._present(param, version)
+        self._refresh_log.add(Refresh(made.captured_energy, made.overlap if before.had_basis else None, made.watch))
+        return before
+
+    def take_back_refresh(self, param: Tensor, group: Group, before: Before) -> None:
+        """Let a target have the bases that it had: the gradient of its refresh was dropped."""
+        take_back(self._state_of(param, group), before)
+        self._versions.pop(id(param), None)
+
+    def _carry_moments(self, param: Tensor, group: Group, state: State, before: Before) -> None:
+        """What happens to the moments when the basis has changed."""
+        step = int(state["step"].item())
+        if not before.had_basis or step == 0:
+            return
         if group["moments"] == "reset":
             for key, value in state.items():
                 if key.startswith("exp_avg"):
                     value.zero_()
         elif group["moments"] == "rotate":
-            self._rotate_moments(state, group, rotation_between(new, old), step)
+            old = read_bases(param, group, before.entries)
+            self._rotate_moments(state, group, rotation_between(read_bases(param, group, state), old), step)
 
     def _rotate_moments(self, state: State, group: Group, rotation: Rotation, step: int) -> None:
         """Carry the moments of a target, which have had `step` updates, into its new basis."""
         raise NotImplementedError
 
     @torch.no_grad()
-    def update_low_rank(self, param: Tensor, group: Group, low_rank: Tensor, norm: Tensor | None = None) -> None:
-        """One optimizer step of a target from its low-rank gradient R.
+    def update_low_rank(
+        self,
+        param: Tensor,
+        group: Group,
+        low_rank: Tensor,
+        norm: Tensor | None = None,
+        *,
+        before: Before | None = None,
+    ) -> None:
+        """One optimizer step of a target from its low-rank gradient R, which is left as it is.
 
         Args:
             norm: ‖R‖, where it is known already.
+            before: from `use_basis`, where this is the first update after a refresh.
         """
         state = self._state_of(param, group)
-        step = _count_step(state)
-        skip = skip_unless_finite(norm_of(low_rank) if norm is None else norm)
-        self._skipped.note(param, skip, step)
+        if before is not None:
+            self._carry_moments(param, group, state, before)
+        step, skip = self._begin_update(param, state, norm_of(low_rank) if norm is None else norm)
+        if step is None:
+            return
         # Moments that began anew at the last refresh have a bias to correct that is no older.
         moments_step = step - refreshed_at(state) if group["moments"] == "reset" else step
         direction, step_size = self._direction(low_rank, state, group, moments_step, skip)
         bases = read_bases(param, group, state)
-        alpha = -step_size * group["scale"]
+        alpha, decay = -step_size * group["scale"], _decay(group)
         if self._rounds_stochastically(param, group):
             update = functools.partial(projected_back, direction, bases)
             self._add_rounded(param, group, update, alpha, step, skip)
-            return
-        if group["weight_decay"] != 0:
-            param.mul_(_decay(param, group, skip))
-        add_projected_back_(param, direction, bases, alpha)
+        elif decay == 1 or known_skip(skip) is False:
+            add_projected_back_(param, direction, bases, alpha, decay=decay)
+        elif param.dtype in (torch.float32, torch.float64):
+            param.mul_(decay_unless(skip, param.dtype, decay))
+            add_projected_back_(param, direction, bases, alpha)
+        else:
+            update = functools.partial(projected_back, direction, bases)
+            add_rounded_(param, update, alpha=alpha, decay=decay, skip=skip)
 
     def _direction(self, gradient: Tensor, state: State, group: Group, step: int, skip: Tensor) -> tuple[Tensor, float]:
         """N for a gradient of the moments' shape, and the factor that it is subtracted with; updates the moments.
 
-        Where `skip` is 1, N is zero and the moments stay.
+        Where `skip` is 1, N is zero and the moments stay. The gradient is left as it is.
         """
         raise NotImplementedError
 
@@ -403,13 +524,11 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         self, param: Tensor, gradient: Tensor, state: State, group: Group, step: int, skip: Tensor
     ) -> None:
         direction, step_size = self._direction(gradient, state, group, step, skip)
+        rows = direction.reshape(-1) if direction.ndim == 0 else direction
         if self._rounds_stochastically(param, group):
-            rows = direction.reshape(-1) if direction.ndim == 0 else direction
             self._add_rounded(param, group, rows.__getitem__, -step_size, step, skip)
-            return
-        if group["weight_decay"] != 0:
-            param.mul_(_decay(param, group, skip))
-        param.add_(direction, alpha=-step_size)
+        else:
+            add_rounded_(param, rows.__getitem__, alpha=-step_size, decay=_decay(group), skip=skip)
 
     def _rounds_stochastically(self, param: Tensor, group: Group) -> bool:
         return bool(group.get("stochastic_rounding")) and param.dtype == torch.bfloat16
@@ -418,8 +537,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         self, param: Tensor, group: Group, update: Callable[[slice], Tensor], alpha: float, step: int, skip: Tensor
     ) -> None:
         generator = generator_for(param.device, group["rounding_seed"], self._index_of(param), step)
-        decay = _decay(param, group, skip) if group["weight_decay"] != 0 else 1.0
-        add_rounded_(param, update, alpha=alpha, decay=decay, generator=generator)
+        add_rounded_(param, update, alpha=alpha, decay=_decay(group), skip=skip, generator=generator)
 
     # ---- hooks into the backward pass
 
@@ -430,9 +548,9 @@ class GaLoreOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, those that the hooks hold too."""
-        super().zero_grad(set_to_none)
         if self._hooks is not None:
-            self._hooks.forget_gradients()
+            self._hooks.drop_gradients()
+        super().zero_grad(set_to_none)
 
     @torch.no_grad()
     def grad_norm(self) -> Tensor | None:
@@ -442,7 +560,8 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         where there is nothing.
         """
         norms = [] if self._hooks is None else self._hooks.norms()
-        norms += [norm_of(param.grad) for param in self._params() if param.grad is not None]
+        for gradient in self._gradients():
+            norms.append(gradient.frobenius_norm() if isinstance(gradient, LowRankGradient) else norm_of(gradient))
         if not norms:
             return None
         return norm_of(torch.stack([norm.to(norms[0].device) for norm in norms]))
@@ -464,13 +583,17 @@ class GaLoreOptimizer(torch.optim.Optimizer):
             )
         norm = self.grad_norm()
         if norm is not None:
-            # As torch.nn.utils.clip_grad_norm_, which sees no held gradients.
-            factor = (max_norm / (norm + 1e-6)).clamp_(max=1.0)
-            gradients = [param.grad for param in self._params() if param.grad is not None]
-            gradients += [] if self._hooks is None else self._hooks.held()
-            for gradient in gradients:
+            # As torch.nn.utils.clip_grad_norm_, but that a norm that is not finite skips all updates, not only those
+            # that it came from: the others would be made with a gradient of zero.
+            factor = (max_norm / (norm + 1e-6)).clamp_(max=1.0) + norm * 0
+            for gradient in self._gradients():
                 gradient.mul_(factor.to(gradient.device))
         return norm
+
+    def _gradients(self) -> list[Tensor]:
+        """What `step()` is going to use."""
+        gradients = (param.grad for param in self._params())
+        return [gradient for gradient in gradients if gradient is not None and not isinstance(gradient, UsedGradient)]
 
     def targets(self) -> Iterator[tuple[Tensor, Group]]:
         """The parameters that are projected, each with its group, in the order of the groups."""
@@ -522,24 +645,26 @@ class GaLoreOptimizer(torch.optim.Optimizer):
 
     def skipped_updates(self) -> dict[str, Skipped]:
         """The updates skipped so far because a gradient was not finite, by parameter. Waits for the device."""
-        return {self.name_of(param): skipped for param, skipped in self._skipped.read().items()}
+        for param, times in self._skipped.read().items():
+            # Counted as made, because only the device knew better.
+            self.state[param]["step"] = self.state[param]["step"] - times
+        return {self.name_of(param): skipped for param, skipped in self._skipped.known().items()}
 
     def warn_of_skipped(self) -> None:
         """Warn, once, if updates were skipped. Waits for the device."""
-        if self._warned_of_skipped:
-            return
         skipped = self.skipped_updates()
-        if skipped:
-            self._warned_of_skipped = True
-            name, (_, step) = min(skipped.items(), key=lambda item: item[1].first_step)
-            others = f" and {len(skipped) - 1} other(s)" if len(skipped) > 1 else ""
-            logger.warning(
-                "A gradient was NaN or infinite: the update of %s%s was skipped at step %d. This is said once; "
-                "optimizer.skipped_updates() counts.",
-                name,
-                others,
-                step,
-            )
+        if self._warned_of_skipped or not skipped:
+            return
+        self._warned_of_skipped = True
+        name, (_, step) = min(skipped.items(), key=lambda item: item[1].first_step)
+        others = f" and {len(skipped) - 1} other(s)" if len(skipped) > 1 else ""
+        logger.warning(
+            "A gradient was NaN or infinite: the update of %s%s was skipped at step %d. This is said once; "
+            "optimizer.skipped_updates() counts.",
+            name,
+            others,
+            step,
+        )
 
     # ---- loading
 
@@ -603,17 +728,10 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         )
 
 
-def _count_step(state: State) -> int:
-    # Out of place: under fake tensors the value of a CPU scalar survives that, and not `+=`.
-    state["step"] = state["step"] + 1
-    return int(state["step"].item())
-
-
 def _is_dtensor(param: Tensor) -> bool:
     return hasattr(param, "device_mesh")  # without importing torch.distributed.tensor, which takes a second
 
 
-def _decay(param: Tensor, group: Group, skip: Tensor) -> Tensor:
-    """1 − ηλ, or 1 for a skipped update; 0-dimensional, precise enough for the weight's dtype."""
-    keep = 1 - skip.to(torch.promote_types(param.dtype, torch.float32))
-    return 1 - float(group["lr"] * group["weight_decay"]) * keep
+def _decay(group: Group) -> float:
+    """1 − ηλ."""
+    return 1 - float(group["lr"] * group["weight_decay"])

@@ -10,9 +10,14 @@ State of a target, besides its moments (`left`, `right`, as far as that side is 
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from .diagnostics import Stopwatch
 from .groups import Group
 from .projection import Bases, basis_shapes, side_of
 from .quantize import QuantizedBasis, dequantize_basis, empty_basis, quantize_basis
@@ -22,6 +27,39 @@ State = dict[str, Tensor]
 
 # Counters live on the CPU, as in torch.optim: reading them never waits for the device.
 ON_HOST = frozenset({"step", "refreshed_at", "refreshes", "gap_factor"})
+
+
+@dataclasses.dataclass(frozen=True)
+class NewBasis:
+    """A refresh that has been computed, and of which the optimizer does not know yet."""
+
+    kept: State
+    """The new bases as `kept_bases` gives them."""
+    low_rank: Tensor
+    """R of the gradient in the new bases; zeros of a gradient that is zero, NaN of one that is not finite."""
+    norm: float
+    """‖G‖_F"""
+    captured_energy: float
+    overlap: float
+    watch: Stopwatch
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether there was nothing to learn from the gradient."""
+        return self.norm == 0
+
+    @property
+    def usable(self) -> bool:
+        """Whether the gradient was one to make a basis from."""
+        return self.norm > 0 and math.isfinite(self.norm)
+
+
+class Before(NamedTuple):
+    """What a refresh has changed in a target's state, as it was."""
+
+    entries: State
+    """Counters, and copies of the bases if they were to be kept."""
+    had_basis: bool
 
 
 def new_basis_state(param: Tensor, group: Group) -> State:
@@ -67,6 +105,22 @@ def kept_bases(bases: Bases, param: Tensor, group: Group) -> State:
             if kept.absmax is not None:
                 entries[f"basis_{side}_absmax"] = kept.absmax
     return entries
+
+
+def before_refresh(state: State, *, keep: bool) -> Before:
+    """What a refresh is going to change in a target's state; `keep` says whether the bases are copied."""
+    counters: State = {key: state[key] for key in ("refreshed_at", "refreshes", "gap_factor") if key in state}
+    copies = {key: value.clone() for key, value in state.items() if keep and key.startswith("basis")}
+    return Before({**counters, **copies}, refreshed_at(state) != NEVER)
+
+
+def take_back(state: State, before: Before) -> None:
+    """Undo a refresh."""
+    for key, value in before.entries.items():
+        if key in ON_HOST:
+            state[key] = value
+        else:
+            state[key].copy_(value)
 
 
 def count_refresh(state: State, step: int) -> None:

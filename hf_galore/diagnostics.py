@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
+from collections import deque
 from typing import Any
 
 import torch
@@ -45,11 +46,15 @@ class Refresh:
     watch: Stopwatch
 
 
+# Nobody may ever ask: what is older than so many refreshes, some gaps of a large model, is forgotten.
+_MOST_REFRESHES = 10_000
+
+
 class RefreshLog:
-    """The refreshes since somebody last asked."""
+    """The refreshes since somebody last asked, the last 10,000 of them."""
 
     def __init__(self) -> None:
-        self._refreshes: list[Refresh] = []
+        self._refreshes: deque[Refresh] = deque(maxlen=_MOST_REFRESHES)
 
     def add(self, refresh: Refresh) -> None:
         """Note a refresh."""
@@ -57,7 +62,8 @@ class RefreshLog:
 
     def take(self) -> dict[str, float]:
         """Their figures, which are forgotten; empty where there was no refresh. Waits for the device."""
-        refreshes, self._refreshes = self._refreshes, []
+        refreshes = list(self._refreshes)
+        self._refreshes.clear()
         if not refreshes:
             return {}
         energies = [refresh.captured_energy for refresh in refreshes]

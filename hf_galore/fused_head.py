@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backward import asked_for
 from .layerwise import BackwardHooks, hooks_on
 from .projection import Bases, project
 
@@ -74,7 +75,6 @@ class _FusedHead(torch.autograd.Function):
         *rest: Any,
     ) -> Any:
         ctx.original, ctx.hooks, ctx.weight = original, hooks, weight
-        hooks.count_run(weight)  # tied to the embedding, it gets a second gradient
         return original.forward(
             ctx, hidden, weight, bias, targets, temperature, min(chunk_size, VOCABULARY_PART), *rest
         )
@@ -83,7 +83,9 @@ class _FusedHead(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         hidden, weight, bias, targets, *statistics = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[2:5]
-        bases: Bases | None = ctx.hooks.bases_for_rows(ctx.weight) if needs_weight else None
+        asked = asked_for(ctx, ctx.weight) if needs_weight else None
+        needs_weight = asked is not None
+        bases: Bases | None = ctx.hooks.bases_for_rows(ctx.weight) if asked == "accumulated" else None
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_hidden else None
         grad_bias = torch.empty_like(bias) if bias is not None and needs_bias else None
         grad_weight = torch.empty_like(weight) if needs_weight and bases is None else None
@@ -116,6 +118,6 @@ class _FusedHead(torch.autograd.Function):
                 grad_bias[rows] = of_bias
             del of_hidden, of_weight, of_bias
         if low_rank is not None:
-            ctx.hooks.take_low_rank(ctx.weight, low_rank)
+            grad_weight = ctx.hooks.of_rows(ctx.weight, low_rank)
         grad_hidden = None if grad_hidden is None else grad_hidden.to(hidden.dtype)
         return None, None, grad_hidden, grad_weight, grad_bias, *(None,) * (len(ctx.needs_input_grad) - 5)

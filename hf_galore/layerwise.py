@@ -1,26 +1,30 @@
 """Hooks into the backward pass: layerwise updates, low-rank accumulation, and the projected backward's gradients.
 
 The optimizer stays an ordinary one: its `param_groups` are what schedulers move and its `state` is what checkpoints
-hold. The hooks either update a weight as soon as its gradient appears, or hold its low-rank gradient for `step()`:
+hold. Autograd sums up what all uses of a weight in a backward pass contribute; then the weight's hook either updates it
+at once, or leaves its low-rank gradient in `.grad` for `step()` (`hf_galore.gradient`):
 
 ===============================  ===================================================
 situation                        what happens to a target's low-rank gradient R
 ===============================  ===================================================
-layerwise, one micro-batch,      the weight is updated at once, nothing is held
-nothing held on request
+layerwise, one micro-batch,      the weight is updated at once; `.grad` says that the
+nothing held on request          gradient has been used
 accumulation window              R of the micro-batches adds up (projection is linear)
 `hold_gradients` (clipping)      R is held
-layer run more than once         R of the runs adds up
+weight used by several           R of the segments adds up
+reentrant checkpoints
 not layerwise                    R is held (there is only a projected backward)
 ===============================  ===================================================
 
-The basis is fixed within a window. A refresh that is due happens at its first micro-batch, from that micro-batch's
-whole gradient, which autograd builds for that one layer; the projected backward serves the others.
+The basis is fixed within a window. A refresh that is due happens at its first micro-batch whose gradient is not zero,
+from that micro-batch's whole gradient, which autograd builds for that one layer; the projected backward serves the
+others. Of a backward pass whose gradients are dropped (`.grad = None`) before `step()`, nothing stays, nor does a
+refresh.
 """
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -31,12 +35,27 @@ from accelerate.state import GradientState
 from torch import Tensor, nn
 
 from .backward import ProjectedLinear, patch_linear, why_not_patchable
+from .bases import Before
+from .gradient import LowRankGradient, UncommittedRefresh, UsedGradient
 from .groups import Group, is_target
 from .log import logger
-from .projection import Bases, FactoredGradient, Gradient, norm_of, project, side_of
+from .projection import Bases, FactoredGradient, norm_of, project, side_of
 
 if TYPE_CHECKING:
     from .base import GaLoreOptimizer
+
+
+@dataclasses.dataclass(slots=True)
+class _Window:
+    """What the hooks have done with one parameter since the last step."""
+
+    filled: bool = False
+    """Whether they have left a low-rank gradient in `.grad`."""
+    before: Before | None = None
+    """The basis before this window's refresh."""
+    updated: bool = False
+    norm: Tensor | None = None
+    """Of the gradient that the weight was updated with."""
 
 
 class BackwardHooks:
@@ -50,6 +69,9 @@ class BackwardHooks:
         layerwise: whether weights are updated during the backward pass.
         projected_backward: whether linear targets compute R without building their gradient.
         hold_gradients: whether layerwise keeps R until `step()`.
+
+    Raises:
+        ValueError: torch.distributed runs more than one process.
     """
 
     def __init__(
@@ -70,16 +92,34 @@ class BackwardHooks:
         # A model outlives its trainers: hooks must not outlive theirs.
         self._finalizer = weakref.finalize(self, _remove, self._handles)
         self._group_index: dict[int, int] = {}  # of each hooked parameter, by its id
+        self._counted: set[int] = set()  # modules that have a counter, by their ids
+        self._used: dict[int, UsedGradient] = {}  # by the parameter's id
         self._said_why_not = False
+        self._said_dropped = False
+        # Weights that more than one module or function has used in one backward pass, by their ids.
+        self._shared: set[int] = set()
         # Of the present window, by the parameter's id:
-        self._runs: Counter[int] = Counter()  # of the modules that own it
-        self._held: dict[int, Tensor] = {}  # R so far
-        self._norms: dict[int, Tensor] = {}  # of the whole gradient, or of the R of an update that is done
-        self._refreshed: set[int] = set()
-        self._put_off: set[int] = set()  # the refresh failed: the window is lost
-        self._updated: set[int] = set()
+        self._windows: dict[int, _Window] = {}
+        self._segments: Counter[int] = Counter()  # reentrant checkpoints that use it, each a backward pass of its own
+        self._outside: set[int] = set()  # used outside of them
         self._accumulating = False  # the window has more than one micro-batch
+        self.check_processes()
         self.attach()
+
+    def check_processes(self) -> None:
+        """Check that no other process trains the same model.
+
+        Raises:
+            ValueError: torch.distributed runs more than one process.
+        """
+        distributed = torch.distributed
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            raise ValueError(
+                f"layerwise=True and projected_backward=True do not work with {distributed.get_world_size()} "
+                "processes: low-rank gradients are not reduced over them, and the processes' weights would drift "
+                "apart. Launch one process, or make the optimizer with layerwise=False and projected_backward=False, "
+                "which trains under DistributedDataParallel."
+            )
 
     # ---- on and off the model
 
@@ -90,21 +130,28 @@ class BackwardHooks:
 
     def attach(self) -> None:
         """Put the hooks on the model; takes those of any other optimizer off first. Does nothing if they are on."""
-        optimizer, model = self._optimizer(), self._model()
-        if self.attached or optimizer is None or model is None:
+        model = self._model()
+        if self.attached or self._optimizer() is None or model is None:
             return
         detach_all(model)
+        self._group_index.clear()
+        self._counted.clear()
+        self.attach_new()
+
+    def attach_new(self) -> None:
+        """Put hooks on parameters that have none yet: of a new group, or frozen until now."""
+        optimizer, model = self._optimizer(), self._model()
+        if optimizer is None or model is None:
+            return
         me = weakref.ref(self)
         targets: set[int] = set()
-        self._group_index.clear()
         for index, group in enumerate(optimizer.param_groups):
             for param in group["params"]:
-                if not param.requires_grad:
+                target = is_target(param, group)
+                if not param.requires_grad or id(param) in self._group_index or not (target or self.layerwise):
                     continue
-                if is_target(param, group):
+                if target:
                     targets.add(id(param))
-                elif not self.layerwise:
-                    continue
                 self._group_index[id(param)] = index
                 self._handles.append(param.register_post_accumulate_grad_hook(_GradientHook(me)))
         not_served: dict[str, str] = {}
@@ -112,8 +159,10 @@ class BackwardHooks:
             owned = tuple(id(param) for param in module.parameters(recurse=False) if id(param) in self._group_index)
             if not owned:
                 continue
-            self._handles.append(module.register_forward_pre_hook(_RunCounter(me, weakref.ref(module), owned)))
-            if self.projected_backward and targets.intersection(owned):
+            if id(module) not in self._counted:
+                self._counted.add(id(module))
+                self._handles.append(module.register_forward_pre_hook(_RunCounter(me, weakref.ref(module))))
+            if self.projected_backward and targets.intersection(owned) and not isinstance(module, ProjectedLinear):
                 reason = why_not_patchable(module)
                 if reason is None:
                     self._handles.append(patch_linear(module, me))
@@ -121,8 +170,15 @@ class BackwardHooks:
                     not_served[name] = reason
         self._say_why_not(not_served)
 
+    def lacks_hooks(self, param: Tensor, group: Group) -> bool:
+        """Whether a parameter should have a hook and has none."""
+        return (
+            param.requires_grad and id(param) not in self._group_index and (self.layerwise or is_target(param, group))
+        )
+
     def detach(self) -> None:
         """Take the hooks off the model, and forget what they hold."""
+        self.drop_gradients()
         _remove(self._handles)
         self.start_window()
 
@@ -140,31 +196,94 @@ class BackwardHooks:
     @property
     def has_updated(self) -> bool:
         """Whether weights have been updated in the present window."""
-        return bool(self._updated)
+        return any(isinstance(param.grad, UsedGradient) for param in self._params())
 
     def held(self) -> list[Tensor]:
         """The low-rank gradients held."""
-        return list(self._held.values())
+        gradients = (param.grad for param in self._params())
+        return [gradient.low_rank for gradient in gradients if isinstance(gradient, LowRankGradient)]
 
     def norms(self) -> list[Tensor]:
-        """Norms of what is held and of what updates have used in this window, one a parameter."""
-        known = list(self._norms.values())
-        return known + [norm_of(held) for key, held in self._held.items() if key not in self._norms]
+        """The norms of the gradients that updates have used in this window, one a parameter."""
+        windows = self._windows.values()
+        return [window.norm for window in windows if window.updated and window.norm is not None]
 
-    def take_held(self, param: Tensor) -> Tensor | None:
-        """The low-rank gradient held for a parameter, which is forgotten."""
-        return self._held.pop(id(param), None)
+    def before(self, param: Tensor) -> Before | None:
+        """The basis before the refresh of this window, where there was one and its gradient has not been dropped."""
+        return self._look(param).before if id(param) in self._windows else None
+
+    def check_not_dropped(self) -> None:
+        """Check that what updates have used in this window is what the step is meant to be made with.
+
+        Raises:
+            RuntimeError: somebody has dropped gradients after the backward pass had updated weights with them.
+        """
+        for param in self._params():
+            window, gradient = self._windows.get(id(param)), param.grad
+            if window is None or not window.updated:
+                continue
+            if not isinstance(gradient, UsedGradient) or gradient.was_zeroed:
+                optimizer = self._optimizer()
+                name = "a weight" if optimizer is None else optimizer.name_of(param)
+                raise RuntimeError(
+                    f"The gradient of {name} was dropped or replaced before step(), but the backward pass had updated "
+                    "the weight with it already. To look at gradients before they are used, make the layerwise "
+                    "optimizer with hold_gradients=True (with a Trainer: max_grad_norm above 0)."
+                )
 
     def start_window(self) -> None:
         """Forget everything about the window that is over."""
-        self.forget_gradients()
-        self._runs.clear()
-
-    def forget_gradients(self) -> None:
-        """Forget what the backward passes of this window brought; a forward pass may have begun the next."""
-        for of_window in (self._held, self._norms, self._refreshed, self._put_off, self._updated):
-            of_window.clear()
+        for param in self._params():
+            if isinstance(param.grad, UsedGradient):
+                param.grad = None
+        self._windows.clear()
+        self._segments.clear()
+        self._outside.clear()
         self._accumulating = False
+
+    def drop_gradients(self) -> None:
+        """Forget what the backward passes of this window brought; a forward pass may have begun the next."""
+        for param in self._params():
+            if isinstance(param.grad, (LowRankGradient, UsedGradient)):
+                param.grad = None
+            if id(param) in self._windows:
+                self._look(param)
+        self._windows.clear()
+        self._accumulating = False
+
+    def _params(self) -> list[Tensor]:
+        optimizer = self._optimizer()
+        return [] if optimizer is None else [p for group in optimizer.param_groups for p in group["params"]]
+
+    def _look(self, param: Tensor) -> _Window:
+        """The window of a parameter, after looking whether somebody has dropped what the hooks left in `.grad`."""
+        window = self._windows.get(id(param))
+        if window is None:
+            window = self._windows[id(param)] = _Window()
+            return window
+        gradient = param.grad
+        if window.updated:
+            used = isinstance(gradient, UsedGradient)
+            if not used or (isinstance(gradient, UsedGradient) and gradient.was_zeroed):
+                self._say_dropped(param)
+                self._windows[id(param)] = window = _Window()
+        elif window.filled and (not isinstance(gradient, LowRankGradient) or gradient.is_zero):
+            optimizer, group = self._optimizer_and_group(param)
+            if window.before is not None and optimizer is not None and group is not None:
+                optimizer.take_back_refresh(param, group, window.before)
+            self._windows[id(param)] = window = _Window()
+        return window
+
+    def _say_dropped(self, param: Tensor) -> None:
+        optimizer = self._optimizer()
+        if not self._said_dropped and optimizer is not None:
+            self._said_dropped = True
+            logger.warning(
+                "The gradients of a backward pass were dropped, but a layerwise optimizer had updated weights with "
+                "them already (%s for one), and these stay. To be able to drop them make the optimizer with "
+                "hold_gradients=True (with a Trainer: max_grad_norm above 0). This is said once.",
+                optimizer.name_of(param),
+            )
 
     # ---- what autograd brings
 
@@ -172,36 +291,37 @@ class BackwardHooks:
         """Whether the projected backward is for this weight: not for a copy of it, nor after `detach()`."""
         return id(weight) in self._group_index and self.attached
 
-    def take(self, weight: Tensor, output_gradient: Tensor, inputs: Tensor) -> Callable[[], None] | None:
-        """Use δ (T × m) and X (T × n) of one run of a target's layer; `None` where autograd has to build G.
-
-        What is returned updates the weight, if that is to happen now.
-        """
+    def gradient_of(self, weight: Tensor, output_gradient: Tensor, inputs: Tensor) -> Tensor | None:
+        """The low-rank gradient from δ (T × m) and X (T × n) of one use of a target; `None` where G is needed."""
         optimizer, group = self._optimizer_and_group(weight)
-        if optimizer is None or group is None:
+        if optimizer is None or group is None or self._needs_whole(weight):
             return None
-        refresh = self._refresh_due(optimizer, weight, group)
-        if refresh and not self._refreshes_from_factors(optimizer, weight, group, len(inputs)):
-            return None
-        self._check_first_update(weight)
-        if id(weight) in self._put_off:
-            return _nothing
+        factors = FactoredGradient(output_gradient, inputs)
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-            gradient = FactoredGradient(output_gradient, inputs)
-            held = self._held.get(id(weight))
-            if held is not None:
-                project(gradient, optimizer.bases_of(weight, group), out=held)
-                self._norms.pop(id(weight), None)
-                return _nothing
-            low_rank = self._project(optimizer, weight, group, gradient, refresh)
-        if low_rank is None:
-            return _nothing
-        return functools.partial(self.take_low_rank, weight, low_rank.to(weight.dtype))
+            if not self._refresh_due(optimizer, weight, group):
+                low_rank = project(factors, optimizer.bases_of(weight, group))
+                return LowRankGradient(weight, low_rank.to(weight.dtype), optimizer.basis_version(weight, group))
+            # With several uses each would be a refresh, and none that of the sum.
+            shared = id(weight) in self._shared or self._passes(weight) > 1
+            if shared or not optimizer.refreshes_from_factors(weight, group, len(inputs)):
+                return None
+            made = optimizer.new_basis(weight, group, factors)
+            low_rank = made.low_rank.to(weight.dtype)
+            if not made.usable:
+                version = optimizer.basis_version(weight, group)
+                return LowRankGradient(weight, low_rank, version, is_zero=made.is_zero)
+            uncommitted = UncommittedRefresh(made, lambda: self._whole(weight, factors))
+            return LowRankGradient(weight, low_rank, optimizer.new_version(weight, group), uncommitted=uncommitted)
 
-    def count_run(self, weight: Tensor) -> None:
-        """Note that a forward pass uses a weight without running its module, as a fused loss uses the head's."""
-        if id(weight) in self._group_index:
-            self._runs[id(weight)] += 1
+    def _whole(self, weight: Tensor, factors: FactoredGradient) -> Tensor:
+        self._shared.add(id(weight))
+        return (factors.output_gradient.mT @ factors.inputs).to(weight.dtype)
+
+    def _needs_whole(self, weight: Tensor) -> bool:
+        """Whether somebody else needs the gradient as it is: a hook on the weight, or one that is there already."""
+        return bool(weight._backward_hooks) or not (
+            weight.grad is None or isinstance(weight.grad, (LowRankGradient, UsedGradient))
+        )
 
     def bases_for_rows(self, weight: Tensor) -> Bases | None:
         """The bases that rows of a gradient can be projected with by themselves; `None` where autograd has to build it.
@@ -211,111 +331,101 @@ class BackwardHooks:
         optimizer, group = self._optimizer_and_group(weight)
         if optimizer is None or group is None or not self.projected_backward or not is_target(weight, group):
             return None
-        if side_of(weight.shape, group["proj_type"]) != "right" or id(weight) in self._put_off:
+        if side_of(weight.shape, group["proj_type"]) != "right" or self._needs_whole(weight):
             return None
         if self._refresh_due(optimizer, weight, group):
             return None
         return optimizer.bases_of(weight, group)
 
-    def take_low_rank(self, weight: Tensor, low_rank: Tensor) -> None:
-        """Use the R of one run of a target's layer."""
+    def of_rows(self, weight: Tensor, low_rank: Tensor) -> LowRankGradient:
+        """The low-rank gradient whose rows were projected with `bases_for_rows`."""
         optimizer, group = self._optimizer_and_group(weight)
         assert optimizer is not None
         assert group is not None
-        self._check_first_update(weight)
-        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-            self._add(optimizer, weight, group, low_rank, norm=None)
-
-    def _refreshes_from_factors(self, optimizer: GaLoreOptimizer, weight: Tensor, group: Group, tokens: int) -> bool:
-        # With several runs this is the gradient of one of them only: autograd sums them all.
-        return self._runs[id(weight)] == 1 and optimizer.refreshes_from_factors(weight, group, tokens)
+        return LowRankGradient(weight, low_rank, optimizer.basis_version(weight, group))
 
     def on_gradient(self, param: Tensor) -> None:
-        """Use a gradient that autograd has put into `param.grad`."""
+        """Use the gradient that autograd has put into `param.grad`."""
         optimizer, group = self._optimizer_and_group(param)
-        if optimizer is None or group is None or param.grad is None:
+        # With create_graph=True the gradient is part of a graph that is still needed, as it is.
+        if optimizer is None or group is None or param.grad is None or torch.is_grad_enabled():
             return
-        if is_target(param, group):
-            # Backward may run inside somebody's autocast; the update's precision is its own business.
-            with torch.no_grad(), torch.autocast(param.device.type, enabled=False):
-                self._on_target_gradient(optimizer, param, group, param.grad)
-        elif not self._must_hold(param):
-            self._check_first_update(param)
-            with torch.autocast(param.device.type, enabled=False):
-                self._norms[id(param)] = norm_of(param.grad)
+        # Backward may run inside somebody's autocast; the update's precision is its own business.
+        with torch.no_grad(), torch.autocast(param.device.type, enabled=False):
+            window = self._look(param)
+            if isinstance(param.grad, UsedGradient):
+                param.grad = param.grad.addend
+            if is_target(param, group):
+                self._on_target_gradient(optimizer, param, group, window)
+            elif not self._must_hold(param):
+                assert param.grad is not None
+                window.norm = norm_of(param.grad)
                 optimizer.update_parameter(param, group)
-            self._updated.add(id(param))
-            param.grad = None
+                self._leave_used(optimizer, param, window)
 
-    def _on_target_gradient(self, optimizer: GaLoreOptimizer, param: Tensor, group: Group, gradient: Tensor) -> None:
-        key = id(param)
-        refresh = self._refresh_due(optimizer, param, group)
-        if refresh and self._runs[key] > 1:
-            return  # it may be the gradient of one run only: let it gather for step(), and take the basis from the sum
-        self._check_first_update(param)
+    def _on_target_gradient(self, optimizer: GaLoreOptimizer, param: Tensor, group: Group, window: _Window) -> None:
+        gradient = param.grad
+        assert gradient is not None
+        if not isinstance(gradient, LowRankGradient) or gradient.addend is not None:
+            if self._passes(param) > 1 and self._refresh_due(optimizer, param, group):
+                return  # it is that of one segment only: step() takes the basis from the sum
+            whole = gradient.addend if isinstance(gradient, LowRankGradient) else gradient
+            assert whole is not None
+            param.grad = gradient = None
+            gradient = self._project(optimizer, param, group, whole, window)
+            del whole
+        elif gradient.uncommitted is not None:
+            made, gradient.uncommitted = gradient.uncommitted.made, None
+            window.before = optimizer.use_basis(param, group, made, gradient.basis, keep=self._must_hold(param))
+        if self._must_hold(param):
+            window.filled = True
+            if param.grad is not gradient:
+                param.grad = gradient
+            return
         param.grad = None
-        if key in self._put_off:
-            return
-        low_rank = self._project(optimizer, param, group, gradient, refresh)
-        if low_rank is None:
-            return
-        # With a projected backward the others' norms are those of R: be consistent.
-        norm = None if self.projected_backward or key in self._held else norm_of(gradient)
-        self._add(optimizer, param, group, low_rank, norm)
+        low_rank_norm = norm_of(gradient.low_rank)
+        window.norm = low_rank_norm if gradient.norm_of_whole is None else gradient.norm_of_whole
+        optimizer.update_low_rank(param, group, gradient.low_rank, low_rank_norm, before=window.before)
+        window.before = None
+        self._leave_used(optimizer, param, window)
 
     def _project(
-        self, optimizer: GaLoreOptimizer, param: Tensor, group: Group, gradient: Gradient, refresh: bool
-    ) -> Tensor | None:
-        """R, noting whether its refresh has happened or, with `None`, was put off."""
-        low_rank = optimizer.project_gradient(param, group, gradient, refresh=refresh)
-        if low_rank is None:
-            self._put_off.add(id(param))
-            self._held.pop(id(param), None)
-        elif refresh:
-            self._refreshed.add(id(param))
-        return low_rank
-
-    def _add(
-        self, optimizer: GaLoreOptimizer, param: Tensor, group: Group, low_rank: Tensor, norm: Tensor | None
-    ) -> None:
-        held = self._held.get(id(param))
-        if held is not None:
-            held.add_(low_rank)
-            self._norms.pop(id(param), None)  # that of the first part, no longer of the whole
+        self, optimizer: GaLoreOptimizer, param: Tensor, group: Group, whole: Tensor, window: _Window
+    ) -> LowRankGradient:
+        """The low-rank gradient of G, with a new basis from it where that is due."""
+        # With a projected backward the others' norms are those of R: be consistent.
+        norm = None if self.projected_backward else norm_of(whole)
+        is_zero = False
+        if self._refresh_due(optimizer, param, group):
+            made = optimizer.new_basis(param, group, whole)
+            low_rank, is_zero = made.low_rank, made.is_zero
+            if made.usable:
+                version = optimizer.new_version(param, group)
+                window.before = optimizer.use_basis(param, group, made, version, keep=self._must_hold(param))
         else:
-            self._use_or_hold(optimizer, param, group, low_rank, norm)
+            low_rank = project(whole, optimizer.bases_of(param, group))
+        return LowRankGradient(param, low_rank, optimizer.basis_version(param, group), norm=norm, is_zero=is_zero)
 
-    def _use_or_hold(
-        self, optimizer: GaLoreOptimizer, param: Tensor, group: Group, low_rank: Tensor, norm: Tensor | None
-    ) -> None:
-        if self._must_hold(param):
-            self._held[id(param)] = low_rank
-            if norm is not None:
-                self._norms[id(param)] = norm
-            return
-        low_rank_norm = norm_of(low_rank)
-        self._norms[id(param)] = low_rank_norm if norm is None else norm
-        optimizer.update_low_rank(param, group, low_rank, low_rank_norm)
-        self._updated.add(id(param))
+    def _leave_used(self, optimizer: GaLoreOptimizer, param: Tensor, window: _Window) -> None:
+        window.updated = True
+        used = self._used.get(id(param))
+        if used is None or used.device != param.device or used.dtype != param.dtype or used.shape != param.shape:
+            used = self._used[id(param)] = UsedGradient(param, optimizer.name_of(param))
+        used.start(window.norm)
+        param.grad = used
 
     def _must_hold(self, param: Tensor) -> bool:
         # accelerate knows whether this micro-batch closes the window; the last of several holds as the others did.
         self._accumulating = self._accumulating or not GradientState().sync_gradients
-        return not self.layerwise or self.hold_gradients or self._accumulating or self._runs[id(param)] > 1
+        return not self.layerwise or self.hold_gradients or self._accumulating or self._passes(param) > 1
+
+    def _passes(self, param: Tensor) -> int:
+        """How many backward passes bring a parameter gradients, for one micro-batch."""
+        segments = self._segments.get(id(param), 0)
+        return max(1, segments + (segments > 0 and id(param) in self._outside))
 
     def _refresh_due(self, optimizer: GaLoreOptimizer, param: Tensor, group: Group) -> bool:
-        return id(param) not in self._refreshed and optimizer.refresh_due(param, group)
-
-    def _check_first_update(self, param: Tensor) -> None:
-        if id(param) in self._updated:
-            optimizer = self._optimizer()
-            name = "a parameter" if optimizer is None else optimizer.name_of(param)
-            raise RuntimeError(
-                f"A second gradient arrived for {name}, which this step's backward pass has already updated: backward "
-                "ran twice before optimizer.step(), or a checkpointed segment used the weight without calling its "
-                "module. Make the optimizer with hold_gradients=True (a Trainer does for max_grad_norm above 0), or "
-                "call backward once a step."
-            )
+        return self._look(param).before is None and optimizer.refresh_due(param, group)
 
     def _optimizer_and_group(self, param: Tensor) -> tuple[GaLoreOptimizer | None, Group | None]:
         optimizer, index = self._optimizer(), self._group_index.get(id(param))
@@ -359,37 +469,44 @@ def _hooks_on(param: Tensor) -> list[_GradientHook]:
 
 
 class _RunCounter:
-    """A module's forward pre-hook: counts the runs of the parameters that it owns."""
+    """A module's forward pre-hook: counts the backward passes that will bring its parameters gradients.
 
-    def __init__(
-        self, hooks: Callable[[], BackwardHooks | None], module: Callable[[], nn.Module | None], owned: tuple[int, ...]
-    ) -> None:
+    Autograd sums up the uses of a weight within one backward pass. But a reentrant checkpoint runs its segment in a
+    function's forward, without a graph, and later in a backward pass of its own.
+    """
+
+    def __init__(self, hooks: Callable[[], BackwardHooks | None], module: Callable[[], nn.Module | None]) -> None:
         self.hooks = hooks
         self.module = module
-        self.owned = owned
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         hooks = self.hooks()
         if hooks is None or module is not self.module():  # a copy of the module has this hook too
             return
-        # Recomputation during the backward pass is the same run again, and evaluation is none.
-        if module.training and not _in_backward():
-            hooks._runs.update(self.owned)
+        # Recomputation during the backward pass is the same run again.
+        if _in_backward():
+            return
+        owned = [id(param) for param in module._parameters.values() if param is not None]
+        if torch.is_grad_enabled():
+            hooks._outside.update(owned)
+        elif _in_function_forward():
+            hooks._segments.update(owned)
 
     def __reduce__(self) -> Any:
-        return _RunCounter, (_gone, _gone, ())  # weak references cannot be pickled
-
-
-def _nothing() -> None:
-    """What is left to do where all is done."""
+        return _RunCounter, (_gone, _gone)  # weak references cannot be pickled
 
 
 def _gone() -> None:
-    """What a dead weak reference returns."""
+    """Return what a dead weak reference returns."""
 
 
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
+
+
+def _in_function_forward() -> bool:
+    """Whether this is the forward of an autograd function, which, unlike no_grad, turns off forward-mode gradients."""
+    return not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
 def _remove(handles: list[Any]) -> None:

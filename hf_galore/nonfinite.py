@@ -1,4 +1,9 @@
-"""Updates that were skipped because a gradient was not finite: counted on the device, without waiting for it."""
+"""Updates that are skipped because a gradient is not finite: what does not move, and how that is counted.
+
+One rule: what is skipped does not move, and neither do its moments or its count. On a CPU the host knows at once; on a
+GPU the device alone does, and updates are computed so that nothing comes of them. The counts of updates, which are the
+host's, are put right there when it next waits for the device anyway: with a Trainer's log.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,32 @@ import torch
 from torch import Tensor
 
 _NEVER = 1e9
+
+
+def skip_unless_finite(norm: Tensor) -> Tensor:
+    """1 where a gradient's norm is NaN or infinite and its update has to be skipped, else 0; no waiting for the device.
+
+    A norm that overflows counts: so would the second moment.
+
+    Args:
+        norm: 0-dimensional.
+    """
+    # Three small kernels instead of the six of isfinite().
+    return (norm * 0).ne(0).to(torch.float32)
+
+
+def known_skip(skip: Tensor) -> bool | None:
+    """Whether an update is skipped, where the host can tell without waiting for a device; else `None`.
+
+    Args:
+        skip: 0-dimensional, 1 or 0.
+    """
+    return _look(skip)
+
+
+def _look(skip: Tensor) -> bool | None:
+    # A function of its own, for plans to replace: their tensors have no numbers, and stand for a GPU's or a CPU's.
+    return bool(skip.item()) if skip.device.type == "cpu" else None
 
 
 class Skipped(NamedTuple):
@@ -21,7 +52,14 @@ class SkippedUpdates:
     """Counts, for each parameter, the updates skipped and the step of the first."""
 
     def __init__(self) -> None:
-        self._records: dict[Tensor, tuple[Tensor, Tensor]] = {}  # times and first step, on the parameter's device
+        self._known: dict[Tensor, Skipped] = {}
+        # Times and first step since the last read, on the parameter's device.
+        self._records: dict[Tensor, tuple[Tensor, Tensor]] = {}
+
+    def note_known(self, param: Tensor, step: int, times: int = 1) -> None:
+        """Note that updates of `param` were skipped, the first of them that of `step`."""
+        known = self._known.get(param)
+        self._known[param] = Skipped(times, step) if known is None else Skipped(known.times + times, known.first_step)
 
     def note(self, param: Tensor, skip: Tensor, step: int) -> None:
         """Note whether this step's update of `param` is skipped.
@@ -38,11 +76,18 @@ class SkippedUpdates:
         times.add_(skip)
         first_step.clamp_(max=(1 - skip).mul_(_NEVER).add_(step))
 
-    def read(self) -> dict[Tensor, Skipped]:
-        """The parameters with skipped updates. Waits for the device."""
+    def read(self) -> dict[Tensor, int]:
+        """The updates that were skipped since the last time but counted as made, by parameter. Waits for devices."""
         found = {}
         for param, (times, first_step) in self._records.items():
             count = int(times.item())
             if count:
-                found[param] = Skipped(count, int(first_step.item()))
+                found[param] = count
+                self.note_known(param, int(first_step.item()), count)
+                times.zero_()
+                first_step.fill_(_NEVER)
         return found
+
+    def known(self) -> dict[Tensor, Skipped]:
+        """The parameters with skipped updates, as far as the host knows."""
+        return dict(self._known)

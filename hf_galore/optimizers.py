@@ -18,6 +18,7 @@ from .base import GaLoreOptimizer, GaLoreOptions
 from .bases import State
 from .groups import Group
 from .moments import Rotation, rotate, rotate_adam, rotate_factored
+from .nonfinite import known_skip
 from .update import (
     Codebooks,
     QuantizedMoments,
@@ -27,6 +28,7 @@ from .update import (
     adam_8bit_direction,
     adam_32bit_,
     adam_direction,
+    adam_in_parts_,
     blockwise_absmax_shape,
     dequantize_moments,
     dynamic_codebooks,
@@ -194,15 +196,15 @@ class GaLoreAdamW8bit(GaLoreAdamW):
         if moments is None:
             return super()._direction(gradient, state, group, step, skip)
         direction = adam_8bit_direction(
-            gradient.masked_fill_(skip.bool(), 0.0),
+            gradient,
             moments,
             self._codebooks_on(gradient.device),
             step=step,
             betas=group["betas"],
             eps=group["eps"],
+            skip=skip,
         )
-        # The moments' past would still move the weight.
-        return direction.mul_(1 - skip), float(group["lr"])
+        return direction, float(group["lr"])
 
     def _update_full_rank(
         self, param: Tensor, gradient: Tensor, state: State, group: Group, step: int, skip: Tensor
@@ -211,10 +213,12 @@ class GaLoreAdamW8bit(GaLoreAdamW):
         if not param.is_contiguous() or self._rounds_stochastically(param, group):
             super()._update_full_rank(param, gradient, state, group, step, skip)
             return
-        gradient.masked_fill_(skip.bool(), 0.0)
         options = {key: group[key] for key in ("betas", "eps", "lr", "weight_decay")}
         moments = _quantized_moments(state)
-        if moments is None:
+        if known_skip(skip) is None:
+            kept = moments or (state["exp_avg"], state["exp_avg_sq"])
+            adam_in_parts_(param, gradient, kept, self._codebooks_on(param.device), step=step, skip=skip, **options)
+        elif moments is None:
             adam_32bit_(param, gradient, state["exp_avg"], state["exp_avg_sq"], step=step, **options)
         else:
             adam_8bit_(param, gradient, moments, self._codebooks_on(param.device), step=step, **options)

@@ -180,25 +180,27 @@ def project(gradient: Gradient, bases: Bases, *, out: Tensor | None = None) -> T
     return out.add_(factor @ other)
 
 
-def add_projected_back_(weight: Tensor, direction: Tensor, bases: Bases, alpha: float) -> None:
-    """W ← W + alpha·back(N) in place, with back(N) = PN, NQᵀ or PNQᵀ.
+def add_projected_back_(weight: Tensor, direction: Tensor, bases: Bases, alpha: float, *, decay: float = 1.0) -> None:
+    """W ← decay·W + alpha·back(N) in place, with back(N) = PN, NQᵀ or PNQᵀ, rounded once.
 
-    One fused matrix product: neither the full-rank update nor a copy of the weight exists.
+    One fused matrix product: neither the full-rank update nor a copy of the weight exists. A separate multiplication by
+    the decay would be lost in bfloat16, where 1 − 1e-3 is 1.
 
     Args:
         weight: m × n.
         direction: N, of the shape of the low-rank gradient, in any floating-point dtype.
         bases: the bases that the gradient was projected with, in the weight's dtype.
         alpha: −η·scale.
+        decay: 1 − ηλ.
     """
     direction = direction.to(weight.dtype)
     if bases.left is None:
         assert bases.right is not None
-        weight.addmm_(direction, bases.right.mT, alpha=alpha)
+        weight.addmm_(direction, bases.right.mT, beta=decay, alpha=alpha)
     elif bases.right is None:
-        weight.addmm_(bases.left, direction, alpha=alpha)
+        weight.addmm_(bases.left, direction, beta=decay, alpha=alpha)
     else:
-        weight.addmm_(bases.left @ direction, bases.right.mT, alpha=alpha)
+        weight.addmm_(bases.left @ direction, bases.right.mT, beta=decay, alpha=alpha)
 
 
 def projected_back(direction: Tensor, bases: Bases, rows: slice) -> Tensor:

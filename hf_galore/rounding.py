@@ -1,4 +1,4 @@
-"""Adding small updates to bfloat16 weights without losing them: stochastic rounding.
+"""Adding small updates to weights without losing them: one rounding for decay and update, stochastic if asked for.
 
 A bfloat16 has 8 bits of precision: an update below 1/512 of its weight vanishes when the sum is rounded to the nearest.
 Rounded up or down at random, with a probability that makes the mean right, it arrives on average.
@@ -12,6 +12,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from .nonfinite import known_skip
 
 # Rows are taken in chunks of about this many elements: float32 copies and random bits of a whole 7B output head would
 # need a gigabyte.
@@ -49,20 +51,41 @@ def add_rounded_(
     update: Callable[[slice], Tensor],
     *,
     alpha: float,
-    decay: Tensor | float,
-    generator: torch.Generator,
+    decay: float,
+    skip: Tensor | None = None,
+    generator: torch.Generator | None = None,
 ) -> None:
-    """W ← decay · W + alpha · U in place, computed in float32 and rounded once, stochastically.
+    """W ← decay · W + alpha · U in place: for weights of less than float32 computed in float32, and rounded once.
 
     Args:
-        weight: bfloat16.
+        weight: any floating-point dtype.
         update: gives the rows of U that a slice of the first dimension names; U has one row for a scalar.
         decay: 1 − ηλ.
+        skip: 0-dimensional; where it is 1, W stays as it is, and U has to be zero. `None` for never.
+        generator: rounds stochastically to bfloat16; `None` to the nearest.
     """
     weight = weight.reshape(-1) if weight.ndim == 0 else weight  # a view
+    factor = decay if skip is None else decay_unless(skip, weight.dtype, decay)
+    precise = torch.promote_types(weight.dtype, torch.float32)
+    if weight.dtype == precise:
+        if decay != 1:
+            weight.mul_(factor)
+        weight.add_(update(slice(None)), alpha=alpha)
+        return
     per_row = max(1, weight[:1].numel())
-    size = max(1, CHUNK_ELEMENTS // per_row)
+    # In two parts at least: what is computed is never a copy of the weight.
+    size = max(1, min(CHUNK_ELEMENTS // per_row, -(-len(weight) // 2)))
     for start in range(0, len(weight), size):
         rows = slice(start, start + size)
-        values = weight[rows].to(torch.float32).mul_(decay).add_(update(rows).to(torch.float32), alpha=alpha)
-        weight[rows] = round_stochastically(values, generator)
+        values = weight[rows].to(precise)
+        if decay != 1:
+            values.mul_(factor)
+        values.add_(update(rows).to(precise), alpha=alpha)
+        weight[rows] = values if generator is None else round_stochastically(values, generator)
+
+
+def decay_unless(skip: Tensor, dtype: torch.dtype, decay: float) -> Tensor | float:
+    """The decay, or 1 where `skip` is 1: a number if the host knows, else on the device, precise enough for `dtype`."""
+    if decay == 1 or known_skip(skip) is False:
+        return decay
+    return 1 - (1 - decay) * (1 - skip.to(torch.promote_types(dtype, torch.float32)))

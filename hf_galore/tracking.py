@@ -18,6 +18,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .gradient import StandIn
+
 # CUDA's allocator hands out multiples of this many bytes.
 GRANULE = 512
 
@@ -131,6 +133,8 @@ class StorageTracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _DEVICE:  # asked half of the time, and nothing is allocated
             return args[0].device
+        if any(issubclass(kind, StandIn) for kind in types):
+            return NotImplemented  # it answers with operations on what it holds, which are seen
         in_backward = torch._C._current_graph_task_id() != -1
         if in_backward and not self._in_backward:
             self._label_activations()
@@ -151,6 +155,8 @@ class StorageTracker(TorchDispatchMode):
                 storage.label = label
 
     def _see(self, tensor: Tensor, operation: Any) -> _Storage | None:
+        if isinstance(tensor, StandIn):
+            return None
         if tensor.device != self._device:
             return None
         storage = tensor.untyped_storage()

@@ -229,24 +229,48 @@ def _create_optimizer(self: Trainer, model: nn.Module | None = None) -> Any:
         if optimizer.hooks is not None:
             optimizer.hooks.attach()
             use_fused_head()
+            _hold_for_callbacks(self, optimizer)
         if _callback_of(self) is None:
             self.add_callback(GaLoreCallback)
     return wrapper
 
 
+def _hold_for_callbacks(trainer: Trainer, optimizer: GaLoreOptimizer) -> None:
+    """Keep gradients until the step where a callback is called just before it: to look at them, or to drop them."""
+    hooks = optimizer.hooks
+    if hooks is None or not hooks.layerwise or hooks.hold_gradients:
+        return
+    looking = [
+        type(callback).__name__
+        for callback in trainer.callback_handler.callbacks
+        if type(callback).on_pre_optimizer_step is not TrainerCallback.on_pre_optimizer_step
+    ]
+    if looking:
+        hooks.hold_gradients = True
+        logger.info(
+            "The callback %s is called before the optimizer's step, so layerwise holds low-rank gradients until then, "
+            "as with max_grad_norm above 0. Without such a callback weights are updated during the backward pass.",
+            looking[0],
+        )
+
+
 def _clip_grad_norm(self: Trainer, model: nn.Module) -> Any:
-    """Replaces `Trainer._clip_grad_norm`, which would see no gradient that the hooks hold."""
-    optimizer = _hooked_optimizer(self.optimizer)
+    """Replaces `Trainer._clip_grad_norm`: by the optimizer's own rule, which skips all of a step that is not finite."""
+    optimizer = galore_optimizer(self.optimizer)
     if optimizer is not None:
+        self.accelerator.unscale_gradients()  # of no effect but with fp16
         return optimizer.clip_grad_norm_(self.args.max_grad_norm)
     return _originals["_clip_grad_norm"](self, model)
 
 
 def _get_grad_norm(self: Trainer, model: nn.Module, grad_norm: Any = None) -> Any:
     """Replaces `Trainer._get_grad_norm`: layerwise gradients are gone when the Trainer looks for them."""
-    optimizer = _hooked_optimizer(self.optimizer)
+    optimizer = galore_optimizer(self.optimizer)
     if optimizer is not None:
-        return optimizer.grad_norm() if grad_norm is None else grad_norm
+        if grad_norm is not None:
+            return grad_norm
+        self.accelerator.unscale_gradients()
+        return optimizer.grad_norm()
     return _originals["_get_grad_norm"](self, model, grad_norm)
 
 
@@ -300,9 +324,3 @@ def galore_optimizer(optimizer: Any) -> GaLoreOptimizer | None:
     """The GaLore optimizer that this is, or that accelerate's wrapper holds."""
     inner = getattr(optimizer, "optimizer", optimizer)
     return inner if isinstance(inner, GaLoreOptimizer) else None
-
-
-def _hooked_optimizer(optimizer: Any) -> GaLoreOptimizer | None:
-    """Likewise, where its hooks are on the model."""
-    galore = galore_optimizer(optimizer)
-    return galore if galore is not None and galore.hooks is not None and galore.hooks.attached else None

@@ -3,8 +3,7 @@
 Each returns a direction N with the shape of the gradient; what happens to it (projection back, scale, learning
 rate, decay) is the optimizer's business. `step` counts from 1 and includes the present one.
 
-bitsandbytes' kernels have no way to skip an update that is only known to the device: their callers give them a zero
-gradient instead.
+Where `skip` is 1 the moments stay as they are and the direction is zero.
 """
 
 from __future__ import annotations
@@ -16,20 +15,11 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from .nonfinite import known_skip
+from .rounding import CHUNK_ELEMENTS, add_rounded_
+
 # bitsandbytes' kernels quantise moments in blocks of this many elements; it is not configurable there.
 BLOCKWISE_SIZE = 256
-
-
-def skip_unless_finite(norm: Tensor) -> Tensor:
-    """1 where a gradient's norm is NaN or infinite and its update has to be skipped, else 0; no waiting for the device.
-
-    A norm that overflows counts: so would the second moment.
-
-    Args:
-        norm: 0-dimensional.
-    """
-    # Three small kernels instead of the six of isfinite().
-    return (norm * 0).ne(0).to(torch.float32)
 
 
 def adam_(
@@ -266,6 +256,7 @@ def adam_8bit_direction(
     step: int,
     betas: tuple[float, float],
     eps: float,
+    skip: Tensor,
 ) -> Tensor:
     """N for a low-rank gradient with 8-bit moments, in its dtype; see `adam_direction` for how.
 
@@ -273,8 +264,58 @@ def adam_8bit_direction(
     back: float32 copies of it and of the gradient would only take memory.
     """
     direction = torch.zeros_like(gradient, memory_format=torch.contiguous_format)
+    # bitsandbytes' kernels have no way to skip an update that only the device knows of: the moments are put back.
+    before = None if known_skip(skip) is False else [moment.clone() for moment in moments]
     adam_8bit_(direction, gradient, moments, codebooks, step=step, betas=betas, eps=eps, lr=-1.0, weight_decay=0.0)
+    if before is not None:
+        skipped = skip.bool()
+        for moment, old in zip(moments, before, strict=True):
+            torch.where(skipped, old, moment, out=moment)
+        direction.masked_fill_(skipped, 0.0)
     return direction
+
+
+def adam_in_parts_(
+    weight: Tensor,
+    gradient: Tensor,
+    moments: QuantizedMoments | tuple[Tensor, Tensor],
+    codebooks: Codebooks,
+    *,
+    step: int,
+    betas: tuple[float, float],
+    eps: float,
+    lr: float,
+    weight_decay: float,
+    skip: Tensor,
+) -> None:
+    """W ← (1 − ηλ)W − ηN in place, rounded once, where only the device knows whether the update is skipped.
+
+    bitsandbytes' kernels would move a weight and its moments in any case, and on a GPU round twice. A part at a time,
+    because what is computed is a copy.
+
+    Args:
+        weight: contiguous.
+        gradient: of its shape.
+        moments: in 8 bits, or m and v in float32; contiguous.
+    """
+    flat, gradients = weight.view(-1), gradient.to(weight.dtype).contiguous().view(-1)
+    for start in range(0, flat.numel(), CHUNK_ELEMENTS):
+        part = slice(start, start + CHUNK_ELEMENTS)
+        if isinstance(moments, QuantizedMoments):
+            blocks = slice(start // BLOCKWISE_SIZE, (start + CHUNK_ELEMENTS) // BLOCKWISE_SIZE)
+            of_part = QuantizedMoments(
+                moments.exp_avg.view(-1)[part],
+                moments.exp_avg_absmax[blocks],
+                moments.exp_avg_sq.view(-1)[part],
+                moments.exp_avg_sq_absmax[blocks],
+            )
+            direction = adam_8bit_direction(
+                gradients[part], of_part, codebooks, step=step, betas=betas, eps=eps, skip=skip
+            )
+        else:
+            exp_avg, exp_avg_sq = (moment.view(-1)[part] for moment in moments)
+            direction = adam_direction(gradients[part], exp_avg, exp_avg_sq, step=step, betas=betas, eps=eps, skip=skip)
+        add_rounded_(flat[part], direction.__getitem__, alpha=-lr, decay=1 - lr * weight_decay, skip=skip)
 
 
 def adafactor_direction(

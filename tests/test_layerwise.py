@@ -19,6 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from hf_galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 from hf_galore.backward import ProjectedLinear
 from hf_galore.base import GaLoreOptimizer
+from hf_galore.gradient import StandIn
+from hf_galore.projection import project
 
 CLASSES = [GaLoreAdamW, GaLoreAdamW8bit, GaLoreAdafactor]
 RANK, GAP, TOKENS = 3, 4, 10
@@ -189,13 +191,8 @@ def test_every_side(way: str, proj_type: str) -> None:
 @pytest.mark.parametrize("way", HOOKED)
 @pytest.mark.parametrize("kind", [CalledTwice, SharedWeight, FunctionalUse, Checkpointed, CheckpointedReentrant])
 def test_every_way_of_using_a_layer(way: str, kind: type[Net]) -> None:
-    if kind is FunctionalUse and way == "layerwise, projected backward":
-        # Its two gradients come by two ways, and the first has updated the weight.
-        with pytest.raises(RuntimeError, match=r"second gradient arrived for down.*without calling its module"):
-            run(kind, way)
-        return
-    # What does not come by the module is not in δ and X, so a refresh from these would see another gradient.
-    group = {"refresh": "svd"} if kind is FunctionalUse else {}
+    # ε as above: what a weight gets by two ways is summed up in another order.
+    group = {"eps": 1e-3} if kind is FunctionalUse else {}
     assert_same_weights(run(kind, way, group=group), run(kind, "plain", group=group))
 
 
@@ -350,7 +347,9 @@ def accumulate(parts: int, seen: list[dict[str, int]] | None = None) -> Step:
             ((net(chunk) - 1).square().sum() / (batch.shape[0] * WIDE)).backward()
             if seen is not None and optimizer.hooks is not None:
                 held = sum(r.untyped_storage().nbytes() for r in optimizer.hooks.held())
-                grads = sum(m.weight.grad is not None for m in net.modules() if isinstance(m, nn.Linear))
+                gradients = [m.weight.grad for m in net.modules() if isinstance(m, nn.Linear)]
+                grads = sum(type(gradient) is Tensor for gradient in gradients)
+                assert held == sum(gradient.nbytes for gradient in gradients if isinstance(gradient, StandIn))
                 seen.append({"held": held, "target gradients": grads})
         optimizer.step()
         optimizer.zero_grad()
@@ -398,19 +397,16 @@ def test_a_refresh_in_a_window_takes_the_first_micro_batch(way: str) -> None:
         accumulate(parts)(net, optimizer, batch)
         if index % gap == 0:
             loss_of(reference, batch.chunk(parts)[0]).backward()
-            for group in by_hand.param_groups:
-                for param in group["params"]:
-                    if "rank" in group:
-                        assert param.grad is not None
-                        by_hand.project_gradient(param, group, param.grad, refresh=True)
+            for param, group in by_hand.targets():
+                assert param.grad is not None
+                by_hand.project_gradient(param, group, param.grad, refresh=True)
             by_hand.zero_grad()
         loss_of(reference, batch).backward()
         for group in by_hand.param_groups:
             for param in group["params"]:
                 if "rank" in group:
-                    low_rank = by_hand.project_gradient(param, group, param.grad, refresh=False)
-                    assert low_rank is not None
-                    by_hand.update_low_rank(param, group, low_rank)
+                    assert param.grad is not None
+                    by_hand.update_low_rank(param, group, project(param.grad, by_hand.bases_of(param, group)))
                 else:
                     by_hand.update_parameter(param, group)
         by_hand.zero_grad()
@@ -506,6 +502,8 @@ class Shapes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if any(issubclass(kind, StandIn) for kind in types):
+            return NotImplemented  # has a shape and not the elements, and answers with operations on R, which are seen
         out = func(*args, **(kwargs or {}))
         inputs = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, Tensor)}
         for tensor in out if isinstance(out, (tuple, list)) else [out]:

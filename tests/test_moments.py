@@ -441,15 +441,27 @@ def test_a_refresh_without_a_gradient_rotates_nothing(kind: str) -> None:
     assert_identical(ends[0], ends[1])
 
 
+@pytest.mark.parametrize("setting", ["rotate", "reset"])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_a_refresh_without_a_gradient_resets_moments_and_bias_correction_together(kind: str) -> None:
-    optimizer, param, _ = before_a_refresh(kind, "reset")
-    before = param.detach().clone()
+def test_a_refresh_without_a_gradient_comes_with_the_next_one(kind: str, setting: Moments) -> None:
+    """The step without a gradient leaves the refresh due, moments included: nothing is lost, nothing done twice."""
+    optimizer, param, group = before_a_refresh(kind, setting)
     param.grad = torch.zeros_like(param)
     optimizer.step()
-    assert torch.equal(param.detach(), before)
-    momentum = moments_of(optimizer.state[param]).get("exp_avg")
-    assert momentum is None or not momentum.any()
+    assert optimizer.refresh_due(param, group)
+    before, old = copied(optimizer.state[param]), copied(optimizer.bases_of(param, group))
+    refresh(optimizer, param, group)
+    assert not optimizer.refresh_due(param, group)
+    after = moments_of(optimizer.state[param])
+    if setting == "reset":
+        assert not any(value.any() for value in after.values())
+        return
+    expected = copied(before)
+    with torch.no_grad():
+        rotation = rotation_between(optimizer.bases_of(param, group), old)
+        optimizer._rotate_moments(expected, group, rotation, GAP + 1)
+    assert_identical(after, moments_of(expected))
+    assert any(not torch.equal(value, before[key]) for key, value in after.items())
 
 
 # ---- what it is good for

@@ -157,14 +157,21 @@ def test_every_row_is_asked_for_once_in_chunks(monkeypatch: pytest.MonkeyPatch) 
     assert asked == [[0, 1], [2, 3], [4, 5], [6]]
 
 
-def test_decay_may_be_a_tensor() -> None:
-    """As it is where the device decides whether an update is skipped."""
-    results = []
-    for decay in (0.75, torch.tensor(0.75)):
-        weight = torch.full((9,), 1.1, dtype=torch.bfloat16)
-        add_rounded_(weight, torch.ones(9).__getitem__, alpha=-0.1, decay=decay, generator=numbers())
-        results.append(weight)
-    assert torch.equal(*results)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("skipped", [False, True])
+def test_a_skip_that_only_the_device_knows_of(
+    skipped: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: nothing moves where the update is skipped, or else what moves where the host knows."""
+    start = torch.full((9,), 1.1, dtype=dtype)
+    update = torch.zeros(9) if skipped else torch.linspace(-1, 1, 9)
+    known, unknown = start.clone(), start.clone()
+    options: dict[str, Any] = {"alpha": -0.1, "decay": 0.75}
+    add_rounded_(known, update.__getitem__, skip=torch.tensor(0.0), **options)
+    monkeypatch.setattr("hf_galore.nonfinite._look", lambda skip: None)
+    add_rounded_(unknown, update.__getitem__, skip=torch.tensor(float(skipped)), **options)
+    assert not torch.equal(known, start)
+    assert torch.equal(unknown, start if skipped else known)
 
 
 def test_a_weight_that_is_not_contiguous_is_updated_in_place() -> None:

@@ -529,7 +529,7 @@ class Storages(TrainerCallback):
         for name, param in model.named_parameters():
             self.addresses[name].add(param.data_ptr())
             if param.grad is not None:
-                self.gradients += 1
+                self.gradients += param.grad.numel() > 0
                 if param.grad.shape != param.shape:
                     self.misshapen.append(name)
 
