@@ -58,7 +58,7 @@ from .projection import (
     projected_back,
     side_of,
 )
-from .refresh import figures_of, new_bases, products
+from .refresh import bases_of_lower_rank, figures_of, new_bases, products
 from .rounding import add_rounded_, decay_unless, generator_for
 from .schedule import NEVER, next_gap_factor, phase_of, refreshes_by
 
@@ -414,17 +414,30 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         state = self._state_of(param, group)
         old = None if refreshed_at(state) == NEVER else read_bases(param, group, state)
         side = side_of(param.shape, group["proj_type"])
-        kept = kept_bases(new_bases(gradient, side, group["rank"], group["refresh"], old), param, group)
-        new = read_bases(param, group, kept)
-        low_rank = project(gradient, new)
-        # The one time that a refresh waits for the device.
-        norm, energy, shared = (value.item() for value in figures_of(gradient, low_rank, new, old).cpu().unbind())
+        computed = new_bases(gradient, side, group["rank"], group["refresh"], old)
+        kept, low_rank, figures = self._figures(param, group, gradient, computed, old)
+        norm, energy, shared, full = figures
+        if not full and 0 < norm < math.inf:
+            # Rare, so that it may wait once more.
+            computed = bases_of_lower_rank(gradient, side, group["rank"], group["refresh"], computed)
+            kept, low_rank, (norm, energy, shared, _) = self._figures(param, group, gradient, computed, old)
         if norm == 0:
             low_rank.zero_()
         elif not math.isfinite(norm):
             low_rank.fill_(math.nan)  # an infinite element may meet a zero of the basis
         watch.stop()
         return NewBasis(kept, low_rank, norm, energy, shared, watch)
+
+    def _figures(
+        self, param: Tensor, group: Group, gradient: Gradient, computed: Bases, old: Bases | None
+    ) -> tuple[State, Tensor, list[float]]:
+        """New bases as they are kept, the gradient in them, and what there is to know of the refresh."""
+        kept = kept_bases(computed, param, group)
+        new = read_bases(param, group, kept)
+        low_rank = project(gradient, new)
+        figures = figures_of(gradient, low_rank, new, old, computed)
+        # The one time that a refresh waits for the device.
+        return kept, low_rank, [value.item() for value in figures.cpu().unbind()]
 
     def use_basis(self, param: Tensor, group: Group, made: NewBasis, version: BasisVersion, *, keep: bool) -> Before:
         """Let a target have new bases from now on.

@@ -9,6 +9,7 @@ know of a refresh, throws them away.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +26,11 @@ RANDOMIZED_ITERATIONS = 2
 ENERGY_FLOOR = 1e-3
 # Columns that estimate the part of a gradient outside its basis, where only its factors are at hand.
 PROBES = 16
+# A column with less than this part of what a column has on average may stand for nothing: the floor above leaves up to
+# that in it. (Columns of real gradients have 3e-4 and more.)
+WEAK = 1e-4
+# Rows of a gradient that tell what precision it was computed in.
+_SAMPLE_ROWS = 64
 _TINY = torch.finfo(torch.float32).tiny
 # Added where everything else is about 1, so that a zero gradient gives the old basis back.
 _NEGLIGIBLE = 1e-20
@@ -57,7 +63,7 @@ def new_bases(gradient: Gradient, side: Side, rank: int, method: RefreshMethod, 
         old: the present bases; `None` before the first refresh.
     """
     if method == "subspace":
-        return subspace_bases(gradient, side, rank, old)
+        return subspace_bases(gradient, side, rank, None if old is None else _completed(old, gradient))
     if method == "randomized":
         new = randomized_bases(gradient, side, rank)
     else:
@@ -66,6 +72,103 @@ def new_bases(gradient: Gradient, side: Side, rank: int, method: RefreshMethod, 
     if old is None:
         return new
     return Bases(*(None if p is None or q is None else align_signs(p, q) for p, q in zip(new, old, strict=True)))
+
+
+def full_rank(bases: Bases, gradient: Gradient, old: Bases | None) -> Tensor:
+    """1 where every column stands for a direction of the gradient, 0 where its rank may be below r; 0-dimensional.
+
+    The rank of a gradient in factors is at most its rows. Of another a column tells that has next to nothing of it (a
+    rank only a little below r does not show that way), and that it was so at the last refresh.
+
+    Args:
+        bases: as `new_bases` gives them.
+        old: those before, if there were any.
+    """
+    floor = _noise_floor(gradient)
+    found = [_is_alive(basis).all() for basis in old or () if basis is not None]
+    for share in _shares(bases, gradient):
+        if share is not None:
+            limit = floor.clamp_min(WEAK * share.shape[0] ** -0.5)
+            known = isinstance(gradient, FactoredGradient) and len(gradient.inputs) < share.shape[0]
+            found.append((share > limit).all() & (not known))
+    flag: Tensor = torch.stack(found).all()
+    return flag.to(_dtype_of(gradient))
+
+
+def bases_of_lower_rank(gradient: Gradient, side: Side, rank: int, method: RefreshMethod, bases: Bases) -> Bases:
+    """The bases of a gradient of less than rank r, with zeros for the columns that stand for none of its directions.
+
+    A layer that sees fewer rows than the rank, such as a classifier, has such a gradient. What it has along the other
+    columns is rounding, which Adam would blow up to full size.
+
+    Args:
+        gradient: neither zero nor infinite.
+        bases: from `new_bases`, of which `full_rank` says 0.
+    """
+    if method == "subspace":
+        # What the floor of a power iteration keeps of the old basis has tilted the directions that there are.
+        for _ in range(2):
+            bases = subspace_bases(gradient, side, rank, bases)
+    floor = _noise_floor(gradient)
+    return Bases(
+        *(
+            None if p is None or share is None else p * (share > floor)
+            for p, share in zip(bases, _shares(bases, gradient), strict=True)
+        )
+    )
+
+
+def _shares(bases: Bases, gradient: Gradient) -> tuple[Tensor | None, Tensor | None]:
+    """‖Gᵀp‖ / ‖G‖ of every column p of either basis, from 16 random columns of G."""
+
+    def shares(basis: Tensor, gradient: Gradient) -> Tensor:
+        sketch = _scale_(times(gradient, _gaussian(gradient.shape[1], PROBES, gradient)))
+        along: Tensor = torch.linalg.vector_norm(basis.mT @ sketch, dim=-1)
+        return along.div_(norm_of(sketch).clamp_min(_TINY))
+
+    return (
+        None if bases.left is None else shares(bases.left, gradient),
+        None if bases.right is None else shares(bases.right, _transposed(gradient)),
+    )
+
+
+def _noise_floor(gradient: Gradient) -> Tensor:
+    """The share of a gradient's norm that rounding may put into one direction; 0-dimensional.
+
+    Rounding the elements of G by ε puts up to about 2ε / √min(m, n) of its norm into the direction with most of it, and
+    half of that on average over ε's range. A gradient in float32 may have been computed in less, under autocast.
+    """
+    precise = 32 * torch.finfo(_dtype_of(gradient)).eps  # of the refresh itself
+    floor = torch.full((), precise, dtype=_dtype_of(gradient), device=gradient.device)
+    if isinstance(gradient, FactoredGradient):
+        return floor
+    spread = min(gradient.shape) ** -0.5
+    if gradient.dtype in (torch.bfloat16, torch.float16):
+        return floor.add_(torch.finfo(gradient.dtype).eps * spread)
+    sample = gradient[:_SAMPLE_ROWS]
+    for dtype in (torch.bfloat16, torch.float16):
+        rounded: Tensor = (sample.to(dtype).to(sample.dtype) == sample).all()
+        floor = torch.maximum(floor, rounded * (precise + torch.finfo(dtype).eps * spread))
+    return floor
+
+
+def _completed(old: Bases, gradient: Gradient) -> Bases:
+    """The old bases with something to start from in the columns that stand for nothing."""
+    return Bases(
+        *(
+            None
+            if basis is None
+            else torch.where(_is_alive(basis), basis.to(_dtype_of(gradient)), _uniform(basis.shape, gradient))
+            for basis in old
+        )
+    )
+
+
+def _is_alive(basis: Tensor) -> Tensor:
+    """Which columns stand for a direction."""
+    size: Tensor = torch.linalg.vector_norm(basis, dim=0, dtype=torch.promote_types(basis.dtype, torch.float32))
+    alive: Tensor = size > 0.5
+    return alive
 
 
 def svd_bases(gradient: Tensor, side: Side, rank: int) -> Bases:
@@ -146,24 +249,33 @@ def align_signs(basis: Tensor, old: Tensor) -> Tensor:
 def overlap(new: Bases, old: Bases) -> Tensor:
     """How much of the old subspace is in the new one, 0 to 1: ‖P_newᵀP_old‖²_F / r, the smaller of the two sides'.
 
-    Two random subspaces overlap by r / m. 0-dimensional.
+    Two random subspaces overlap by r / m. Columns of zeros count for nothing. 0-dimensional.
     """
     shares = [
-        norm_of(p.mT @ q).square() / p.shape[1]
+        norm_of(p.mT @ q).square() / _is_alive(q).sum().clamp_min(1)
         for p, q in zip(new, old, strict=True)
         if p is not None and q is not None
     ]
     return torch.stack(shares).amin()
 
 
-def figures_of(gradient: Gradient, low_rank: Tensor, new: Bases, old: Bases | None) -> Tensor:
+def figures_of(
+    gradient: Gradient, low_rank: Tensor, new: Bases, old: Bases | None, computed: Bases | None = None
+) -> Tensor:
     """What there is to know of a refresh: ‖G‖_F, the captured energy and the overlap (1 for a first refresh).
 
     Of a gradient in factors ‖G‖² is ‖R‖² + ‖G − back(R)‖², the latter estimated from products with `PROBES` Gaussian
     columns, without bias: there is no G to take the norm of.
 
+    Args:
+        gradient: G.
+        low_rank: R, in the new bases.
+        new: the new bases as they are kept.
+        old: those before, if there were any.
+        computed: the new bases before they were quantised, to be told what `full_rank` says of them.
+
     Returns:
-        3 numbers of at least float32 on the gradient's device.
+        3 numbers, or 4, of at least float32 on the gradient's device.
 
     Source: the estimate is Hutchinson's (1989).
     """
@@ -178,7 +290,8 @@ def figures_of(gradient: Gradient, low_rank: Tensor, new: Bases, old: Bases | No
         total = norm_of(gradient)
     energy = (captured / total.clamp_min(_TINY)).square().clamp_max(1.0)
     shared = torch.ones_like(total) if old is None else overlap(new, old)
-    return torch.stack((total, torch.where(total > 0, energy, 1.0), shared))
+    figures = [total, torch.where(total > 0, energy, 1.0), shared]
+    return torch.stack(figures if computed is None else [*figures, full_rank(computed, gradient, old).to(total.dtype)])
 
 
 def _power_iteration(gradient: Gradient, basis: Tensor) -> Tensor:
@@ -196,6 +309,13 @@ def _gaussian(rows: int, columns: int, gradient: Gradient) -> Tensor:
     size = (rows, columns)
     sample: Tensor = torch.randn(size, generator=generator, dtype=_dtype_of(gradient), device=gradient.device)
     return sample / math.sqrt(rows)
+
+
+def _uniform(shape: Sequence[int], gradient: Gradient) -> Tensor:
+    """Likewise, and quicker to make."""
+    generator = torch.Generator(gradient.device).manual_seed(1)
+    sample: Tensor = torch.rand(tuple(shape), generator=generator, dtype=_dtype_of(gradient), device=gradient.device)
+    return sample.sub_(0.5).mul_((12 / shape[0]) ** 0.5)
 
 
 def _orthonormal(matrix: Tensor) -> Tensor:
@@ -220,7 +340,7 @@ def _largest(matrix: Tensor) -> Tensor:
 
 
 def _dtype_of(gradient: Gradient) -> torch.dtype:
-    """The dtype that a refresh is computed in."""
+    """The dtype that a refresh is computed in, at least float32."""
     return torch.promote_types(gradient.dtype, torch.float32)
 
 

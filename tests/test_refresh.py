@@ -76,10 +76,15 @@ def share_of_exact(gradient: Tensor, bases: Bases, rank: int, values: Tensor | N
     return float(project(gradient.double(), bases).square().sum() / values[:rank].square().sum())
 
 
-def assert_orthonormal(bases: Bases) -> None:
+def assert_orthonormal(bases: Bases, *, directions: int | None = None) -> None:
+    """Orthonormal columns, with zeros from `directions` on, where that is the rank of the gradient."""
     for basis in bases:
         if basis is not None:
             identity = torch.eye(basis.shape[1], dtype=basis.dtype)
+            if directions is not None:
+                alive = basis.any(dim=0)
+                assert alive.sum() == directions
+                identity = torch.diag(alive.to(basis.dtype))
             # Rounding in float32 leaves about 1e-6.
             torch.testing.assert_close(basis.mT @ basis, identity, atol=1e-5, rtol=0)
 
@@ -575,7 +580,11 @@ def test_any_gradient_at_a_refresh(kind: str, method: RefreshMethod, cls: type[A
             assert_identical(tuple(bases_of(optimizer, weight)), tuple(old_bases))
     if kind == "rank 1":
         assert share_of_exact(bad, bases_of(optimizer, weight), 1) >= 0.99
+        assert_orthonormal(bases_of(optimizer, weight), directions=1)
         assert counters(optimizer, weight) == (before + 1, before, refreshes + 1)
+
+    if kind not in {"rank 1", *NOTHING, *PUT_OFF}:
+        assert_orthonormal(bases_of(optimizer, weight))
 
     # The next good step has a real basis: at once where nothing was learnt from this one, else the one it has.
     looks_again = kind in PUT_OFF or kind in NOTHING
@@ -585,7 +594,7 @@ def test_any_gradient_at_a_refresh(kind: str, method: RefreshMethod, cls: type[A
     take_step(optimizer, weight, good)
     assert not torch.equal(weight, moved_from)
     assert counters(optimizer, weight) == ((was[0] + 1, was[0], was[2] + 1) if looks_again else (was[0] + 1, *was[1:]))
-    assert_orthonormal(bases_of(optimizer, weight))
+    assert_orthonormal(bases_of(optimizer, weight), directions=1 if kind == "rank 1" else None)
     if looks_again:
         assert share_of_exact(good, bases_of(optimizer, weight), RANK) >= WORST_SHARE
 
