@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hf_galore.cli.main import main
@@ -37,6 +38,16 @@ def said_of_mistake(command: str, arguments: list[str], capsys: pytest.CaptureFi
 def weights(folder: Path) -> dict[str, Tensor]:
     """Of the model that was saved in a folder."""
     return dict(sorted(load_file(folder / "model.safetensors").items()))
+
+
+def write_checkpoint(folder: Path, state: Mapping[str, Any] | None = None) -> Path:
+    """The least that is a whole checkpoint."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
+        torch.save({}, folder / name)
+    save_file({}, folder / "model.safetensors")
+    (folder / "trainer_state.json").write_text(json.dumps(state or {}), encoding="utf-8")
+    return folder
 
 
 def history(folder: Path) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from hf_galore import GaLoreConfig
 from hf_galore.cli import checkpoints, errors, kinds, recipe, sft
 from hf_galore.cli.errors import UserError
 from hf_galore.cli.main import main
+from tests.commands import write_checkpoint
 
 RUNS_ANYWHERE = {"bf16": False, "use_cpu": True, "report_to": "none"}
 
@@ -207,19 +208,11 @@ def test_only_empty_folders_of_a_failed_run_are_removed(tmp_path: Path) -> None:
 # ---- checkpoints
 
 
-def checkpoint(output_dir: Path, step: int, *, complete: bool = True) -> Path:
-    folder = output_dir / f"checkpoint-{step}"
-    folder.mkdir(parents=True)
-    if complete:
-        (folder / "trainer_state.json").write_text("{}")
-    return folder
-
-
-def test_the_last_checkpoint_is_the_last_complete_one(tmp_path: Path) -> None:
+def test_the_last_checkpoint_is_the_last_whole_one(tmp_path: Path) -> None:
     assert checkpoints.last_checkpoint(tmp_path) is None
-    checkpoint(tmp_path, 9)
-    latest = checkpoint(tmp_path, 10)  # after 9 by number, before it by name
-    checkpoint(tmp_path, 11, complete=False)  # its run was killed while it was written
+    write_checkpoint(tmp_path / "checkpoint-9")
+    latest = write_checkpoint(tmp_path / "checkpoint-10")  # after 9 by number, before it by name
+    (tmp_path / "checkpoint-11").mkdir()  # its run was killed while it was written
     (tmp_path / "checkpoint-best").mkdir()
     assert checkpoints.last_checkpoint(tmp_path) == latest
 
@@ -234,9 +227,14 @@ def test_resume_from_a_folder_that_is_no_checkpoint(tmp_path: Path, capsys: pyte
 def test_a_finished_runs_folder_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It has the Trainer's log, but no optimizer."""
     path = recipe_in(tmp_path, model_name_or_path="m", dataset_name="d")
-    (tmp_path / "trainer_state.json").write_text("{}")
-    assert main(["sft", "--config", path, "--resume_from_checkpoint", str(tmp_path)]) == 2
-    assert "it holds no scheduler.pt. Give a folder checkpoint-N" in capsys.readouterr().err
+    finished = write_checkpoint(tmp_path / "finished")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        (finished / name).unlink()
+    assert main(["sft", "--config", path, "--resume_from_checkpoint", str(finished)]) == 2
+    said = capsys.readouterr().err
+    assert (
+        "it holds no optimizer.pt, scheduler.pt and rng_state.pth, only the model, as a finished run's folder" in said
+    )
 
 
 @pytest.mark.parametrize("resumed", [[], ["--resume_from_checkpoint"], ["--resume_from_checkpoint", "before"]])
@@ -248,7 +246,7 @@ def test_the_command_to_go_on_with_asks_to_resume_once(
 
     monkeypatch.setattr(sft, "run_sft", interrupted)
     path = recipe_in(tmp_path)
-    checkpoint(tmp_path / "out", 4)
+    write_checkpoint(tmp_path / "out" / "checkpoint-4")
     assert main(["sft", "--config", path, *resumed, "--max_steps", "9"]) == 130
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.endswith(f": hf-galore sft --config {path} --max_steps 9 --resume_from_checkpoint")

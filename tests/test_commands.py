@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from trl import SFTTrainer
 
 from hf_galore.cli import recipe
+from hf_galore.cli.checkpoints import flaw
 from hf_galore.cli.embedded import CACHE_VARIABLE, Embedded, conversations, embedded, split
 from hf_galore.cli.main import COMMANDS, main
 from tests.helpers import assert_identical
@@ -218,8 +219,7 @@ def test_a_killed_run_goes_on_where_it_was(settings: dict[str, Any], tmp_path: P
     path = written({**settings, "save_total_limit": None}, tmp_path)
     command = [sys.executable, "-m", "hf_galore.cli.main", "sft", "--config", path]
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
-    # trainer_state.json is the last file of a checkpoint.
-    wait_for(tmp_path / "out" / "checkpoint-2" / "trainer_state.json", process)
+    wait_for_checkpoint(tmp_path / "out" / "checkpoint-2", process)
     process.send_signal(signal.SIGKILL)
     process.wait()
 
@@ -227,12 +227,38 @@ def test_a_killed_run_goes_on_where_it_was(settings: dict[str, Any], tmp_path: P
     assert_identical(weights(tmp_path / "out"), weights(tmp_path / "alone"))
 
 
-def wait_for(path: Path, process: subprocess.Popen[bytes], seconds: float = 240) -> None:
+def wait_for_checkpoint(folder: Path, process: subprocess.Popen[bytes], seconds: float = 240) -> None:
+    """Until it is whole: its last file may be there and be empty for a moment, longer on a busy machine."""
     deadline = time.monotonic() + seconds
-    while not path.exists():
+    while flaw(folder) is not None:
         assert process.poll() in (None, 0), "the run ended before its first checkpoint"
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_killed_while_the_last_file_of_a_checkpoint_was_written(
+    settings: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    path, out = written(settings, tmp_path), tmp_path / "out"
+    assert main(["sft", "--config", path]) == 0
+    expected = weights(out)
+    latest = out / "checkpoint-6" / "trainer_state.json"
+    latest.write_text("")
+    capsys.readouterr()
+    assert main(["sft", "--config", path, "--resume_from_checkpoint", str(latest.parent)]) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("hf-galore sft: "))
+    assert f"{latest.parent} is no checkpoint that training can go on from: {latest.name} is cut off" in line
+
+    assert main(["sft", "--config", path, "--resume_from_checkpoint"]) == 0
+    said = [message for message in caplog.messages if "is left out" in message]
+    assert len(said) == 1
+    assert said[0].startswith(f"{latest.parent} is left out")
+    assert latest.name in said[0]
+    assert_identical(weights(out), expected)
+    assert flaw(latest.parent) is None  # written again
 
 
 def test_ctrl_c_says_how_to_go_on(

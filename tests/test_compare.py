@@ -86,15 +86,21 @@ def test_trl_sft_saves_its_last_checkpoint_and_no_state(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_run_is_read_from_its_last_complete_checkpoint(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "stopped"
     write_facts(folder, finished=False, optimizer_bytes=None)
     write_state(folder, a_log([9.0] * 8), 8)  # of an earlier run in the same folder
     write_state(folder / "checkpoint-2", a_log([7.0, 6.0], runtime=None), 2, max_steps=8)
     write_state(folder / "checkpoint-4", a_log([7.0, 6.0, 5.0, 4.0], runtime=None), 4, max_steps=8)
+    (folder / "checkpoint-4" / "config.json").write_text("{}")
     (folder / "checkpoint-6").mkdir()  # killed while it was saved
+    write_state(folder / "checkpoint-8", a_log([7.0] * 8, runtime=None), 8)
+    state = (folder / "checkpoint-8" / "trainer_state.json").read_text()
+    (folder / "checkpoint-8" / "trainer_state.json").write_text(state[: len(state) // 2])  # and once more
+    (folder / "config.json").write_text("")
     found = numbers(folder)["stopped"]
+    assert caplog.messages[0].startswith(f"{folder / 'checkpoint-8'} is left out: trainer_state.json is cut off")
     assert found["finished"] is False
     assert found["step"] == 4
     assert found["results"]["training_loss"] == 4.0

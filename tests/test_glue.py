@@ -103,6 +103,11 @@ def test_a_classifier_of_ones_own_texts_with_two_seeds_interrupted_and_resumed(
     assert (tmp_path / "out" / "seed-1" / "model.safetensors").stat().st_mtime_ns == before
     assert [e for e in history(killed) if "eval_accuracy" in e] == [e for e in expected if "eval_accuracy" in e]
 
+    # What is finished and cannot be read is no score, and not trained again without a word.
+    (killed / "trainer_state.json").write_text("")
+    said = said_of_mistake("glue", [*options(settings), "--resume_from_checkpoint"], capsys)
+    assert f"{killed} cannot be gone on with" in said
+
 
 def test_a_task_of_glue_from_a_recipe_beside_what_was_published(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

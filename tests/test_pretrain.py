@@ -89,12 +89,17 @@ def test_c4s_recipe_on_a_folder_of_text_and_a_resumed_run_of_it(
     assert (facts.command, facts.recipe, facts.finished) == ("hf-galore pretrain", "llama_60m_c4.yaml", True)
     assert AutoModelForCausalLM.from_pretrained(out).config.num_hidden_layers == 2
 
-    # As if it had been killed after step 4, with the place in the stream and without it.
-    for name in ("place", "no place"):
+    # As if it had been killed after step 4: with the place in the stream; without it, or with one that is none of ours,
+    # when the Trainer reads what it has seen again; and with half of it, when it goes on from step 2.
+    for name in ("place", "no place", "no place of ours", "half a place"):
         resumed = tmp_path / name
-        shutil.copytree(out / "checkpoint-4", resumed / "checkpoint-4")
-        if name == "no place":  # then the Trainer reads what it has seen again
-            (resumed / "checkpoint-4" / POSITION_FILE).unlink()
+        for step in (2, 4):
+            shutil.copytree(out / f"checkpoint-{step}", resumed / f"checkpoint-{step}")
+        position = resumed / "checkpoint-4" / POSITION_FILE
+        if name == "no place":
+            position.unlink()
+        elif name != "place":
+            position.write_text("{}" if name == "no place of ours" else position.read_text(encoding="utf-8")[:-9])
         given = options({**settings, "output_dir": resumed})
         assert main([*arguments, *given, "--resume_from_checkpoint"]) == 0
         assert_identical(weights(resumed), weights(out))

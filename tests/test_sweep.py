@@ -20,6 +20,7 @@ from hf_galore.cli.errors import Stopped
 from hf_galore.cli.main import main
 from hf_galore.cli.run_record import RUN_FILE, RunFacts
 from hf_galore.cli.sweep import SETTINGS_FILE, plan_sweep
+from tests.commands import write_checkpoint
 from tests.written_runs import FACTS, Page, write_state
 
 SETTINGS: dict[str, Any] = {
@@ -231,7 +232,7 @@ def test_a_sweep_goes_on_where_it_was(path: str, tmp_path: Path, monkeypatch: py
     again = [*arguments, "--resume_from_checkpoint"]
     planned = plan_sweep(["rank=4,8,16,32"], ["--config", path]).trials[2]
     (planned.folder / SETTINGS_FILE).write_text(json.dumps(planned.settings))
-    write_state(planned.folder / "checkpoint-1", [{"loss": 2.0, "step": 1}], 1, max_steps=2)
+    write_checkpoint(planned.folder / "checkpoint-1", {"log_history": [{"loss": 2.0, "step": 1}]})
     second = trained(monkeypatch)
     assert main(again) == 0
     assert second.folders == ["rank-16", "rank-32"]

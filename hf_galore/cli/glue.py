@@ -136,8 +136,9 @@ def _by_seed(parsed: Arguments) -> list[tuple[Arguments, Score | None]]:
             training.output_dir = str(Path(training.output_dir) / f"seed-{seed}")
         one = parsed._replace(training=training)
         known = finished_score(one) if resumes else None
-        if resumes and last_checkpoint(Path(training.output_dir)) is None:
-            training.resume_from_checkpoint = None  # this one has not begun
+        if resumes and known is None:
+            last = last_checkpoint(Path(training.output_dir))
+            training.resume_from_checkpoint = None if last is None else str(last)  # or else this one has not begun
         runs.append((one, known))
     if resumes and not any(known or one.training.resume_from_checkpoint for one, known in runs):
         raise UserError(
@@ -245,12 +246,21 @@ def make_glue_trainer(
 
 
 def finished_score(parsed: Arguments) -> Score | None:
-    """What the finished run in a folder has scored; `None` where none has finished there."""
+    """What the finished run in a folder has scored; `None` where none has finished there.
+
+    Raises:
+        UserError: what it left cannot be read.
+    """
     folder = Path(parsed.training.output_dir)
-    facts = RunFacts.read(folder)
-    if facts is None or not facts.finished:
-        return None
-    state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    try:
+        facts = RunFacts.read(folder)
+        if facts is None or not facts.finished:
+            return None
+        state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{folder} cannot be gone on with: {error}. Remove it, or leave out --resume_from_checkpoint to train anew."
+        ) from error
     return _score(state["log_history"], parsed)
 
 

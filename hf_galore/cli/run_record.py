@@ -13,11 +13,14 @@ from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_galore.planner import GIB, MemoryPlan
 from hf_galore.trainer import optim_name
 
 from .model_card import add_galore
+from .whole_files import write_whole
 
 RUN_FILE = "hf_galore_run.json"
 """In a run's `output_dir`; beside it the Trainer's `trainer_state.json`, which has the log."""
@@ -69,7 +72,7 @@ class RunFacts:
 
     def write(self, folder: Path) -> None:
         """Write them into `folder`, which is there."""
-        (folder / RUN_FILE).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
+        write_whole(folder / RUN_FILE, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
 
 class RecordedTrainer(Trainer):  # type: ignore[misc, unused-ignore]
@@ -129,6 +132,14 @@ class RecordedTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         if self._clock is not None and "loss" in logs:
             logs.update(self._clock.figures(self.state.global_step))
         super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The Trainer's. Over an older one of the same step it takes away first what is written last: a run that is
+        killed in between would leave parts of both, which are all whole."""
+        if self.args.should_save:
+            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            Path(self._get_output_dir(trial=trial), folder, TRAINER_STATE_NAME).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The Trainer's, with how GaLore was used."""

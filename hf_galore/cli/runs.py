@@ -15,11 +15,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_galore.config import GaLoreConfig
+from hf_galore.log import logger
 from hf_galore.trainer import KINDS
 
-from .checkpoints import last_checkpoint
+from .checkpoints import checkpoints_in
 from .errors import UserError
 from .run_record import RunFacts
+from .whole_files import cut_off
 
 MIB = 2**20
 
@@ -266,9 +268,13 @@ def _state_file(folder: Path, facts: RunFacts | None) -> Path:
     direct = folder / state_name
     if direct.is_file() and (facts is None or facts.finished):
         return direct
-    last = last_checkpoint(folder)
-    if last is not None:
-        return last / state_name
+    for checkpoint in checkpoints_in(folder):  # training may be unable to go on from it: its log is all that is read
+        file = checkpoint / state_name
+        reason = cut_off(file) if file.is_file() else None
+        if reason is not None:
+            logger.warning("%s is left out: %s is cut off (%s).", checkpoint, state_name, reason)
+        elif file.is_file():
+            return file
     if facts is not None and not facts.finished:
         raise UserError(f"{folder}: the training there stopped before its first checkpoint, so it left no log.")
     raise UserError(
@@ -287,7 +293,9 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _optional_json(folder: Path, checkpoint: Path, name: str) -> dict[str, Any]:
-    file = next((place / name for place in (folder, checkpoint) if (place / name).is_file()), None)
+    files = [place / name for place in (folder, checkpoint) if (place / name).is_file()]
+    # A run that was killed at its end, while the model was saved, has a whole one in its last checkpoint.
+    file = next((file for file in files if cut_off(file) is None), files[0] if files else None)
     return {} if file is None else _json(file)
 
 

@@ -18,6 +18,10 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_galore.log import logger
+
+from .whole_files import write_whole
+
 POSITION_FILE = "stream_position.json"
 
 
@@ -62,8 +66,7 @@ class StreamPosition(TrainerCallback):  # type: ignore[misc, unused-ignore]
         place = self._stream.place_after(state.global_step)
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if place is not None and state.is_world_process_zero and folder.is_dir():
-            text = json.dumps({"steps": state.global_step, "place": place})
-            (folder / POSITION_FILE).write_text(text, encoding="utf-8")
+            write_whole(folder / POSITION_FILE, json.dumps({"steps": state.global_step, "place": place}))
 
 
 def keep_position(trainer: Trainer, resume_from: str | None) -> None:
@@ -81,6 +84,10 @@ def keep_position(trainer: Trainer, resume_from: str | None) -> None:
     if resume_from is not None:
         path = Path(resume_from) / POSITION_FILE
         if path.is_file():
-            saved = json.loads(path.read_text(encoding="utf-8"))
-            positioned.go_to(saved["steps"], saved["place"])
-            args.ignore_data_skip = True
+            try:
+                saved = json.loads(path.read_text(encoding="utf-8"))
+                positioned.go_to(saved["steps"], saved["place"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                logger.warning("%s cannot be used (%r): what the run has seen is read again, to skip it.", path, error)
+            else:
+                args.ignore_data_skip = True

@@ -27,6 +27,7 @@ from .errors import Stopped, UserError, reporting_complaints
 from .kinds import QUICKSTART, command_for
 from .run_record import RunFacts
 from .training import galore_config
+from .whole_files import write_whole
 
 PROG = "hf-galore compare"
 SETTINGS_FILE = "hf_galore_sweep.json"
@@ -256,7 +257,7 @@ def _run(trial: Trial, command: Sequence[str], to_stderr: bool) -> int:
     missing = [path for path in (folder.absolute(), *folder.absolute().parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(trial.settings, indent=2) + "\n", encoding="utf-8")
+        write_whole(record, json.dumps(trial.settings, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"output_dir {folder} cannot be written to ({error}). Give another one.") from error
     status = _wait([sys.executable, "-m", "hf_galore.cli.main", *command], to_stderr)
