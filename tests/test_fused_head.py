@@ -362,6 +362,7 @@ HEADS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("kind", HEADS)
 def test_training_is_the_same_as_with_trls_own(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """But for rounding, over three refreshes; the head by itself, where bases magnify it less."""

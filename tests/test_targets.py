@@ -209,6 +209,7 @@ def test_a_frozen_embedding_says_so() -> None:
         find(["embed_tokens"], model)
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("tie", [False, True])
 def test_projected_embeddings_train_layerwise_as_they_do_plain(tie: bool, tmp_path: Path) -> None:
     def model() -> LlamaForCausalLM:

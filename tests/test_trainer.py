@@ -150,6 +150,7 @@ def test_layerwise_gives_the_very_weights_of_plain(name: str, make: Any, tmp_pat
     assert_identical(runs[1], runs[0])
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("name", PLAIN)
 def test_layerwise_goes_where_plain_goes(name: str, tmp_path: Path) -> None:
     """With the projected backward, its default, which multiplies in another order than plain; over four bases."""
@@ -466,6 +467,7 @@ class Shared(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())}
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("plain", PLAIN)
 @pytest.mark.parametrize("projected_backward", [True, False], ids=["projected backward", "gradients built"])
 def test_a_parameter_shared_by_checkpointed_segments_takes_one_step(

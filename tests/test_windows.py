@@ -55,6 +55,7 @@ def test_layerwise_accumulates_and_clips_as_plain_does(plain: str, max_grad_norm
     assert min(logged(found, "grad_norm")) > 0.5
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("plain", PLAIN)
 def test_clipping_is_by_the_norm_of_the_gradient_where_it_is_built(plain: str, tmp_path: Path) -> None:
     """Against the Trainer's own clipping, which the plain optimizer leaves as it is.
@@ -75,6 +76,7 @@ def test_clipping_is_by_the_norm_of_the_gradient_where_it_is_built(plain: str, t
     assert_same_but_for_rounding(ends[0], ends[1], ends[2], start=snapshot(tiny_llama()))
 
 
+@pytest.mark.arithmetic
 def test_a_fault_of_a_thousandth_is_no_rounding(tmp_path: Path) -> None:
     """Of the comparison above: it would see it."""
 
