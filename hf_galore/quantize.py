@@ -1,4 +1,4 @@
-"""Bases in 8 and 4 bits, by bitsandbytes' kernels: pure functions on tensors.
+"""Bases in 8 and 4 bits, by bitsandbytes' kernels (see `hf_galore.kernels`): pure functions on tensors.
 
 =========  ==============================================================  ======================
 proj_bits  what is stored                                                  bits an element
@@ -20,11 +20,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import kernels
 from .config import ProjBits
 
 BLOCK_SIZE = {8: 256, 4: 64}  # elements that share a scale
@@ -47,7 +48,7 @@ def empty_basis(shape: Sequence[int], bits: ProjBits, like: Tensor) -> Quantized
     """
     if bits == 16:
         return QuantizedBasis(like.new_zeros(tuple(shape)), None)
-    _bitsandbytes()  # fail here, not in the first step
+    _require_bitsandbytes()  # fail here, not in the first step
     numel = math.prod(shape)
     codes = tuple(shape) if bits == 8 else (math.ceil(numel / 2), 1)
     absmax = like.new_zeros(math.ceil(numel / BLOCK_SIZE[bits]), dtype=ABSMAX_DTYPE[bits])
@@ -67,13 +68,13 @@ def quantize_basis(basis: Tensor, bits: ProjBits, dtype: torch.dtype) -> Quantiz
     """
     if bits == 16:
         return QuantizedBasis(basis.to(dtype), None)
-    functional = _bitsandbytes()
+    _require_bitsandbytes()
     basis = basis.to(torch.float32).contiguous()
     if bits == 8:
-        codes, state = functional.quantize_blockwise(basis, code=_equal_steps(basis.device), blocksize=BLOCK_SIZE[8])
+        kept = kernels.quantize_8bit(basis, _equal_steps(basis.device), BLOCK_SIZE[8])
     else:
-        codes, state = functional.quantize_4bit(basis, blocksize=BLOCK_SIZE[4], quant_type="nf4")
-    return QuantizedBasis(codes, state.absmax.to(ABSMAX_DTYPE[bits]))
+        kept = kernels.quantize_4bit(basis, BLOCK_SIZE[4])
+    return QuantizedBasis(kept.codes, kept.absmax.to(ABSMAX_DTYPE[bits]))
 
 
 def dequantize_basis(kept: QuantizedBasis, shape: Sequence[int], bits: ProjBits, dtype: torch.dtype) -> Tensor:
@@ -81,34 +82,27 @@ def dequantize_basis(kept: QuantizedBasis, shape: Sequence[int], bits: ProjBits,
     if bits == 16:
         return kept.codes.to(dtype)
     assert kept.absmax is not None
-    functional = _bitsandbytes()
-    direct = dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
+    _require_bitsandbytes()
+    quantized = kernels.Quantized(kept.codes, kept.absmax.float())
+    direct = dtype if dtype in kernels.DTYPES else torch.float32
     if bits == 8:
-        state = functional.QuantState(
-            absmax=kept.absmax, code=_equal_steps(kept.codes.device), blocksize=BLOCK_SIZE[8], dtype=direct
-        )
-        basis = functional.dequantize_blockwise(kept.codes, state)
+        basis = kernels.dequantize_8bit(quantized, _equal_steps(kept.codes.device), BLOCK_SIZE[8], direct)
     else:
-        state = functional.QuantState(
-            absmax=kept.absmax.float(), shape=torch.Size(shape), blocksize=BLOCK_SIZE[4], quant_type="nf4", dtype=direct
-        )
-        basis = functional.dequantize_4bit(kept.codes, state)
-    out: Tensor = basis.to(dtype)
-    return out
+        basis = kernels.dequantize_4bit(quantized, BLOCK_SIZE[4], shape, direct)
+    return basis.to(dtype)
 
 
 @functools.cache
 def _equal_steps(device: torch.device) -> Tensor:
     """bitsandbytes' table of 255 equal steps from −1 to 1; copied to a device once."""
-    table: Tensor = _bitsandbytes().create_linear_map()
+    table: Tensor = kernels.functional().create_linear_map()
     return table.to(device)
 
 
-def _bitsandbytes() -> Any:
+def _require_bitsandbytes() -> None:
     try:
-        from bitsandbytes import functional
+        kernels.functional()
     except ImportError as error:
         raise ImportError(
             "proj_bits=8 and proj_bits=4 need bitsandbytes: pip install bitsandbytes, or set proj_bits=16."
         ) from error
-    return functional

@@ -15,11 +15,9 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from . import kernels
 from .nonfinite import known_skip
 from .rounding import CHUNK_ELEMENTS, add_rounded_
-
-# bitsandbytes' kernels quantise moments in blocks of this many elements; it is not configurable there.
-BLOCKWISE_SIZE = 256
 
 
 def adam_(
@@ -124,23 +122,20 @@ def dynamic_codebooks(device: torch.device) -> Codebooks:
 
     Source: 8-bit Optimizers via Block-wise Quantization (Dettmers et al., 2022, arXiv:2110.02861), section 1.3.
     """
-    from bitsandbytes.functional import create_dynamic_map
-
-    return Codebooks(create_dynamic_map(signed=True).to(device), create_dynamic_map(signed=False).to(device))
+    table = kernels.functional().create_dynamic_map
+    return Codebooks(table(signed=True).to(device), table(signed=False).to(device))
 
 
 def blockwise_absmax_shape(numel: int) -> tuple[int]:
     """The shape of the per-block scales of an 8-bit moment with `numel` elements."""
-    return (math.ceil(numel / BLOCKWISE_SIZE),)
+    return (math.ceil(numel / kernels.MOMENT_BLOCK),)
 
 
 def dequantize_moments(moments: QuantizedMoments, codebooks: Codebooks) -> tuple[Tensor, Tensor]:
     """Both moments in float32."""
-    from bitsandbytes.functional import dequantize_blockwise
 
     def plain(codes: Tensor, absmax: Tensor, code: Tensor) -> Tensor:
-        values: Tensor = dequantize_blockwise(codes, absmax=absmax, code=code, blocksize=BLOCKWISE_SIZE)
-        return values
+        return kernels.dequantize_8bit(kernels.Quantized(codes, absmax), code, kernels.MOMENT_BLOCK, torch.float32)
 
     return (
         plain(moments.exp_avg, moments.exp_avg_absmax, codebooks.signed),
@@ -150,13 +145,13 @@ def dequantize_moments(moments: QuantizedMoments, codebooks: Codebooks) -> tuple
 
 def quantize_moments_(moments: QuantizedMoments, exp_avg: Tensor, exp_avg_sq: Tensor, codebooks: Codebooks) -> None:
     """Put float32 moments where the 8-bit ones are."""
-    from bitsandbytes.functional import quantize_blockwise
-
     for values, codes, absmax, code in (
         (exp_avg, moments.exp_avg, moments.exp_avg_absmax, codebooks.signed),
         (exp_avg_sq, moments.exp_avg_sq, moments.exp_avg_sq_absmax, codebooks.unsigned),
     ):
-        quantize_blockwise(values.contiguous(), code=code, absmax=absmax, out=codes, blocksize=BLOCKWISE_SIZE)
+        new = kernels.quantize_8bit(values.contiguous(), code, kernels.MOMENT_BLOCK)
+        codes.copy_(new.codes)
+        absmax.copy_(new.absmax)
 
 
 def adam_8bit_(
@@ -179,29 +174,11 @@ def adam_8bit_(
 
     Source: arXiv:2110.02861.
     """
-    from bitsandbytes.functional import optimizer_update_8bit_blockwise
-
-    optimizer_update_8bit_blockwise(
-        optimizer_name="adam",
-        g=gradient.to(weight.dtype).contiguous(),
-        p=weight,
-        state1=moments.exp_avg,
-        state2=moments.exp_avg_sq,
-        beta1=betas[0],
-        beta2=betas[1],
-        beta3=0.0,
-        alpha=0.0,
-        eps=eps,
-        step=step,
-        lr=lr,
-        qmap1=codebooks.signed,
-        qmap2=codebooks.unsigned,
-        absmax1=moments.exp_avg_absmax,
-        absmax2=moments.exp_avg_sq_absmax,
-        weight_decay=weight_decay,
-        # By keyword: positions moved between releases, and a stray value here freezes parameters.
-        gnorm_scale=1.0,
-        skip_zeros=False,
+    kernels.adam_8bit_(
+        weight,
+        gradient.to(weight.dtype).contiguous(),
+        kernels.Moments8bit(*moments, *codebooks),
+        kernels.AdamStep(step, betas, eps, lr, weight_decay),
     )
 
 
@@ -227,24 +204,12 @@ def adam_32bit_(
         gradient: same shape; made contiguous and cast to the weight's dtype, as the kernels ask.
         exp_avg: float32, same shape; updated in place, as is `exp_avg_sq`.
     """
-    from bitsandbytes.functional import optimizer_update_32bit
-
-    optimizer_update_32bit(
-        optimizer_name="adam",
-        g=gradient.to(weight.dtype).contiguous(),
-        p=weight,
-        state1=exp_avg,
-        beta1=betas[0],
-        eps=eps,
-        step=step,
-        lr=lr,
-        state2=exp_avg_sq,
-        beta2=betas[1],
-        weight_decay=weight_decay,
-        gnorm_scale=1.0,
-        unorm_vec=None,
-        max_unorm=0.0,
-        skip_zeros=False,
+    kernels.adam_32bit_(
+        weight,
+        gradient.to(weight.dtype).contiguous(),
+        exp_avg,
+        exp_avg_sq,
+        kernels.AdamStep(step, betas, eps, lr, weight_decay),
     )
 
 
@@ -302,7 +267,7 @@ def adam_in_parts_(
     for start in range(0, flat.numel(), CHUNK_ELEMENTS):
         part = slice(start, start + CHUNK_ELEMENTS)
         if isinstance(moments, QuantizedMoments):
-            blocks = slice(start // BLOCKWISE_SIZE, (start + CHUNK_ELEMENTS) // BLOCKWISE_SIZE)
+            blocks = slice(start // kernels.MOMENT_BLOCK, (start + CHUNK_ELEMENTS) // kernels.MOMENT_BLOCK)
             of_part = QuantizedMoments(
                 moments.exp_avg.view(-1)[part],
                 moments.exp_avg_absmax[blocks],

@@ -1,4 +1,4 @@
-"""What holds for every test: no network, one thread, one seed."""
+"""What holds for every test: no network, one thread unless HF_GALORE_TEST_THREADS says more, one seed."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ import torch
 if TYPE_CHECKING:
     from hf_galore.cli.embedded import Embedded
 
-# pytest-xdist fills the cores; and one thread sums in one order, which the bit-for-bit tests rest on.
-torch.set_num_threads(1)
+# pytest-xdist fills the cores; tests/test_machines.py asks for more.
+torch.set_num_threads(int(os.environ.get("HF_GALORE_TEST_THREADS", "1")))
 
 # A busy machine is no failure, and a failure prints how to repeat it.
 hypothesis.settings.register_profile("tests", deadline=None, print_blob=True)

@@ -157,15 +157,59 @@ def assert_identical(found: Any, expected: Any, path: str = "") -> None:
         assert found == expected, f"{path}: {found!r} is not {expected!r}"
 
 
+def fraction_apart(found: Tensor, expected: Tensor, start: Tensor) -> float:
+    """How far two ends of a tensor are apart, as a fraction of the way that the second went from `start`."""
+    way = (expected - start).norm()
+    assert way > 0, "it went nowhere"
+    return float((found - expected).norm() / way)
+
+
 def assert_same_path(
     found: Mapping[str, Tensor], expected: Mapping[str, Tensor], start: Mapping[str, Tensor], tolerance: float
 ) -> None:
     """Both ended in the same place, to a fraction of the way that each tensor went from `start`."""
     for name, weight in expected.items():
-        way = (weight - start[name]).norm()
-        assert way > 0, f"{name} went nowhere"
-        fraction = ((found[name] - weight).norm() / way).item()
+        fraction = fraction_apart(found[name], weight, start[name])
         assert fraction <= tolerance, f"{name} ends {fraction:.3g} of its way apart"
+
+
+# Of each weight: about what float32 rounds off, 6e-8.
+PERTURBATION = 1e-7
+
+
+def perturbed(model: nn.Module) -> nn.Module:
+    """The model, each of its weights moved by 1e-7 of itself, up or down."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for param in model.parameters():
+            signs = torch.randint(2, param.shape, generator=generator).mul_(2).sub_(1)
+            param.mul_(1 + PERTURBATION * signs.to(param.dtype))
+    return model
+
+
+def assert_same_but_for_rounding(
+    found: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    nearby: Mapping[str, Tensor],
+    start: Mapping[str, Tensor],
+    times: float = 4.0,
+) -> None:
+    """Two ways of training end as near to each other as rounding alone lets them.
+
+    Refreshes and Adam magnify rounding, by how much depends on the run and the processor: so no constant is the limit,
+    but what the second way makes of weights that are perturbed by about a rounding. Of the tensors that is the one that
+    moves the most, as a fraction of its way: in which of them rounding shows most is chance.
+
+    Args:
+        found: the weights that one way ends with.
+        expected: the other's.
+        nearby: that other's again, from weights that are `perturbed`.
+        start: the weights that were not perturbed.
+        times: the first way may round more often.
+    """
+    limit = max(fraction_apart(nearby[name], weight, start[name]) for name, weight in expected.items())
+    assert limit > 0, "The perturbation did not reach the training."
+    assert_same_path(found, expected, start, times * limit + PERTURBATION)
 
 
 def copied(value: Any) -> Any:

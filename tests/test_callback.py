@@ -104,6 +104,7 @@ def test_energy_is_that_of_the_gradient(tmp_path: Path) -> None:
     assert logged(trainer, "galore/captured_energy_min") == [pytest.approx(min(keeping.energies), rel=1e-5)]
 
 
+@pytest.mark.arithmetic
 def test_the_estimate_from_factors_is_near_the_energy(tmp_path: Path) -> None:
     """The projected backward has no gradient to take the norm of; 16 random columns stand for what was not captured."""
     energies = []

@@ -20,6 +20,8 @@ from hf_galore.projection import Bases, Side, basis_shapes, low_rank_shape, proj
 from hf_galore.update import QuantizedMoments, dequantize_moments, dynamic_codebooks
 from tests.helpers import assert_identical, copied
 
+pytestmark = pytest.mark.arithmetic
+
 SIDES: tuple[Side, ...] = ("left", "right", "full")
 SHAPE, RANK = (9, 7), 3
 BETAS = (0.9, 0.99)

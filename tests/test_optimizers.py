@@ -22,6 +22,8 @@ from hf_galore.refresh import align_signs
 from hf_galore.update import Codebooks
 from tests.reference import ReferenceGaLore
 
+pytestmark = pytest.mark.arithmetic
+
 # The published choices, where the reference has no others.
 PUBLISHED: dict[str, Any] = {"refresh": "svd", "stagger": False, "moments": "keep", "proj_bits": 16}
 ADAM: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}

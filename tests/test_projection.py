@@ -24,6 +24,8 @@ from hf_galore.projection import (
 )
 from hf_galore.refresh import align_signs, svd_bases
 
+pytestmark = pytest.mark.arithmetic
+
 SHAPES = [(12, 7), (7, 12), (9, 9)]
 SIDES: list[Side] = ["left", "right", "full"]
 

@@ -16,6 +16,8 @@ from hf_galore.config import PROJ_BITS, ProjBits
 from hf_galore.quantize import dequantize_basis, empty_basis, quantize_basis
 from tests.test_optimizers import gradients, parameters
 
+pytestmark = pytest.mark.arithmetic
+
 # ‖P̂ − P‖ / ‖P‖ of a basis of many rows, whose elements are nearly normal with deviation σ:
 # 16 bits: bfloat16 rounds each element by at most 2⁻⁹ of its size;
 # 8 bits: half a step of a block's largest element / 127; the largest of 256 is about 3σ, so 3 / (127 · √12) = 0.7 %;

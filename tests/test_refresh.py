@@ -193,6 +193,7 @@ def shares_on_real_gradients(gradients: list[dict[str, Tensor]], method: Refresh
     return found
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("divisor", [8, 4])
 @pytest.mark.parametrize("method", ["randomized", "subspace"])
 def test_real_gradients_are_captured_nearly_as_well_as_by_the_exact_bases(
@@ -203,6 +204,7 @@ def test_real_gradients_are_captured_nearly_as_well_as_by_the_exact_bases(
     assert min(found) >= WORST_SHARE
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("scale", [1e-30, 1e15], ids=str)
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("method", REFRESH_METHODS)
@@ -216,6 +218,7 @@ def test_the_scale_of_a_gradient_does_not_matter(method: RefreshMethod, side: Si
         assert share_of_exact(of, bases, 8) >= WORST_SHARE
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38], ids=str)
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("method", REFRESH_METHODS)
@@ -227,6 +230,7 @@ def test_bases_are_orthonormal_whatever_the_gradient(method: RefreshMethod, side
             assert_orthonormal(new_bases(gradient, side, 6, method, start))
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("side", SIDES)
 def test_subspace_gives_the_old_basis_back_for_a_zero_gradient(side: Side) -> None:
     old = new_bases(random(24, 20), side, 6, "subspace", None)
@@ -259,6 +263,7 @@ def multiplied_out(gradient: FactoredGradient) -> Tensor:
 CLOSE = {torch.float64: 1e-11, torch.float32: 1e-4}
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("dtype", list(CLOSE), ids=str)
 @pytest.mark.parametrize("shape", [(48, 40), (40, 48), (40, 40)])
 @pytest.mark.parametrize("side", SIDES)
@@ -283,6 +288,7 @@ def test_factors_give_the_bases_of_their_product(
     assert share_of_exact(product, warm, rank) >= 0.999  # the right bases, not just the same
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("side", SIDES)
 def test_figures_of_factors_estimate_those_of_their_product(side: Side) -> None:
     """Of a residual E each estimate of ‖E‖² has a standard error of ‖E‖²·√(2/PROBES)·‖EEᵀ‖/‖E‖², and no bias."""
@@ -314,6 +320,7 @@ def test_figures_of_factors_estimate_those_of_their_product(side: Side) -> None:
     assert statistics.stdev(ratios) == pytest.approx(statistics.fmean(errors), rel=0.5)
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("side", SIDES)
 def test_the_overlap_is_that_of_subspaces_whatever_their_bases(side: Side) -> None:
     m, n, rank = 60, 50, 10
@@ -343,6 +350,7 @@ def test_the_overlap_is_that_of_subspaces_whatever_their_bases(side: Side) -> No
 # ---- precision, repetition, devices
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize(
     ("dtype", "expected"),
     [
@@ -372,6 +380,7 @@ def test_the_arithmetic_is_float32_or_better(
     assert_orthonormal(new_bases(gradient, side, 6, method, narrow))
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("method", FROM_PRODUCTS)
 def test_factors_in_low_precision_are_refreshed_in_float32(method: RefreshMethod, dtype: torch.dtype) -> None:
@@ -392,6 +401,7 @@ def either_form(form: str) -> Gradient:
 FORMS = [(method, "product") for method in REFRESH_METHODS] + [(method, "factors") for method in FROM_PRODUCTS]
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize(("method", "form"), FORMS)
 def test_a_refresh_repeats_bit_for_bit_and_touches_nobodys_random_state(method: RefreshMethod, form: str) -> None:
     found = []

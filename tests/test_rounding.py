@@ -16,6 +16,8 @@ from hf_galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, rounding
 from hf_galore.rounding import add_rounded_, generator_for, round_stochastically
 from tests.helpers import copied
 
+pytestmark = pytest.mark.arithmetic
+
 CPU = torch.device("cpu")
 # A mean is off by more than this many standard errors once in two million times; the seeds are fixed besides.
 ERRORS = 5.0

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import check_target_module_exists
@@ -21,9 +21,10 @@ from hf_galore.targets import Targets, embedding_weights, find_targets
 from tests.helpers import (
     GAP,
     RANK,
-    assert_same_path,
+    assert_same_but_for_rounding,
     make_trainer,
     optimizer_of,
+    perturbed,
     snapshot,
     tiny_llama,
     train,
@@ -208,19 +209,24 @@ def test_a_frozen_embedding_says_so() -> None:
         find(["embed_tokens"], model)
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("tie", [False, True])
 def test_projected_embeddings_train_layerwise_as_they_do_plain(tie: bool, tmp_path: Path) -> None:
-    paths = []
-    for optim in ("galore_adamw", "galore_adamw_layerwise"):
-        model = tiny_llama(tie_word_embeddings=tie)
-        start = snapshot(model)
+    def model() -> LlamaForCausalLM:
+        return tiny_llama(tie_word_embeddings=tie)
+
+    def end(model: LlamaForCausalLM, optim: str) -> dict[str, Tensor]:
         targets = ["attn", "mlp", "embed_tokens", *([] if tie else ["lm_head"])]
-        trainer = train(model, tmp_path, optim, optim_target_modules=targets)
+        # ε as in test_layerwise: Adam magnifies rounding where gradients are small.
+        trainer = train(model, tmp_path, optim, optim_target_modules=targets, adam_epsilon=1e-3)
         optimizer: Any = optimizer_of(trainer)
         assert optimizer.memory().targets == (15 if tie else 16)
         assert "basis_right" in optimizer.state[model.model.embed_tokens.weight]
-        paths.append(snapshot(model))
-    assert_same_path(paths[1], paths[0], start, 1e-4)  # over refreshes, as in test_layerwise
+        return snapshot(model)
+
+    found = end(model(), "galore_adamw_layerwise")
+    expected, nearby = (end(each, "galore_adamw") for each in (model(), perturbed(model())))
+    assert_same_but_for_rounding(found, expected, nearby, snapshot(model()))
 
 
 def test_embedding_weights() -> None:

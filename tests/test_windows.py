@@ -12,17 +12,19 @@ from transformers import Trainer
 
 from hf_galore.base import GaLoreOptimizer
 from tests.helpers import (
+    EXACT_ARGS,
     LAYERWISE,
     OPTIM_ARGS,
     PLAIN,
     Counting,
     arguments,
     assert_identical,
-    assert_same_path,
+    assert_same_but_for_rounding,
     copied,
     logged,
     make_trainer,
     optimizer_of,
+    perturbed,
     snapshot,
     tiny_llama,
     train,
@@ -53,18 +55,46 @@ def test_layerwise_accumulates_and_clips_as_plain_does(plain: str, max_grad_norm
     assert min(logged(found, "grad_norm")) > 0.5
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("plain", PLAIN)
 def test_clipping_is_by_the_norm_of_the_gradient_where_it_is_built(plain: str, tmp_path: Path) -> None:
-    """Against the Trainer's own clipping, which the plain optimizer leaves as it is."""
-    overrides: dict[str, Any] = {"optim_args": OPTIM_ARGS, "max_grad_norm": 0.5, "max_steps": 8}
-    expected = train(tiny_llama(), tmp_path / "plain", plain, **overrides)
-    overrides["optim_args"] += ", projected_backward=false"
-    found = train(tiny_llama(), tmp_path / "layerwise", f"{plain}_layerwise", **overrides)
+    """Against the Trainer's own clipping, which the plain optimizer leaves as it is.
+
+    With an ε as large as the moments, Adam does not divide a factor of all gradients out again: a norm that is 1e-3 off
+    would show.
+    """
+    overrides: dict[str, Any] = {"max_grad_norm": 0.5, "max_steps": 8}
+    if "adamw" in plain:
+        overrides["adam_epsilon"] = 1e-3
+    expected, nearby = (
+        train(model, tmp_path / "plain", plain, **overrides) for model in (tiny_llama(), perturbed(tiny_llama()))
+    )
+    found = train(tiny_llama(), tmp_path / "layerwise", f"{plain}_layerwise", optim_args=EXACT_ARGS, **overrides)
     assert logged(found, "grad_norm") == pytest.approx(logged(expected, "grad_norm"), rel=1e-3)
     assert min(logged(found, "grad_norm")) > 0.5
-    # 8-bit moments round what float32 has rounded differently.
-    tolerance = 0.02 if "8bit" in plain else 1e-3
-    assert_same_path(snapshot(found.model), snapshot(expected.model), snapshot(tiny_llama()), tolerance)
+    ends = [snapshot(run.model) for run in (found, expected, nearby)]
+    assert_same_but_for_rounding(ends[0], ends[1], ends[2], start=snapshot(tiny_llama()))
+
+
+@pytest.mark.arithmetic
+def test_a_fault_of_a_thousandth_is_no_rounding(tmp_path: Path) -> None:
+    """Of the comparison above: it would see it."""
+
+    def end(model: nn.Module, **overrides: Any) -> dict[str, torch.Tensor]:
+        values: dict[str, Any] = {"max_grad_norm": 0.5, "adam_epsilon": 1e-3, **overrides}
+        return snapshot(train(model, tmp_path, "galore_adamw", **values).model)
+
+    start, expected, nearby = snapshot(tiny_llama()), end(tiny_llama()), end(perturbed(tiny_llama()))
+    assert_same_but_for_rounding(end(tiny_llama()), expected, nearby, start)
+    faults: tuple[dict[str, Any], ...] = (
+        {"max_grad_norm": 0.0},
+        {"max_grad_norm": 0.5005},
+        {"optim_args": OPTIM_ARGS.replace("scale=0.5", "scale=0.5005")},
+        {"learning_rate": 1.001e-2},
+    )
+    for fault in faults:
+        with pytest.raises(AssertionError, match="of its way apart"):
+            assert_same_but_for_rounding(end(tiny_llama(), **fault), expected, nearby, start)
 
 
 def test_clipping_changes_the_weights(tmp_path: Path) -> None:
