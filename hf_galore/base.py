@@ -45,7 +45,7 @@ from .groups import (
 )
 from .log import logger
 from .moments import Rotation, rotation_between
-from .nonfinite import Skipped, SkippedUpdates, known_skip, skip_unless_finite
+from .nonfinite import Skipped, SkippedUpdates, has_numbers, known_skip, skip_unless_finite
 from .projection import (
     Bases,
     Gradient,
@@ -92,6 +92,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
     """
 
     _hooks: BackwardHooks | None
+    _owner: weakref.ref[nn.Module] | None  # of the parameters
 
     def __init__(
         self,
@@ -104,13 +105,15 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         projected_backward = options.get("projected_backward")
         self._init_unsaved()
         if model is not None:
-            self._names.update((id(param), name) for name, param in model.named_parameters())
+            self._owner = weakref.ref(model)
+            self._learn_names(model)
         groups = split_groups(params, options.get("param_options") or {})
         if options.get("stochastic_rounding", False):
             # In the groups, so that a resumed run goes on with the numbers of the first.
             defaults = {**defaults, "stochastic_rounding": True, "rounding_seed": torch.initial_seed()}
         super().__init__(with_names(groups, self._names), defaults)
         self._check_stochastic_rounding()
+        self._say_if_decay_is_lost()
         if projected_backward is None:
             projected_backward = layerwise
         if layerwise or projected_backward:
@@ -134,6 +137,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         self._hooks = None
         self._skipped = SkippedUpdates()
         self._warned_of_skipped = False
+        self._owner = None
         self._names: dict[int, str] = {}
         self._refresh_log = RefreshLog()
         self._refresh_next: set[int] = set()  # targets, by their id
@@ -157,7 +161,9 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         config = GaLoreConfig.from_group(param_group)
         if config is not None:
             param_group = {**param_group, **config.group_options()}
-        super().add_param_group(param_group)
+        if param_group.get("stochastic_rounding", self.defaults.get("stochastic_rounding")):
+            param_group = {"rounding_seed": torch.initial_seed(), **param_group}
+        super().add_param_group(self._with_names(param_group))
         self._indices, self._phases = {}, {}
         group = self.param_groups[-1]
         try:
@@ -168,6 +174,24 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         for param in group["params"]:
             if param.requires_grad:
                 self.state[param] = self._new_state(param, group)
+        if self._hooks is not None and self._hooks.attached:
+            self._hooks.attach_new()
+
+    def _learn_names(self, model: nn.Module) -> None:
+        self._names.update((id(param), name) for name, param in model.named_parameters())
+
+    def _with_names(self, param_group: dict[str, Any]) -> dict[str, Any]:
+        """A group with names where the others have them: torch asks for all or none."""
+        params = param_group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        if not any("param_names" in group for group in self.param_groups) or any(isinstance(p, tuple) for p in params):
+            return {**param_group, "params": params}
+        model = None if self._owner is None else self._owner()
+        if model is not None:
+            self._learn_names(model)
+        first = sum(len(group["params"]) for group in self.param_groups)
+        named = [(self._names.get(id(param), f"added.{first + i}"), param) for i, param in enumerate(params)]
+        return {**param_group, "params": named}
 
     def _check_group(self, group: Group) -> None:
         for param, name in zip(group["params"], group.get("param_names", ()), strict=False):
@@ -202,6 +226,34 @@ class GaLoreOptimizer(torch.optim.Optimizer):
             raise ValueError(
                 f"stochastic_rounding is for bfloat16 weights, but these are {found}, which lose nothing that it could "
                 "save. Leave it out, or load the model in bfloat16."
+            )
+
+    def _say_if_decay_is_lost(self) -> None:
+        """Say which weights neither their decay nor an update moves by half a unit in the last place."""
+        moves: list[float] = []  # of an element, relative to half a unit in the last place of 1
+        sizes: list[Tensor] = []
+        for group in self.param_groups:
+            rate, decay = float(group["lr"]), float(group["lr"] * group["weight_decay"])
+            if decay == 0 or group.get("stochastic_rounding"):
+                continue
+            for param in group["params"]:
+                half = torch.finfo(param.dtype).eps / 4  # of the larger numbers between two powers of 2
+                if torch.finfo(param.dtype).bits >= 32 or decay >= half or not has_numbers(param) or not param.numel():
+                    continue
+                # Adam's direction has elements of about 1, of which a target gets a part.
+                part = group["scale"] * (group["rank"] / min(param.shape)) ** 0.5 if is_target(param, group) else 1.0
+                moves.append(rate * part / half)
+                sample = param.detach().view(-1)[:4096] if param.is_contiguous() else param.detach()
+                sizes.append(norm_of(sample) / sample.numel() ** 0.5)
+        if not sizes:
+            return
+        measured = torch.stack([size.cpu() for size in sizes]).tolist()
+        lost = sum(move < size for move, size in zip(moves, measured, strict=True))
+        if lost:
+            logger.warning(
+                "Weight decay does nothing to %d weight(s) of less than float32: at these learning rates it is rounded "
+                "away, as most of each update is. stochastic_rounding=true keeps both.",
+                lost,
             )
 
     def name_of(self, param: Tensor) -> str:
@@ -270,6 +322,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         if self._hooks is not None:
             self._hooks.check_processes()
             self._hooks.check_not_dropped()
+            self._hooks.look()
         for group in self.param_groups:
             for param in group["params"]:
                 if isinstance(param.grad, LowRankGradient) and param.grad.addend is None:
@@ -418,7 +471,8 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         kept, low_rank, figures = self._figures(param, group, gradient, computed, old)
         norm, energy, shared, full = figures
         if not full and 0 < norm < math.inf:
-            # Rare, so that it may wait once more.
+            # Rare, so that it may wait once more; and it takes no more memory than the first time.
+            del kept, low_rank
             computed = bases_of_lower_rank(gradient, side, group["rank"], group["refresh"], computed)
             kept, low_rank, (norm, energy, shared, _) = self._figures(param, group, gradient, computed, old)
         if norm == 0:
@@ -561,9 +615,11 @@ class GaLoreOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, those that the hooks hold too."""
-        if self._hooks is not None:
+        if self._hooks is not None and set_to_none:
             self._hooks.drop_gradients()
         super().zero_grad(set_to_none)
+        if self._hooks is not None:
+            self._hooks.look()
 
     @torch.no_grad()
     def grad_norm(self) -> Tensor | None:
@@ -691,6 +747,34 @@ class GaLoreOptimizer(torch.optim.Optimizer):
             ValueError: the groups, GaLore's hyperparameters, or keys and shapes of the state are not this
                 optimizer's. Nothing is loaded then.
         """
+        copies: list[tuple[Tensor, str, Tensor]] = []
+        state = self.state
+
+        def check(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
+            copies.extend(self._checked(loaded))
+            return {**loaded, "state": {}}  # torch would cast it
+
+        def fill(_: torch.optim.Optimizer) -> None:
+            self.state = state
+            self._fill(copies)
+
+        # Among the hooks of others: theirs before loading change what is checked, and theirs after see it loaded.
+        handles = [
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(fill, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _checked(self, state_dict: dict[str, Any]) -> Iterator[tuple[Tensor, str, Tensor]]:
+        """What a state dict has for each parameter, if all of it is this optimizer's.
+
+        Raises:
+            ValueError: it is not.
+        """
         groups, saved_groups = self.param_groups, state_dict["param_groups"]
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved_groups]:
             raise ValueError(
@@ -699,19 +783,16 @@ class GaLoreOptimizer(torch.optim.Optimizer):
                 f"{[len(g['params']) for g in groups]}. Resume with the optim, optim_target_modules and model of "
                 "the run that wrote it, or start from its weights only."
             )
-        copies: list[tuple[Tensor, str, Tensor]] = []
         for group, saved_group in zip(groups, saved_groups, strict=True):
             check_same_options(group, saved_group)
             check_same_names(group, saved_group)
             for param, index in zip(group["params"], saved_group["params"], strict=True):
                 saved = state_dict["state"].get(index, {})
                 self._check_same_state(param, index, group, saved)
-                copies.extend((param, key, value) for key, value in saved.items())
+                yield from ((param, key, value) for key, value in saved.items())
 
-        # The parent restores groups and runs its hooks; it gets no state, which it would cast.
-        state = self.state
-        super().load_state_dict({**state_dict, "state": {}})
-        self.state = state
+    def _fill(self, copies: list[tuple[Tensor, str, Tensor]]) -> None:
+        self._versions.clear()
         for param, key, value in copies:
             current = self.state[param]
             device = torch.device("cpu") if key in ON_HOST else param.device

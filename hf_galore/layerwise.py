@@ -251,6 +251,12 @@ class BackwardHooks:
         self._windows.clear()
         self._accumulating = False
 
+    def look(self) -> None:
+        """Look whether somebody has dropped what the hooks left in `.grad`, and take back what came of it."""
+        for param in self._params():
+            if id(param) in self._windows:
+                self._look(param)
+
     def _params(self) -> list[Tensor]:
         optimizer = self._optimizer()
         return [] if optimizer is None else [p for group in optimizer.param_groups for p in group["params"]]

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 _NEVER = 1e9
 
@@ -91,3 +92,8 @@ class SkippedUpdates:
     def known(self) -> dict[Tensor, Skipped]:
         """The parameters with skipped updates, as far as the host knows."""
         return dict(self._known)
+
+
+def has_numbers(tensor: Tensor) -> bool:
+    """Whether a tensor is neither fake nor on the meta device."""
+    return tensor.device.type != "meta" and not isinstance(tensor, FakeTensor)

@@ -46,6 +46,11 @@ def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
     return ((bits + noise) & -(2**16)).view(torch.float32).to(torch.bfloat16)
 
 
+def part_of(elements: int) -> int:
+    """How many elements of so many to take at a time: `CHUNK_ELEMENTS`, and of very many a 64th, in whole 256s."""
+    return max(CHUNK_ELEMENTS, -(-elements // (64 * 256)) * 256)
+
+
 def add_rounded_(
     weight: Tensor,
     update: Callable[[slice], Tensor],
@@ -74,7 +79,7 @@ def add_rounded_(
         return
     per_row = max(1, weight[:1].numel())
     # In two parts at least: what is computed is never a copy of the weight.
-    size = max(1, min(CHUNK_ELEMENTS // per_row, -(-len(weight) // 2)))
+    size = max(1, min(part_of(weight.numel()) // per_row, -(-len(weight) // 2)))
     for start in range(0, len(weight), size):
         rows = slice(start, start + size)
         values = weight[rows].to(precise)

@@ -17,7 +17,7 @@ from torch.optim.adamw import adamw
 
 from . import kernels
 from .nonfinite import known_skip
-from .rounding import CHUNK_ELEMENTS, add_rounded_
+from .rounding import add_rounded_, part_of
 
 
 def adam_(
@@ -264,10 +264,11 @@ def adam_in_parts_(
         moments: in 8 bits, or m and v in float32; contiguous.
     """
     flat, gradients = weight.view(-1), gradient.to(weight.dtype).contiguous().view(-1)
-    for start in range(0, flat.numel(), CHUNK_ELEMENTS):
-        part = slice(start, start + CHUNK_ELEMENTS)
+    size = part_of(flat.numel())
+    for start in range(0, flat.numel(), size):
+        part = slice(start, start + size)
         if isinstance(moments, QuantizedMoments):
-            blocks = slice(start // kernels.MOMENT_BLOCK, (start + CHUNK_ELEMENTS) // kernels.MOMENT_BLOCK)
+            blocks = slice(start // kernels.MOMENT_BLOCK, (start + size) // kernels.MOMENT_BLOCK)
             of_part = QuantizedMoments(
                 moments.exp_avg.view(-1)[part],
                 moments.exp_avg_absmax[blocks],
