@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
-from transformers.training_args import OptimizerNames
 
 from hf_galore import GaLoreAdamW
 from tests.helpers import (
@@ -33,14 +32,16 @@ from tests.helpers import (
 class OwnGroups(Trainer):
     """Makes its own groups, as many do, without calling `super().create_optimizer()`."""
 
+    optimizer: Any
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             assert self.model is not None
             cls, keywords = Trainer.get_optimizer_cls_and_kwargs(self.args, self.model)
             params = [param for param in self.model.parameters() if param.requires_grad]
             self.optimizer = cls([{"params": params, "weight_decay": 0.1}], **keywords)
-        optimizer: torch.optim.Optimizer = self.optimizer
-        return optimizer
+        made: torch.optim.Optimizer = self.optimizer
+        return made
 
 
 class DecaysAll(Trainer):
@@ -129,12 +130,14 @@ def test_a_subclass_of_another_optimizer_is_free_of_an_earlier_ones_hooks(tmp_pa
     earlier.create_optimizer()
 
     class OwnAdamW(Trainer):
+        optimizer: Any
+
         def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
             if self.optimizer is None:
                 assert self.model is not None
                 self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
-            optimizer: torch.optim.Optimizer = self.optimizer
-            return optimizer
+            made: torch.optim.Optimizer = self.optimizer
+            return made
 
     plain: dict[str, Any] = {"optim_target_modules": None, "optim_args": None, "max_steps": 2}
     for trained in (model, fresh):
@@ -234,10 +237,8 @@ def test_a_ready_optimizer_with_hooks_is_refused_where_hooks_are(tmp_path: Path)
     model = tiny_llama()
     options = {model.lm_head.weight: {"rank": RANK}}
     given = given_optimizer(model, {"param_options": options, "layerwise": True, "module": model})
-    trainer = trainer_with(
-        model, tmp_path, OptimizerNames.ADAMW_TORCH, given, optim_target_modules=None, optim_args=None
-    )
+    trainer = trainer_with(model, tmp_path, "adamw_torch", given, optim_target_modules=None, optim_args=None)
     trainer.args.fp16 = True  # the constructor would refuse it on a CPU
-    with pytest.raises(ValueError, match="GaLoreAdamW with layerwise=True .* does not work with fp16"):
+    with pytest.raises(ValueError, match=r"GaLoreAdamW with layerwise=True .* does not work with fp16"):
         trainer.train()
     assert hooks_on(model) == 0
