@@ -195,6 +195,7 @@ def _get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | No
         asked = f"optim={name!r}" + (" with projected_backward=true" if config.projected_backward else "")
         _check_can_hook(asked, f"optim={name.removesuffix('_layerwise')!r} without projected_backward", args)
 
+    check_parameters(model.named_parameters(), model)  # before the optimizer makes state for them
     targets = find_targets(model, args.optim_target_modules, config)
     options: dict[Tensor, dict[str, Any]] = {}
     if kind.cls is not GaLoreAdamW8bit:
