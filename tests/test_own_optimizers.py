@@ -146,6 +146,25 @@ def test_a_subclass_of_another_optimizer_is_free_of_an_earlier_ones_hooks(tmp_pa
     assert earlier.optimizer is not None
 
 
+@pytest.mark.parametrize("cls", [DecaysAll, OwnGroups])
+def test_models_that_are_made_anew_for_each_run_are_free_of_hooks(cls: type[Trainer], tmp_path: Path) -> None:
+    """As in a hyperparameter search, whose trials are runs of one trainer."""
+    models: list[nn.Module] = []
+
+    def make() -> nn.Module:
+        models.append(tiny_llama())
+        return models[-1]
+
+    args = arguments(tmp_path, "galore_adamw_layerwise", max_steps=2)
+    trainer = cls(model_init=make, args=args, train_dataset=Counting())
+    for _ in range(2):
+        trainer.train()
+        assert logged(trainer, "galore/targets") == [14]
+    assert len(models) == 3
+    assert [hooks_on(model) for model in models] == [0, 0, 0]
+    assert_identical(snapshot(models[1]), snapshot(models[2]))
+
+
 # ---- classes with keywords, and ready optimizers
 
 
