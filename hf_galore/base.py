@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from .admission import check_parameters
 from .bases import (
     ON_HOST,
     Before,
@@ -37,8 +38,12 @@ from .gradient import BasisVersion, LowRankGradient, UsedGradient
 from .groups import (
     Group,
     ParamOptions,
+    check_group_keys,
+    check_options,
+    check_plain_state,
     check_same_names,
     check_same_options,
+    check_unchanged,
     is_target,
     split_groups,
     with_names,
@@ -100,6 +105,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         defaults: dict[str, Any],
         **options: Unpack[GaLoreOptions],
     ) -> None:
+        check_options(type(self).__name__, options, [*GaLoreOptions.__annotations__, *defaults])
         model = options.get("module")
         layerwise = options.get("layerwise", False)
         projected_backward = options.get("projected_backward")
@@ -112,6 +118,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
             # In the groups, so that a resumed run goes on with the numbers of the first.
             defaults = {**defaults, "stochastic_rounding": True, "rounding_seed": torch.initial_seed()}
         super().__init__(with_names(groups, self._names), defaults)
+        check_parameters(((self.name_of(param), param) for param in self._params()), model)
         self._check_stochastic_rounding()
         self._say_if_decay_is_lost()
         if projected_backward is None:
@@ -144,6 +151,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         self._indices: dict[int, int] = {}  # of the parameters, by their id
         self._phases: dict[int, int] = {}  # of the targets, likewise
         self._versions: dict[int, BasisVersion] = {}  # likewise
+        self._shapes: dict[int, torch.Size] = {}  # that states were made for, by the parameter's id
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -158,6 +166,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: GaLore's options are out of range, or a parameter of a group with a `rank` is not a matrix.
         """
+        check_group_keys(param_group)
         config = GaLoreConfig.from_group(param_group)
         if config is not None:
             param_group = {**param_group, **config.group_options()}
@@ -168,12 +177,13 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             self._check_group(group)
+            check_parameters((self.name_of(param), param) for param in self._params())
         except ValueError:
             del self.param_groups[-1]
             raise
         for param in group["params"]:
             if param.requires_grad:
-                self.state[param] = self._new_state(param, group)
+                self._make_state(param, group)
         if self._hooks is not None and self._hooks.attached:
             self._hooks.attach_new()
 
@@ -272,10 +282,18 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         """Moments for a gradient of `shape`: that of the parameter, or low-rank for a target."""
         raise NotImplementedError
 
+    def _make_state(self, param: Tensor, group: Group) -> State:
+        state = self._new_state(param, group)
+        self.state[param] = state
+        self._shapes[id(param)] = param.shape
+        return state
+
     def _state_of(self, param: Tensor, group: Group) -> State:
         state = cast("State", self.state[param])
         if not state:  # frozen when the optimizer was made
-            state.update(self._new_state(param, group))
+            state = self._make_state(param, group)
+        if self._shapes.get(id(param), param.shape) != param.shape:
+            check_unchanged(self.name_of(param), param.shape, state, self._new_state(param, group))
         # The model may have been moved or cast since: a basis goes with its weight, all else keeps its precision.
         for key, value in state.items():
             if key in ON_HOST:
@@ -775,6 +793,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: it is not.
         """
+        check_plain_state(state_dict)
         groups, saved_groups = self.param_groups, state_dict["param_groups"]
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved_groups]:
             raise ValueError(
@@ -806,10 +825,9 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         if not saved and not self.state.get(param):
             return
         with torch.device("meta"):
-            expected = {
-                key: (tuple(value.shape), value.dtype)
-                for key, value in self._new_state(param.detach().to("meta"), group).items()
-            }
+            needed = self._new_state(param.detach().to("meta"), group)
+        check_unchanged(self.name_of(param), param.shape, self.state.get(param, {}), needed)
+        expected = {key: (tuple(value.shape), value.dtype) for key, value in needed.items()}
         found = {key: (tuple(value.shape), value.dtype) for key, value in saved.items()}
         if found == expected:
             return

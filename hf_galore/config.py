@@ -83,6 +83,10 @@ _OPTIONS: dict[str, _Option] = {
 }
 
 
+GROUP_OPTIONS: tuple[str, ...] = tuple(_GROUP_OPTIONS)
+"""The options that a parameter group may set."""
+
+
 def nearest(name: str, known: list[str]) -> str:
     """`` Did you mean 'x'?`` for the closest of `known`, or nothing where none is close."""
     close = difflib.get_close_matches(name, known, n=1)

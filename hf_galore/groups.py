@@ -1,13 +1,14 @@
-"""Parameter groups: splitting and naming them, and whether two of them are of one run."""
+"""Parameter groups: splitting and naming them, what may be in them, and whether two of them are of one run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from .config import GaLoreConfig
+from .config import GROUP_OPTIONS, GaLoreConfig, nearest
 from .projection import is_projectable
 
 Group = dict[str, Any]
@@ -50,6 +51,95 @@ def is_target(param: Tensor, group: Group) -> bool:
     return "rank" in group and is_projectable(param.shape, group["rank"])
 
 
+# Where an option belongs that is not a group's, by its name.
+_NOT_IN_A_GROUP: dict[str, str] = {
+    **dict.fromkeys(
+        ("layerwise", "projected_backward", "hold_gradients", "module", "param_options"),
+        "It concerns the optimizer as a whole: give it by keyword, beside the groups, as in "
+        "GaLoreAdamW(groups, lr=1e-3, module=model, layerwise=True).",
+    ),
+    "embedding_bits": "It is a key of optim_args; a group of GaLoreAdamW8bit says the same by 'optim_bits': 32 or 8.",
+}
+# Nobody but GaLore has keys that begin so.
+_OUR_PREFIXES = ("galore_", "proj_", "projection_", "update_proj")
+
+
+def check_group_keys(group: Mapping[Any, Any]) -> None:
+    """Check that a group has no key that is nearly one of GaLore's, or one that has no effect there.
+
+    Any other key is allowed: schedulers, frameworks and users keep their own in groups (`initial_lr`, `lr_scale`,
+    `name`, `momentum`).
+
+    Raises:
+        ValueError: it has; the message names the key that is meant, or where the option belongs.
+    """
+    for key in group:
+        if not isinstance(key, str) or key in GROUP_OPTIONS:
+            continue
+        if key in _NOT_IN_A_GROUP:
+            raise ValueError(f"A parameter group sets {key!r}, which has no effect there. {_NOT_IN_A_GROUP[key]}")
+        name = key.lower().replace("-", "_")
+        close = [option for option in GROUP_OPTIONS if _nearly_same(name, option)]
+        if close or name.startswith(_OUR_PREFIXES):
+            (meant,) = difflib.get_close_matches(name.removeprefix("galore_"), close or GROUP_OPTIONS, n=1, cutoff=0.0)
+            raise ValueError(
+                f"A parameter group sets {key!r}, which GaLore does not know. Did you mean {meant!r}? It has "
+                f"{', '.join(GROUP_OPTIONS)}."
+            )
+
+
+def _nearly_same(name: str, option: str) -> bool:
+    """Whether a name is an option with a slip of the pen, one in a short name and two in a long one, or is parts of it.
+
+    Ratios of `difflib` cannot tell `rnak` (for `rank`) from `lr_scale`, or `moment` from `momentum`.
+    """
+    parts = name.split("_")
+    return _slips(name, option) <= (1 if len(option) < 8 else 2) or (
+        len(parts) > 1 and set(parts) <= set(option.split("_"))
+    )
+
+
+def _slips(a: str, b: str) -> int:
+    """Letters added, left out, changed, or swapped with their neighbour, on the shortest way from `a` to `b`."""
+    before_last: list[int] = []
+    last = list(range(len(b) + 1))
+    for i, letter in enumerate(a, 1):
+        row = [i]
+        for j, other in enumerate(b, 1):
+            best = min(last[j] + 1, row[j - 1] + 1, last[j - 1] + (letter != other))
+            if i > 1 and j > 1 and letter == b[j - 2] and a[i - 2] == other:
+                best = min(best, before_last[j - 2] + 1)
+            row.append(best)
+        before_last, last = last, row
+    return last[-1]
+
+
+def check_options(cls_name: str, options: Iterable[str], known: Sequence[str]) -> None:
+    """Check the names of keyword arguments of a GaLore optimizer.
+
+    Args:
+        cls_name: the optimizer's.
+        options: the keywords that were given.
+        known: all that there are.
+
+    Raises:
+        TypeError: one is unknown; the message says what is nearest, or where it belongs.
+    """
+    for name in options:
+        if name in known:
+            continue
+        if name in GROUP_OPTIONS:
+            advice = (
+                f"It belongs into a parameter group, {cls_name}([{{'params': others}}, {{'params': matrices, "
+                f"'rank': 128}}]), or into param_options={{weight: {{'rank': 128}}}}."
+            )
+        elif name == "embedding_bits":
+            advice = _NOT_IN_A_GROUP[name]
+        else:
+            advice = f"It has {', '.join(known)}.{nearest(name, [*known, *GROUP_OPTIONS])}"
+        raise TypeError(f"{cls_name} has no keyword {name!r}. {advice}")
+
+
 def check_same_names(group: Group, saved_group: Group) -> None:
     """Check that a saved group is of the same parameters.
 
@@ -87,6 +177,81 @@ def check_same_options(group: Group, saved_group: Group) -> None:
             f"{_described(own, own_rounding)}. A resumed run continues the old one: give it the same, or start a new "
             "one from the checkpoint's weights."
         )
+
+
+FROM_WEIGHTS = (
+    "To start from its weights, load the model with from_pretrained(<the checkpoint's folder>) and train without "
+    "resume_from_checkpoint."
+)
+"""What is left to do with a checkpoint whose optimizer state is of no use."""
+
+
+def check_plain_state(state_dict: Mapping[str, Any]) -> None:
+    """Check that a state dict is an optimizer's whose state is tensors, as GaLore's is here.
+
+    Raises:
+        ValueError: it is not; the message says who wrote it, as far as that can be seen.
+    """
+    if not {"state", "param_groups"} <= set(state_dict):
+        raise ValueError(
+            f"This is no state dict of an optimizer: it has {', '.join(map(repr, state_dict)) or 'nothing'} where "
+            "'state' and 'param_groups' are needed. Give what optimizer.state_dict() returned."
+        )
+    states, groups = state_dict["state"], state_dict["param_groups"]
+    if any("projector" in state for state in states.values()):
+        raise ValueError(written_by_galore_torch())
+    if not states and len(groups) == 1 and len(groups[0]["params"]) == 1 and set(groups[0]) <= _DUMMY_KEYS:
+        raise ValueError(
+            "The checkpoint was written by a layerwise optimizer of transformers itself (its galore_*_layerwise or "
+            f"apollo_*_layerwise), which saves no state of its own. {FROM_WEIGHTS}"
+        )
+    others = [
+        f"{key!r} of parameter {index} is of type {type(value).__name__}"
+        for index, state in states.items()
+        for key, value in state.items()
+        if not isinstance(value, Tensor)
+    ]
+    if others:
+        raise ValueError(
+            f"The checkpoint's optimizer state is another optimizer's: {others[0]}, where GaLore has tensors only. "
+            f"Resume with the optim of the run that wrote it. {FROM_WEIGHTS}"
+        )
+
+
+# What a group of transformers' `LayerWiseDummyOptimizer` has.
+_DUMMY_KEYS = {"params", "lr", "initial_lr"}
+
+
+def written_by_galore_torch() -> str:
+    """The message for state that a `galore_torch` optimizer has written."""
+    return (
+        "The checkpoint was written by the GaLore of galore_torch, which is what transformers itself has under the "
+        "galore_* names. Its bases are Python objects in the optimizer's state, and cannot be taken over into "
+        f"hf_galore. {FROM_WEIGHTS}"
+    )
+
+
+def check_unchanged(name: str, shape: Sequence[int], current: Mapping[str, Tensor], needed: Mapping[str, Any]) -> None:
+    """Check that a parameter still has the shape that it had when its optimizer state was made.
+
+    Args:
+        name: the parameter's.
+        shape: its shape now.
+        current: the state that was made for it; empty where there is none.
+        needed: that state as it would be made now: tensors, or anything with a `shape`, by the same keys.
+
+    Raises:
+        ValueError: it has another shape now.
+    """
+    if not current:
+        return
+    if {k: tuple(v.shape) for k, v in current.items()} == {k: tuple(v.shape) for k, v in needed.items()}:
+        return
+    raise ValueError(
+        f"{name} has changed since the optimizer was made: its shape is {tuple(shape)} now, and its moments were made "
+        "for another (resize_token_embeddings does that). Change the model first, then make the optimizer or the "
+        "Trainer."
+    )
 
 
 def _described(config: GaLoreConfig | None, stochastic_rounding: bool) -> str:

@@ -23,13 +23,20 @@ class Targets:
 
     projected: dict[str, Tensor]
     too_small: dict[str, Tensor]
+    computed: tuple[str, ...] = ()
+    """The layers that matched, but have no weight of their own: see `_is_computed`."""
+
+    def lora_adapters(self) -> list[str]:
+        """Those of the projected that are adapters of LoRA."""
+        return [name for name in self.projected if _is_lora(name)]
 
 
 def find_targets(model: nn.Module, target_modules: Any, config: GaLoreConfig) -> Targets:
     """The trainable weights of the linear layers of `model` that `target_modules` names, and of embeddings.
 
     Linear layers are `nn.Linear` and transformers' `Conv1D` (GPT-2). An embedding is a target only where an entry
-    matches embeddings and no linear layer, such as `embed_tokens`. A weight shared by several modules appears once.
+    matches embeddings and no linear layer, such as `embed_tokens`. A weight shared by several modules appears once. A
+    weight that is computed from other parameters (weight norm and the like) is no target: those train full-rank.
 
     Args:
         model: the model.
@@ -44,25 +51,33 @@ def find_targets(model: nn.Module, target_modules: Any, config: GaLoreConfig) ->
     """
     linear = {name: module for name, module in model.named_modules() if _is_linear(module)}
     trainable = {name: module for name, module in linear.items() if _weight(module).requires_grad}
+    computed = [name for name, module in model.named_modules() if _is_computed(module) and _is_trainable(module)]
     names: Iterable[str]
     if is_all_linear(target_modules):
-        get_head = getattr(model, "get_output_embeddings", None)
-        head = get_head() if get_head is not None else None
-        names = [name for name, module in trainable.items() if module is not head]
+        in_head = _head_modules(model)
+        names = [name for name, module in trainable.items() if id(module) not in in_head]
+        computed = [name for name in computed if id(model.get_submodule(name)) not in in_head]
         if not names:
+            others = f" It has some {_COMPUTED} ({_shown(computed)}), which cannot be projected." if computed else ""
             raise ValueError(
                 f"optim_target_modules is {ALL_LINEAR!r}, but {type(model).__name__} has no trainable linear layer "
-                "besides its output head."
+                f"besides its output head.{others}"
             )
     else:
         entries = _entries(target_modules)
         embeddings = {name: module for name, module in _embeddings(model) if _weight(module).requires_grad}
         chosen: set[str] = set()
         for entry, matches in entries.items():
-            matched = [name for name in trainable if matches(name)] or [name for name in embeddings if matches(name)]
+            matched = [name for name in trainable if matches(name)]
+            # What an entry means are embeddings only if it matches no linear layer, even one without its own weight.
+            if not matched and not any(matches(name) for name in computed):
+                matched = [name for name in embeddings if matches(name)]
             if not matched:
-                raise ValueError(_explain_no_match(entry, matches, model, linear, isinstance(target_modules, str)))
+                raise ValueError(
+                    _explain_no_match(entry, matches, model, linear, computed, isinstance(target_modules, str))
+                )
             chosen.update(matched)
+        computed = [name for name in computed if any(matches(name) for matches in entries.values())]
         trainable = {name: module for name, module in model.named_modules() if name in chosen}
         names = list(trainable)
 
@@ -70,13 +85,26 @@ def find_targets(model: nn.Module, target_modules: Any, config: GaLoreConfig) ->
     weights = {name: _weight(trainable[name]) for name in names if unique[id(_weight(trainable[name]))] == name}
     projected = {name: weight for name, weight in weights.items() if is_projectable(weight.shape, config.rank)}
     if not projected:
-        largest = max(min(weight.shape) for weight in weights.values())
-        raise ValueError(
-            f"GaLore's rank {config.rank} is not below the smaller side of any of the {len(weights)} target(s) (at "
-            f"most {largest}), so nothing would be projected. Give a rank of at most {largest - 1}."
-        )
+        raise ValueError(_explain_too_small(weights, config.rank))
     too_small = {name: weight for name, weight in weights.items() if name not in projected}
-    return Targets(projected, too_small)
+    return Targets(projected, too_small, tuple(computed))
+
+
+def _explain_too_small(weights: dict[str, Tensor], rank: int) -> str:
+    largest = max((min(weight.shape) for weight in weights.values()), default=0)
+    if weights and all(map(_is_lora, weights)):
+        advice = (
+            "They are the adapters of LoRA, whose optimizer state is small as it is: train them with "
+            "optim='adamw_torch', or train the model itself without LoRA."
+        )
+    elif largest > 1:
+        advice = f"Give a rank of at most {largest - 1}."
+    else:
+        advice = "Matrices of one row or column have no low-rank gradient: name larger ones."
+    return (
+        f"GaLore's rank {rank} is not below the smaller side of any of the {len(weights)} target(s) (at most "
+        f"{largest}), so nothing would be projected. {advice}"
+    )
 
 
 def is_all_linear(target_modules: Any) -> bool:
@@ -119,9 +147,20 @@ def _list_rule(entry: str) -> Callable[[str], bool]:
 
 
 def _explain_no_match(
-    entry: str, matches: Callable[[str], bool], model: nn.Module, linear: dict[str, nn.Module], is_regex: bool
+    entry: str,
+    matches: Callable[[str], bool],
+    model: nn.Module,
+    linear: dict[str, nn.Module],
+    computed: list[str],
+    is_regex: bool,
 ) -> str:
     start = f"optim_target_modules: {entry!r} matches no trainable linear layer of {type(model).__name__}."
+    without_weight = [name for name in computed if matches(name)]
+    if without_weight:
+        return (
+            f"{start} It matches only layers {_COMPUTED}: {_shown(without_weight)}. Such a weight cannot be projected; "
+            "what it is computed from trains full-rank. Leave it out, or take the parametrization off the layer."
+        )
     if any(matches(name) for name in (*linear, *dict(_embeddings(model)))):
         return f"{start} It matches frozen ones: unfreeze them, or leave it out."
     others = sorted({type(module).__name__ for name, module in model.named_modules() if name and matches(name)})
@@ -146,7 +185,47 @@ def _example(names: Sequence[str]) -> str:
 
 def _is_linear(module: nn.Module) -> bool:
     # A quantised layer has a weight that no optimizer can train.
-    return isinstance(module, (nn.Linear, Conv1D)) and _weight(module).is_floating_point()
+    is_linear = isinstance(module, (nn.Linear, Conv1D)) and _owns_weight(module)
+    return is_linear and _weight(module).is_floating_point()
+
+
+def _owns_weight(module: nn.Module) -> bool:
+    return isinstance(module._parameters.get("weight"), Tensor)
+
+
+# What `torch.nn.utils.parametrizations`, the older `weight_norm` and `spectral_norm`, and `prune` make of a layer: its
+# weight is made anew for each forward pass, and no optimizer sees it.
+_COMPUTED = "whose weight is computed from other parameters (weight_norm, spectral_norm, orthogonal, pruning)"
+
+
+def _is_computed(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D)) and not _owns_weight(module)
+
+
+def _is_trainable(module: nn.Module) -> bool:
+    return any(param.requires_grad for param in module.parameters())
+
+
+def _is_lora(name: str) -> bool:
+    return any(part.startswith("lora_") for part in name.split("."))
+
+
+def _head_modules(model: nn.Module) -> set[int]:
+    """The output heads in `model`, with all that is inside them, by `id`.
+
+    PEFT's `modules_to_save` and adapters put the head inside a wrapper; and the model itself may be in one that does
+    not know of heads (a model with a value head, `torch.compile`).
+    """
+    inside: set[int] = set()
+    for module in model.modules():
+        get_head: Any = getattr(module, "get_output_embeddings", None)
+        try:
+            head = get_head() if get_head is not None else None
+        except (AttributeError, NotImplementedError):  # it has none
+            continue
+        if isinstance(head, nn.Module):
+            inside.update(id(part) for part in head.modules())
+    return inside
 
 
 def _weight(module: nn.Module) -> Tensor:
@@ -159,7 +238,11 @@ def embedding_weights(model: nn.Module) -> list[Tensor]:
 
 
 def _embeddings(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Embedding))
+    return (
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and _owns_weight(module)
+    )
 
 
 def summarize(model: nn.Module, targets: Targets, config: GaLoreConfig) -> str:
@@ -172,10 +255,14 @@ def summarize(model: nn.Module, targets: Targets, config: GaLoreConfig) -> str:
         f"{config.rank}; {len(full_rank)} tensors ({_elements(full_rank)} parameters) train full-rank"
     )
     if targets.too_small:
-        names = list(targets.too_small)
-        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        line += f", among them targets with no side above the rank: {shown}"
+        line += f", among them targets with no side above the rank: {_shown(list(targets.too_small))}"
+    if targets.computed:
+        line += f", among them those of layers {_COMPUTED}: {_shown(targets.computed)}"
     return line + "."
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _elements(tensors: Iterable[Tensor]) -> str:

@@ -1,6 +1,6 @@
 """All contact with the internals of transformers: the optimizer names, and what a Trainer has to do differently.
 
-`register()` replaces five methods of `transformers.Trainer`; `unregister()` puts them back. Each replacement
+`register()` replaces some methods of `transformers.Trainer`; `unregister()` puts them back. Each replacement
 concerns itself with the `galore_*` optimizers only and hands everything else on.
 """
 
@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
+import pickle
 from typing import Any, cast
 
+import torch
 import transformers
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import Trainer
 from transformers.training_args import ParallelMode
 
+from .admission import check_parameters
 from .base import GaLoreOptimizer
 from .config import GaLoreConfig
 from .fused_head import restore_fused_head, use_fused_head
+from .groups import FROM_WEIGHTS, written_by_galore_torch
 from .layerwise import detach_all
 from .log import logger
 from .optimizers import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
@@ -44,6 +49,11 @@ KINDS: dict[str, _Kind] = {
 PATCHED: dict[str, str] = {
     "get_optimizer_cls_and_kwargs": "(args, model=None)",
     "create_optimizer": "(self, model=None)",
+    "_inner_training_loop": (
+        "(self, batch_size=None, args=None, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None)"
+    ),
+    "_prepare_for_training": "(self, max_steps, train_dataloader, resume_from_checkpoint)",
+    "_load_optimizer_and_scheduler": "(self, checkpoint)",
     "_clip_grad_norm": "(self, model)",
     "_get_grad_norm": "(self, model, grad_norm=None)",
     "log": "(self, logs, start_time=None)",
@@ -69,6 +79,9 @@ def register() -> None:
     replacements = {
         "get_optimizer_cls_and_kwargs": staticmethod(_get_optimizer_cls_and_kwargs),
         "create_optimizer": _create_optimizer,
+        "_inner_training_loop": _inner_training_loop,
+        "_prepare_for_training": _prepare_for_training,
+        "_load_optimizer_and_scheduler": _load_optimizer_and_scheduler,
         "_clip_grad_norm": _clip_grad_norm,
         "_get_grad_norm": _get_grad_norm,
         "log": _log,
@@ -109,8 +122,8 @@ def moved_internals() -> list[str]:
 class GaLoreCallback(TrainerCallback):
     """Looks after a GaLore optimizer, and adds what it can tell to the Trainer's log.
 
-    A Trainer with a `galore_*` optim has one; to a Trainer that is given an optimizer, add it by hand. On each logging
-    step it logs, under `galore/`:
+    A Trainer that trains with a GaLore optimizer, by its name or otherwise, gets one. On each logging step it logs,
+    under `galore/`:
 
     - `refreshes`, all of the run so far, and with `lazy_refresh` how many it saved: `refreshes_saved`;
     - of the refreshes since the last logging step, where there were any: `captured_energy_min` and `_median` (the part
@@ -176,10 +189,13 @@ def _get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | No
         )
     if model is None:
         raise ValueError(f"optim={name!r} needs the model, to find optim_target_modules in it.")
+    _check_no_engine(f"optim={name!r}", args)
     projected_backward = kind.layerwise if config.projected_backward is None else config.projected_backward
     if kind.layerwise or projected_backward:
-        _check_can_hook(name, config, args)
+        asked = f"optim={name!r}" + (" with projected_backward=true" if config.projected_backward else "")
+        _check_can_hook(asked, f"optim={name.removesuffix('_layerwise')!r} without projected_backward", args)
 
+    check_parameters(model.named_parameters(), model)  # before the optimizer makes state for them
     targets = find_targets(model, args.optim_target_modules, config)
     options: dict[Tensor, dict[str, Any]] = {}
     if kind.cls is not GaLoreAdamW8bit:
@@ -193,6 +209,16 @@ def _get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | No
     options.update((weight, config.group_options()) for weight in targets.projected.values())
     if args.process_index == 0:
         logger.info(summarize(model, targets, config))
+        adapters = targets.lora_adapters()
+        if adapters:
+            logger.warning(
+                "%d of the %d matrices that GaLore projects are adapters of LoRA, such as %s. Their optimizer state is "
+                "small as it is, and projecting them gains nothing: train them with optim='adamw_torch', or the model "
+                "itself without LoRA.",
+                len(adapters),
+                len(targets.projected),
+                adapters[0],
+            )
 
     kwargs: dict[str, Any] = {
         "lr": args.learning_rate,
@@ -217,22 +243,137 @@ def _create_optimizer(self: Trainer, model: nn.Module | None = None) -> Any:
         # Hooks that an interrupted run left, of whatever optimizer: this trainer's own are put back below.
         detach_all(opt_model)
     if _uses_galore(self):
-        for engine in ("fsdp", "deepspeed"):
-            if getattr(self, f"is_{engine}_enabled", False):
-                raise ValueError(
-                    f"optim={optim_name(self.args)!r} does not work under {engine.upper()}, which shards or flattens "
-                    "the matrices that GaLore projects. Run it on one GPU, or under DDP without a layerwise optimizer."
-                )
+        _check_no_engine(f"optim={optim_name(self.args)!r}", self.args, self)
     wrapper = _originals["create_optimizer"](self, model)
-    optimizer = galore_optimizer(wrapper)
-    if optimizer is not None:
-        if optimizer.hooks is not None:
-            optimizer.hooks.attach()
-            use_fused_head()
-            _hold_for_callbacks(self, optimizer)
-        if _callback_of(self) is None:
-            self.add_callback(GaLoreCallback)
+    _look_after(self)
     return wrapper
+
+
+def _inner_training_loop(
+    self: Trainer,
+    batch_size: int | None = None,
+    args: TrainingArguments | None = None,
+    resume_from_checkpoint: str | None = None,
+    trial: Any = None,
+    ignore_keys_for_eval: list[str] | None = None,
+) -> Any:
+    """Replaces `Trainer._inner_training_loop`: however it is left, no hooks stay on the model.
+
+    `auto_find_batch_size` calls it again after an exception, with the optimizer that is there.
+    """
+    if self.model is not None:
+        detach_all(self.model)  # a subclass's `create_optimizer` need not come by here
+    try:
+        return _originals["_inner_training_loop"](
+            self,
+            batch_size=batch_size,
+            args=args,
+            resume_from_checkpoint=resume_from_checkpoint,
+            trial=trial,
+            ignore_keys_for_eval=ignore_keys_for_eval,
+        )
+    finally:
+        optimizer = galore_optimizer(self.optimizer)
+        if optimizer is not None:
+            optimizer.close()
+
+
+def _prepare_for_training(self: Trainer, max_steps: Any, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+    """Replaces `Trainer._prepare_for_training`, after which there is an optimizer, wherever it comes from."""
+    _look_after(self)  # one that is there already: before its state is loaded
+    prepared = _originals["_prepare_for_training"](self, max_steps, train_dataloader, resume_from_checkpoint)
+    _look_after(self)
+    return prepared
+
+
+def _look_after(trainer: Trainer) -> None:
+    """Where a trainer has a GaLore optimizer: check that it can do what is asked, and put its hooks on the model.
+
+    Raises:
+        ValueError: it cannot; the message says what to change.
+    """
+    optimizer = galore_optimizer(trainer.optimizer)
+    if optimizer is None:
+        return
+    try:
+        _check_optimizer(trainer, optimizer)
+    except ValueError:
+        optimizer.close()  # making it has put the hooks on
+        raise
+    if optimizer.hooks is not None:
+        optimizer.hooks.attach()
+        use_fused_head()
+        _hold_for_callbacks(trainer, optimizer)
+    if _callback_of(trainer) is None:
+        trainer.add_callback(GaLoreCallback)
+
+
+def _check_optimizer(trainer: Trainer, optimizer: GaLoreOptimizer) -> None:
+    """Refuse what an optimizer cannot do, whoever made it."""
+    kind = type(optimizer).__name__
+    _check_no_engine(kind, trainer.args, trainer)
+    if optimizer.hooks is not None:
+        asked = f"{kind} with layerwise=True or projected_backward=True"
+        _check_can_hook(asked, f"{kind} without them", trainer.args)
+    _check_targets(trainer, optimizer)
+    if trainer.model is not None:
+        trained = {id(param) for group in optimizer.param_groups for param in group["params"]}
+        named = ((name, param) for name, param in trainer.model.named_parameters() if id(param) in trained)
+        check_parameters(named, trainer.model, on_meta=False)
+
+
+def _check_targets(trainer: Trainer, optimizer: GaLoreOptimizer) -> None:
+    """Refuse an optimizer that somebody else made with no targets where the arguments ask for some."""
+    args, kind, name = trainer.args, type(optimizer).__name__, optim_name(trainer.args)
+    if args.optim_target_modules is None and not (name in KINDS and args.optim_args):
+        return
+    options = [GaLoreConfig.from_group(group) for _, group in optimizer.targets()]
+    if not options:
+        raise ValueError(
+            f"optim_target_modules is {args.optim_target_modules!r}, but the {kind} that this Trainer was given, or "
+            "that a subclass of it made, projects nothing: optim_target_modules and optim_args are read only where the "
+            "Trainer makes the optimizer by its name. Set optim='galore_adamw' and leave out optimizers and "
+            "optimizer_cls_and_kwargs; or give the optimizer its targets, by groups with a 'rank' or by "
+            "param_options={weight: {'rank': 128}}, as Trainer.get_optimizer_cls_and_kwargs(args, model) returns them."
+        )
+    if name in KINDS and args.optim_args and _callback_of(trainer) is None:  # once
+        config = GaLoreConfig.from_optim_args(args.optim_args)
+        if not any(found is not None and found.group_options() == config.group_options() for found in options):
+            logger.warning(
+                "optim_args is %r, but no parameter group of the %s that this Trainer was given has these options: it "
+                "trains as it was made.",
+                args.optim_args,
+                kind,
+            )
+
+
+def _load_optimizer_and_scheduler(self: Trainer, checkpoint: str | None) -> None:
+    """Replaces `Trainer._load_optimizer_and_scheduler`, which advises to load what cannot be used unsafely."""
+    try:
+        _originals["_load_optimizer_and_scheduler"](self, checkpoint)
+    except pickle.UnpicklingError:
+        reason = None
+        if checkpoint is not None and galore_optimizer(self.optimizer) is not None:
+            reason = _why_not_loadable(os.path.join(checkpoint, "optimizer.pt"))
+        if reason is None:
+            raise
+        raise ValueError(f"{checkpoint} cannot be resumed. {reason}") from None
+
+
+def _why_not_loadable(file: str) -> str | None:
+    """What is wrong with a file of optimizer state that holds Python objects; `None` where it is something else."""
+    try:
+        kinds = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    except Exception:  # no zip file, none at all, ...: what the load said stands
+        return None
+    if any(kind.startswith("galore_torch.") for kind in kinds):
+        return written_by_galore_torch()
+    if not kinds:
+        return None
+    return (
+        f"Its optimizer state is another optimizer's: it holds Python objects ({', '.join(sorted(kinds))}), where "
+        f"GaLore has tensors only. Resume with the optim of the run that wrote it. {FROM_WEIGHTS}"
+    )
 
 
 def _hold_for_callbacks(trainer: Trainer, optimizer: GaLoreOptimizer) -> None:
@@ -287,10 +428,25 @@ def _callback_of(trainer: Trainer) -> GaLoreCallback | None:
     return next((callback for callback in callbacks if isinstance(callback, GaLoreCallback)), None)
 
 
-def _check_can_hook(name: str, config: GaLoreConfig, args: TrainingArguments) -> None:
+def _check_no_engine(asked: str, args: TrainingArguments, trainer: Trainer | None = None) -> None:
+    """Refuse engines that shard, also where they are asked for and not had: on CPUs accelerate leaves FSDP out."""
+    for engine in ("fsdp", "deepspeed"):
+        variable = f"ACCELERATE_USE_{engine.upper()}"
+        given = [key for key in (engine, f"{engine}_config") if getattr(args, key, None)]
+        # accelerate leaves the variable behind where a trainer has failed: one process has nothing to shard.
+        several = args.parallel_mode == ParallelMode.DISTRIBUTED
+        in_environment = several and os.environ.get(variable, "").lower() == "true"
+        if given or in_environment or getattr(trainer, f"is_{engine}_enabled", False):
+            where = f"in the training arguments: {' and '.join(given)}" if given else f"by accelerate ({variable})"
+            raise ValueError(
+                f"{asked} does not work under {engine.upper()}, which shards or flattens the matrices that GaLore "
+                f"projects. It is asked for {where}. Leave that out, and run on one GPU, or under DDP without a "
+                "layerwise optimizer."
+            )
+
+
+def _check_can_hook(asked: str, instead: str, args: TrainingArguments) -> None:
     """Refuse what the hooks into the backward pass cannot do."""
-    asked = f"optim={name!r}" + (" with projected_backward=true" if config.projected_backward else "")
-    instead = f"optim={name.removesuffix('_layerwise')!r} without projected_backward"
     problem = None
     if args.fp16:
         problem = "fp16: its loss scaling unscales and checks gradients that are not there. Set bf16=True"

@@ -143,7 +143,9 @@ def test_a_resumed_run_goes_on_counting(tmp_path: Path) -> None:
     assert logged(trainer, "galore/refreshes")[-1] == 42
 
 
-def test_by_hand_for_an_optimizer_made_by_hand(tmp_path: Path) -> None:
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_it_is_added_once_for_an_optimizer_made_by_hand(by_hand: bool, tmp_path: Path) -> None:
+    """Before: only by hand."""
     model = tiny_llama()
     weights = [param for name, param in model.named_parameters() if "mlp" in name]
     optimizer = GaLoreAdamW([{"params": weights, "rank": RANK}])
@@ -152,10 +154,11 @@ def test_by_hand_for_an_optimizer_made_by_hand(tmp_path: Path) -> None:
         args=arguments(tmp_path, "adamw_torch", max_steps=1, optim_target_modules=None, optim_args=None),
         train_dataset=Counting(),
         optimizers=(optimizer, None),
-        callbacks=[GaLoreCallback()],
+        callbacks=[GaLoreCallback()] if by_hand else None,
     )
     trainer.train()
     assert logged(trainer, "galore/targets") == [6]
+    assert sum(isinstance(callback, GaLoreCallback) for callback in trainer.callback_handler.callbacks) == 1
 
 
 def test_other_optimizers_log_what_they_did(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_a_dropped_pass_never_happened(
     way: str, drop: Callable[[nn.Module, torch.optim.Optimizer], None], cls: type[Any], moments: str
 ) -> None:
     """Bit for bit, at the first refresh, at a later one and between: two Adam steps before."""
-    options = {"moments": moments, "lazy_refresh": moments == "rotate"}
+    options: dict[str, Any] = {"moments": moments, "lazy_refresh": moments == "rotate"}
     net, optimizer = made(way, cls, **options)
     twin, undisturbed = made(way, cls, **options)
     for number, batch in enumerate(batches(9)):
@@ -199,12 +199,13 @@ def test_gradients_dropped_after_they_were_used_are_an_error_at_the_step(way: st
 
 
 def clip_by_torch(net: nn.Module, optimizer: GaLoreOptimizer, accelerator: Accelerator) -> Tensor:
-    return torch.nn.utils.clip_grad_norm_(net.parameters(), 0.05)
+    norm: Tensor = torch.nn.utils.clip_grad_norm_(net.parameters(), 0.05)
+    return norm
 
 
 def clip_by_hand(net: nn.Module, optimizer: GaLoreOptimizer, accelerator: Accelerator) -> Tensor:
     gradients = [param.grad for param in net.parameters() if param.grad is not None]
-    norm = torch.stack([gradient.detach().float().norm(2) for gradient in gradients]).norm()
+    norm: Tensor = torch.stack([gradient.detach().float().norm(2) for gradient in gradients]).norm()
     for gradient in gradients:
         gradient.data.mul_((0.05 / (norm + 1e-6)).clamp(max=1.0))
     return norm
@@ -217,7 +218,7 @@ def clip_by_accelerate(net: nn.Module, optimizer: GaLoreOptimizer, accelerator: 
 
 def clip_by_foreach(net: nn.Module, optimizer: GaLoreOptimizer, accelerator: Accelerator) -> Tensor:
     gradients = [param.grad for param in net.parameters() if param.grad is not None]
-    norm = torch.stack(list(torch._foreach_norm(gradients))).norm()
+    norm: Tensor = torch.stack(list(torch._foreach_norm(gradients))).norm()
     torch._foreach_mul_(gradients, (0.05 / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
@@ -362,7 +363,7 @@ def test_a_step_without_zero_grad_leaves_the_gradients_there(way: str) -> None:
             loss_of(net, batch).backward()
             optimizer.step()
         results.append(net)
-    assert_same_weights(*results)
+    assert_same_weights(results[0], results[1])
 
 
 @pytest.mark.parametrize("way", HELD)
@@ -482,7 +483,8 @@ def test_function_transforms_go_past_the_projected_backward(way: str) -> None:
     params = {name: param.detach() for name, param in net.named_parameters()}
 
     def loss(values: dict[str, Tensor], model: nn.Module, x: Tensor) -> Tensor:
-        return (torch.func.functional_call(model, values, (x,)) - 1).square().mean()
+        out: Tensor = torch.func.functional_call(model, values, (x,))
+        return (out - 1).square().mean()
 
     for model in (net, reference):
         model.requires_grad_(True)
@@ -556,7 +558,7 @@ class ModuleAndFunction(Net):
 @pytest.mark.parametrize("refresh", ["subspace", "svd"])
 def test_several_uses_of_a_weight_are_summed_up(way: str, kind: type[Net], train: bool, refresh: str) -> None:
     """With a new basis from the sum at every step; dropout off while training, too."""
-    options = {"refresh": refresh, "update_proj_gap": 1, "stagger": False, "eps": 1e-3}
+    options: dict[str, Any] = {"refresh": refresh, "update_proj_gap": 1, "stagger": False, "eps": 1e-3}
     found, expected = made(way, kind=kind, **options), made("plain", kind=kind, **options)
     for net, optimizer in (found, expected):
         net.train(train)
@@ -583,7 +585,7 @@ def test_several_uses_of_a_weight_hold_nothing(way: str) -> None:
 @pytest.mark.parametrize("moments", ["keep", "rotate", "reset"])
 def test_a_refresh_waits_for_a_micro_batch_with_a_gradient(way: str, first: int, moments: str) -> None:
     """All labels masked in the window's first micro-batch: the refresh was counted, and lost for a gap."""
-    group = {"update_proj_gap": 4, "stagger": False, "moments": moments}
+    group: dict[str, Any] = {"update_proj_gap": 4, "stagger": False, "moments": moments}
     found, expected = made(way, **group), made(way, **group)
     for number, batch in enumerate(batches(6, rows=TOKENS)):
         for net, optimizer in (found, expected):
@@ -599,25 +601,29 @@ def test_a_refresh_waits_for_a_micro_batch_with_a_gradient(way: str, first: int,
     assert_same_weights(found[0], expected[0], tolerance=2e-5)
 
 
+class WithExpert(Net):
+    """With a layer that sees the first `tokens` rows only."""
+
+    tokens = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expert = nn.Linear(12, 12, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        return torch.cat([self.expert(x[: self.tokens]), x[self.tokens :]])
+
+
 @pytest.mark.parametrize("way", ["plain", *HOOKED])
 @pytest.mark.parametrize("cls", CLASSES)
 def test_an_expert_without_tokens_waits_for_its_first(way: str, cls: type[Any]) -> None:
-    class WithExpert(Net):
-        def __init__(self) -> None:
-            super().__init__()
-            self.expert = nn.Linear(12, 12, bias=False)
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = super().forward(x)
-            return torch.cat([self.expert(x[: self.tokens]), x[self.tokens :]])
-
-        tokens = 0
-
     net, optimizer = made(way, cls, kind=WithExpert, update_proj_gap=100)
+    assert isinstance(net, WithExpert)
     weight = net.expert.weight
     start = weight.detach().clone()
     for number, batch in enumerate(batches(4)):
-        net.tokens = 5 if number >= 2 else 0  # type: ignore[assignment]
+        net.tokens = 5 if number >= 2 else 0
         step(net, optimizer, batch)
         assert optimizer.state[weight]["refreshes"] == (number >= 2)
         if number < 2:
@@ -662,7 +668,7 @@ def test_a_clipped_step_that_is_not_finite_moves_nothing(
         monkeypatch.setattr("hf_galore.nonfinite._look", lambda skip: None)
     torch.manual_seed(0)
     net = Wide().to(dtype)
-    optimizer = make(net, way, cls)  # type: ignore[arg-type]
+    optimizer = make(net, way, cls)
     for number, batch in enumerate(batches(4)):
         loss_of(net, batch.to(dtype)).backward()
         if number == 2:
@@ -706,7 +712,7 @@ def test_without_clipping_only_what_is_not_finite_stays(
         monkeypatch.setattr("hf_galore.nonfinite._look", lambda skip: None)
     torch.manual_seed(0)
     net = Wide()
-    optimizer = make(net, "plain", cls)  # type: ignore[arg-type]
+    optimizer = make(net, "plain", cls)
     for number, batch in enumerate(batches(4)):
         loss_of(net, batch).backward()
         assert net.scale.grad is not None
@@ -738,11 +744,11 @@ def test_the_device_path_trains_as_the_host_path(monkeypatch: pytest.MonkeyPatch
                         patch.setattr("hf_galore.nonfinite._look", look)
                     torch.manual_seed(0)
                     net = Wide().to(dtype)
-                    optimizer = make(net, "plain", cls)  # type: ignore[arg-type]
+                    optimizer = make(net, "plain", cls)
                     for batch in batches(4):
                         step(net, optimizer, batch.to(dtype))
                     results.append(net)
-            assert_same_weights(*results, tolerance=tolerance)
+            assert_same_weights(results[0], results[1], tolerance=tolerance)
 
 
 # ---- groups and parameters that come later
@@ -755,10 +761,12 @@ def test_a_group_that_comes_later(way: str) -> None:
     for late in (True, False):
         torch.manual_seed(0)
         net = Net()
-        make_late = [net.square.weight, net.square.bias] if late else []
+        make_late: list[Tensor] = [net.square.weight, net.square.bias] if late else []
         others = [param for param in net.parameters() if not any(param is p for p in make_late)]
         group = {"rank": 3, "update_proj_gap": 4, "scale": 0.5, "proj_bits": 16, "stagger": False}
-        options = {net.down.weight: group, net.up.weight: group, **({} if late else {net.square.weight: group})}
+        options: dict[Tensor, Any] = dict.fromkeys((net.down.weight, net.up.weight), group)
+        if not late:
+            options[net.square.weight] = group
         optimizer = GaLoreAdamW(others, lr=1e-2, param_options=options, module=net, **WAYS[way])
         if late:
             optimizer.add_param_group({"params": [net.square.weight], **group})
@@ -774,13 +782,14 @@ def test_a_group_that_comes_later(way: str) -> None:
             optimizer.zero_grad()
         assert optimizer.state_dict()["param_groups"][-1]["param_names"]
         results.append(net)
-    assert_same_weights(*results)
+    assert_same_weights(results[0], results[1])
 
 
 @pytest.mark.parametrize("way", HOOKED)
 def test_parameters_that_thaw_get_hooks(way: str) -> None:
     """At the second step after thawing at the latest; the first is as the plain optimizer's."""
-    found, expected = [], []
+    found: list[nn.Module] = []
+    expected: list[nn.Module] = []
     for each, nets in ((way, found), ("plain", expected)):
         torch.manual_seed(0)
         net = Net()
@@ -818,7 +827,7 @@ def test_float64_stays_float64_under_autocast(way: str) -> None:
     torch.manual_seed(0)
     net = nn.Linear(6, 5).double()
     reference = copy.deepcopy(net)
-    make(net, way, group={"rank": 2})  # type: ignore[arg-type]
+    make(net, way, group={"rank": 2})
     x = torch.randn(4, 6, dtype=torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
         found, expected = net(x), reference(x)

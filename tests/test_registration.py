@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
-from transformers.training_args import OptimizerNames
+from transformers.training_args import OptimizerNames, ParallelMode
 
 import hf_galore
 from hf_galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
@@ -337,6 +337,32 @@ def test_engines_that_shard_matrices_are_refused(
     # Other optimizers are none of its business.
     trainer.args.optim = OptimizerNames.ADAMW_TORCH
     assert type(trainer.create_optimizer()) is torch.optim.AdamW
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("key", ["fsdp", "fsdp_config", "deepspeed"])
+def test_engines_in_the_arguments_are_refused_where_they_are_not_had(name: str, key: str, tmp_path: Path) -> None:
+    """On CPUs accelerate leaves FSDP out without a word; before, it trained under DDP."""
+    args = arguments(tmp_path, name)
+    setattr(args, key, {"version": 2} if key == "fsdp_config" else True)
+    engine = key.removesuffix("_config").upper()
+    words = rf"optim='{name}' does not work under {engine}.* in the training arguments: {key}\. Leave that out"
+    with pytest.raises(ValueError, match=words):
+        Trainer.get_optimizer_cls_and_kwargs(args, tiny_llama())
+
+
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
+def test_engines_in_the_environment_are_refused_with_several_processes(
+    engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = arguments(tmp_path, "galore_adamw")
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    Trainer.get_optimizer_cls_and_kwargs(args, tiny_llama())  # one process has nothing to shard
+    monkeypatch.setattr(TrainingArguments, "parallel_mode", ParallelMode.DISTRIBUTED)
+    with pytest.raises(ValueError, match=rf"does not work under {engine}.*by accelerate \(ACCELERATE_USE_{engine}\)"):
+        Trainer.get_optimizer_cls_and_kwargs(args, tiny_llama())
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "false")
+    Trainer.get_optimizer_cls_and_kwargs(args, tiny_llama())
 
 
 def test_the_model_is_needed(tmp_path: Path) -> None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import functools
 import logging
 import re
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import check_target_module_exists
@@ -22,6 +26,7 @@ from tests.helpers import (
     GAP,
     RANK,
     assert_same_but_for_rounding,
+    assert_same_path,
     make_trainer,
     optimizer_of,
     perturbed,
@@ -381,3 +386,177 @@ def test_one_line_says_what_is_projected(name: str, tmp_path: Path, caplog: pyte
     # Four digits are printed.
     assert _count(found[2]) == pytest.approx(sum(projected), rel=5e-4)
     assert _count(found[5]) == pytest.approx(sum(trainable) - sum(projected), rel=5e-4)
+
+
+# ---- weights that are computed
+
+
+def weight_norm_hook(layer: nn.Module) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # deprecated, and in use
+        nn.utils.weight_norm(layer)
+
+
+COMPUTED: dict[str, Callable[[nn.Module], Any]] = {
+    "weight_norm": nn.utils.parametrizations.weight_norm,
+    "spectral_norm": nn.utils.parametrizations.spectral_norm,
+    "orthogonal": nn.utils.parametrizations.orthogonal,
+    "weight_norm by hooks": weight_norm_hook,
+    "spectral_norm by hooks": nn.utils.spectral_norm,
+    "pruned": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+}
+
+
+def with_computed(compute: Callable[[nn.Module], Any], *layers: int) -> LlamaForCausalLM:
+    """A model whose `up_proj` of some layers has no weight of its own."""
+    model = tiny_llama()
+    for layer in layers:
+        compute(model.model.layers[layer].mlp.up_proj)
+    return model
+
+
+@pytest.mark.parametrize("compute", COMPUTED.values(), ids=list(COMPUTED))
+def test_a_computed_weight_is_no_target(compute: Any) -> None:
+    """Before: counted as projected, `KeyError: 139715730291472` or `max() arg is an empty sequence`."""
+    model = with_computed(compute, 0)
+    for target_modules in (["attn", "mlp"], "all-linear", r".*_proj"):
+        targets = find(target_modules, model)
+        assert sorted(targets.projected) == sorted(set(LAYERS) - {"model.layers.0.mlp.up_proj"})
+        assert targets.computed == ("model.layers.0.mlp.up_proj",)
+
+
+@pytest.mark.parametrize("compute", COMPUTED.values(), ids=list(COMPUTED))
+def test_an_entry_that_matches_computed_weights_only_is_an_error(compute: Any) -> None:
+    for target_modules in (["up_proj"], ["attn", "up_proj"], r".*\.up_proj"):
+        with pytest.raises(ValueError, match="only layers whose weight is computed") as error:
+            find(target_modules, with_computed(compute, 0, 1))
+        assert "model.layers.0.mlp.up_proj, model.layers.1.mlp.up_proj" in str(error.value)
+
+
+def test_all_linear_of_a_model_of_computed_weights() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(32, 32)))
+    with pytest.raises(ValueError, match=r"has no trainable linear layer .* whose weight is computed .*\(0\)"):
+        find("all-linear", model)
+
+
+@pytest.mark.parametrize("name", ["galore_adamw", "galore_adamw_layerwise"])
+@pytest.mark.parametrize("kind", ["weight_norm", "orthogonal", "weight_norm by hooks"])
+def test_what_a_weight_is_computed_from_trains_as_with_adamw(
+    name: str, kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At a scale that moves nothing else far, so that the parameters of that layer go where AdamW takes them."""
+    ends = []
+    for optim in (name, "adamw_torch"):
+        model = with_computed(COMPUTED[kind], 0)
+        for key, param in model.named_parameters():
+            param.requires_grad_("layers.0.mlp.up_proj" in key or "layers.1.mlp.down_proj" in key)
+        start = snapshot(model)
+        overrides: dict[str, Any] = {"max_steps": 4, "optim_args": f"rank={RANK}, scale=1e-30"}
+        if optim == "adamw_torch":
+            model.model.layers[1].mlp.down_proj.weight.requires_grad_(False)
+            overrides.update(optim_target_modules=None, optim_args=None)
+        with caplog.at_level(logging.INFO, "hf_galore"):
+            train(model, tmp_path, optim, **{"optim_target_modules": ["mlp"], **overrides})
+        ends.append({key: param for key, param in snapshot(model).items() if "layers.0.mlp.up_proj" in key})
+    assert_same_path(ends[0], ends[1], start, 1e-4)
+    (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("hf_galore")][:1]
+    assert line.startswith("GaLore projects 1 matrices")
+    assert "whose weight is computed" in line
+    assert line.endswith(": model.layers.0.mlp.up_proj.")
+
+
+def test_a_computed_embedding_is_no_target() -> None:
+    model = tiny_llama()
+    nn.utils.parametrizations.weight_norm(model.model.embed_tokens)
+    assert embedding_weights(model) == []
+    with pytest.raises(ValueError, match="matches no trainable linear layer"):
+        find(["embed_tokens"], model)
+
+
+# ---- heads in wrappers, and adapters
+
+
+def lora(model: nn.Module | None = None, **settings: Any) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(tiny_llama() if model is None else model, LoraConfig(**{"r": 8, **settings}))
+
+
+def names_of(targets: Targets) -> set[str]:
+    return {name.removeprefix("base_model.model.") for name in targets.projected}
+
+
+def test_all_linear_leaves_out_a_head_that_peft_trains_whole() -> None:
+    """Before: `lm_head.modules_to_save.default` was projected."""
+    model = lora(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    assert isinstance(model.base_model.model.lm_head.modules_to_save["default"], nn.Linear)
+    for layer in model.base_model.model.model.layers:
+        layer.mlp.requires_grad_(True)
+    adapters = {f"model.layers.{i}.self_attn.q_proj.lora_{ab}.default" for i in (0, 1) for ab in "AB"}
+    assert names_of(find("all-linear", model, rank=4)) == adapters | set(MLP)
+    model.base_model.model.lm_head.original_module.requires_grad_(True)
+    assert names_of(find("all-linear", model, rank=4)) == adapters | set(MLP)
+    assert names_of(find(["lm_head.modules_to_save"], model)) == {"lm_head.modules_to_save.default"}
+
+
+def test_all_linear_leaves_out_the_adapters_of_a_head() -> None:
+    model = lora(target_modules=["lm_head", "up_proj"])
+    assert names_of(find("all-linear", model, rank=4)) == {
+        f"model.layers.{i}.mlp.up_proj.lora_{ab}.default" for i in (0, 1) for ab in "AB"
+    }
+
+
+class WithValueHead(nn.Module):
+    """A wrapper that does not say what its model's head is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pretrained_model = tiny_llama()
+        self.v_head = nn.Linear(64, 32)
+
+
+class NoHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 32)
+
+    def get_output_embeddings(self) -> nn.Module:
+        raise NotImplementedError
+
+
+def test_all_linear_knows_the_head_of_a_model_in_a_wrapper() -> None:
+    """Before: projected."""
+    expected = {f"pretrained_model.{name}" for name in LAYERS} | {"v_head"}
+    assert set(find("all-linear", WithValueHead()).projected) == expected
+    compiled: Any = torch.compile(tiny_llama())
+    assert {name.removeprefix("_orig_mod.") for name in find("all-linear", compiled).projected} == set(LAYERS)
+    assert set(find("all-linear", NoHead()).projected) == {"layer"}
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapters_as_targets_gain_nothing_and_it_says_so(
+    dora: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = lora(target_modules=["q_proj"], use_dora=dora)
+    with caplog.at_level(logging.WARNING, "hf_galore"):
+        train(model, tmp_path, "galore_adamw", optim_target_modules="all-linear", optim_args="rank=4", max_steps=1)
+    (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("hf_galore")]
+    assert line.startswith("4 of the 4 matrices that GaLore projects are adapters of LoRA, such as base_model.model.")
+
+
+def test_weights_beside_adapters_say_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = lora(target_modules=["q_proj"])
+    model.base_model.model.model.layers[0].mlp.requires_grad_(True)
+    with caplog.at_level(logging.WARNING, "hf_galore"):
+        train(model, tmp_path, "galore_adamw", optim_target_modules=["mlp"], optim_args="rank=4", max_steps=1)
+    assert [record for record in caplog.records if record.name.startswith("hf_galore")] == []
+
+
+def test_adapters_below_the_rank_are_not_answered_with_a_smaller_rank() -> None:
+    with pytest.raises(ValueError, match=r"rank 16 is not below .* adapters of LoRA.* optim='adamw_torch'"):
+        find("all-linear", lora(target_modules=["q_proj"]))
+
+
+def test_vectors_are_not_answered_with_a_rank_of_zero() -> None:
+    with pytest.raises(ValueError, match=r"rank 1 .*at most 1.*Matrices of one row or column"):
+        find(["0"], nn.Sequential(nn.Linear(64, 1)), rank=1)

@@ -334,7 +334,7 @@ class Interrupt(TrainerCallback):
 
 
 def interrupted_trainer(model: nn.Module, output_dir: Path, name: str) -> Trainer:
-    """A trainer whose run ended in an exception, which left its hooks where they were."""
+    """A trainer whose run ended in an exception."""
     trainer = make_trainer(model, output_dir, name)
     interrupt = Interrupt()
     trainer.add_callback(interrupt)
@@ -420,11 +420,54 @@ def test_the_same_trainer_trains_again(plain: str, interrupted: bool, tmp_path: 
     assert_identical(run(f"{plain}_layerwise"), run(plain))
 
 
-def test_hooks_go_with_their_trainer(tmp_path: Path) -> None:
-    """A run that was interrupted leaves hooks; nothing but the trainer keeps them there."""
+@pytest.mark.parametrize("name", LAYERWISE)
+def test_no_hook_is_left_after_an_interruption(name: str, tmp_path: Path) -> None:
+    """Without this the next optimizer of a notebook would find its gradients gone."""
     model = tiny_llama()
     kinds = [type(module) for module in model.modules()]
-    trainer = interrupted_trainer(model, tmp_path, "galore_adamw_layerwise")
+    trainer = interrupted_trainer(model, tmp_path, name)
+    assert hooks_on(model) == 0
+    assert [type(module) for module in model.modules()] == kinds
+
+    optimizer = torch.optim.AdamW(model.parameters())
+    before = snapshot(model)
+    tokens = torch.arange(32).reshape(2, 16)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    assert [key for key, param in model.named_parameters() if torch.equal(param, before[key])] == []
+    assert trainer.optimizer is not None  # alive
+
+
+def test_a_batch_that_does_not_fit_is_tried_again_smaller(tmp_path: Path) -> None:
+    """`auto_find_batch_size` runs the training loop again, after an exception, with the optimizer that is there."""
+    sizes: list[int] = []
+
+    class Small(Trainer):
+        def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+            sizes.append(len(inputs["input_ids"]))
+            if sizes[-1] > 3:
+                raise RuntimeError("CUDA out of memory.")
+            assert (hooks_on(model) > 0) == (optim in LAYERWISE)
+            loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+            return loss
+
+    ends = []
+    for optim in ("galore_adamw", "galore_adamw_layerwise"):
+        sizes.clear()
+        model = tiny_llama()
+        train(model, tmp_path, optim, Small, optim_args=EXACT_ARGS, max_steps=4, auto_find_batch_size=True)
+        assert sizes == [4, 3, 3, 3, 3]
+        assert hooks_on(model) == 0
+        ends.append(snapshot(model))
+    assert_identical(ends[1], ends[0])
+
+
+def test_hooks_go_with_their_trainer(tmp_path: Path) -> None:
+    """A trainer that has not begun has its hooks on; nothing but the trainer keeps them there."""
+    model = tiny_llama()
+    kinds = [type(module) for module in model.modules()]
+    trainer = make_trainer(model, tmp_path, "galore_adamw_layerwise")
+    trainer.create_optimizer()
     assert hooks_on(model) > 0
     del trainer
     gc.collect()
@@ -434,7 +477,8 @@ def test_hooks_go_with_their_trainer(tmp_path: Path) -> None:
 
 def test_hooks_do_not_keep_the_model(tmp_path: Path) -> None:
     model = tiny_llama()
-    trainer = interrupted_trainer(model, tmp_path, "galore_adamw_layerwise")
+    trainer = make_trainer(model, tmp_path, "galore_adamw_layerwise")
+    trainer.create_optimizer()
     alive = weakref.ref(model)
     del model, trainer
     gc.collect()

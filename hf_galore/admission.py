@@ -1,0 +1,114 @@
+"""Which parameters GaLore can train: what is refused by name before the first step, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+def check_parameters(
+    named_parameters: Iterable[tuple[str, Tensor]], module: nn.Module | None = None, *, on_meta: bool = True
+) -> None:
+    """Check that GaLore can train these parameters. Reads no numbers, and takes a millisecond for some hundred.
+
+    Args:
+        named_parameters: with the names that messages use. Frozen ones are passed over.
+        module: the model that they belong to, where it is known: its embeddings are looked at.
+        on_meta: whether they may all be on the meta device, which shows what an optimizer takes.
+
+    Raises:
+        ValueError: one is complex; some have their numbers elsewhere (the meta device); two lie in the same memory;
+            an embedding gives sparse gradients.
+    """
+    named = [(name, param) for name, param in named_parameters if param.requires_grad]
+    for name, param in named:
+        if param.is_complex():
+            raise ValueError(
+                f"GaLore trains real numbers, but {name} is {param.dtype}. Freeze it, keep its real and imaginary "
+                "parts as two parameters (torch.view_as_real), or train it with optim='adamw_torch'."
+            )
+    _check_present(named, on_meta)
+    _check_apart(named)
+    if module is not None:
+        _check_dense(module, {id(param) for _, param in named})
+
+
+def _check_present(named: list[tuple[str, Tensor]], on_meta: bool) -> None:
+    absent = [name for name, param in named if param.device.type == "meta"]
+    if absent and not (on_meta and len(absent) == len(named)):
+        others = f" and {len(absent) - 1} other parameter(s)" if len(absent) > 1 else ""
+        raise ValueError(
+            f"On the meta device, so that there is nothing to train: {absent[0]}{others}. Their numbers are elsewhere "
+            "(offloaded to the CPU or to disk, as device_map='auto' does where a model does not fit) or nowhere. Load "
+            "the model without device_map and offloading, in bfloat16 if it does not fit, or freeze them."
+        )
+
+
+class _Extent(NamedTuple):
+    start: int  # address of the first byte
+    end: int
+    name: str
+    param: Tensor
+
+
+def _check_apart(named: list[tuple[str, Tensor]]) -> None:
+    """Refuse two parameters in the same memory: each would be moved by the other's update too."""
+    extents = sorted((e for e in (_extent(*item) for item in named) if e is not None), key=lambda e: e[:2])
+    open_extents: list[_Extent] = []  # those that reach behind the present start
+    seen: set[int] = set()
+    for extent in extents:
+        if id(extent.param) in seen:
+            continue  # given twice: not two parameters
+        seen.add(id(extent.param))
+        open_extents = [other for other in open_extents if other.end > extent.start]
+        for other in open_extents:
+            if _share_elements(other, extent):
+                raise ValueError(
+                    f"{other.name} and {extent.name} are two parameters in the same memory, so that each would be "
+                    "updated twice. Make them one (b.weight = a.weight, not b.weight.data = a.weight.data), or give "
+                    "one a copy (.clone())."
+                )
+        open_extents.append(extent)
+
+
+def _extent(name: str, param: Tensor) -> _Extent | None:
+    """Where a parameter lies; `None` where nobody can know: fakes, the meta device, sharded and wrapped tensors."""
+    if type(param) not in (nn.Parameter, Tensor) or hasattr(param, "fake_mode") or param.device.type == "meta":
+        return None
+    if param.layout != torch.strided or param.numel() == 0:
+        return None
+    start = param.data_ptr()
+    last = sum((size - 1) * stride for size, stride in zip(param.shape, param.stride(), strict=True))
+    return _Extent(start, start + (last + 1) * param.element_size(), name, param) if start else None
+
+
+def _share_elements(first: _Extent, second: _Extent) -> bool:
+    """Whether two that overlap from end to end have an element in common: columns of one matrix do not."""
+    if first.param.device != second.param.device:
+        return False  # an address means something on its own device only
+    if first.param.is_contiguous() and second.param.is_contiguous():
+        return True
+    low, high = min(first.start, second.start), max(first.end, second.end)
+    taken = torch.zeros(high - low, dtype=torch.bool)
+    views = []
+    for extent in (first, second):
+        size = extent.param.element_size()
+        strides = [stride * size for stride in extent.param.stride()]
+        # Each element by its first byte; and by all its bytes, where the two have elements of other sizes.
+        views.append(taken.as_strided((*extent.param.shape, size), (*strides, 1), extent.start - low))
+    views[0].fill_(True)
+    return bool(views[1].any())
+
+
+def _check_dense(module: nn.Module, trained: set[int]) -> None:
+    for name, embedding in module.named_modules():
+        if not isinstance(embedding, (nn.Embedding, nn.EmbeddingBag)) or not embedding.sparse:
+            continue
+        if id(embedding.weight) in trained:
+            raise ValueError(
+                f"{name or type(embedding).__name__} is an embedding with sparse=True, and GaLore cannot use sparse "
+                "gradients. Build it with sparse=False, or freeze it."
+            )
