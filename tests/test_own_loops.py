@@ -645,11 +645,11 @@ def test_a_dry_step_refreshes_nothing(cls: type[Any]) -> None:
     assert_identical(snapshot(net), start)
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-    for param, _ in optimizer.targets():
-        assert optimizer.state[param]["refreshes"] == 0
+    for target, _ in optimizer.targets():
+        assert optimizer.state[target]["refreshes"] == 0
     step(net, optimizer, batches(1)[0])
-    for param, _ in optimizer.targets():
-        assert optimizer.state[param]["refreshes"] == 1
+    for target, _ in optimizer.targets():
+        assert optimizer.state[target]["refreshes"] == 1
 
 
 # ---- gradients that are not finite
