@@ -219,7 +219,7 @@ class UsedGradient(StandIn):
             return _LOW_RANK[operation](func, *args, **(kwargs or {}))
         if operation is _aten.linalg_vector_norm and used.norm_of_whole is not None and _is_2_norm(used, *args[1:]):
             return used.norm_of_whole
-        if operation is _aten.add_ and args[0] is used:
+        if operation is _aten.add_ and args[0] is used and isinstance(args[1], Tensor):
             if used.was_zeroed:
                 used.addend = args[1] if used.addend is None else used.addend + args[1]
                 return used

@@ -135,14 +135,14 @@ def _shares(bases: Bases, gradient: Gradient) -> tuple[Tensor | None, Tensor | N
 def _noise_floor(gradient: Gradient) -> Tensor:
     """The share of a gradient's norm that rounding may put into one direction; 0-dimensional.
 
-    Rounding the elements of G by ε puts up to about 2ε / √min(m, n) of its norm into the direction with most of it, and
-    half of that on average over ε's range. A gradient in float32 may have been computed in less, under autocast.
+    Rounding the elements of G by up to ε/2 of their size puts up to about ε / √min(m, n) of its norm into the direction
+    with most of it; twice that is taken. A gradient in float32 may have been computed in less, under autocast.
     """
-    precise = 32 * torch.finfo(_dtype_of(gradient)).eps  # of the refresh itself
+    precise = 32 * torch.finfo(torch.float32).eps  # of the refresh itself; nobody needs less of a float64 gradient
     floor = torch.full((), precise, dtype=_dtype_of(gradient), device=gradient.device)
     if isinstance(gradient, FactoredGradient):
         return floor
-    spread = min(gradient.shape) ** -0.5
+    spread = 2 * min(gradient.shape) ** -0.5
     if gradient.dtype in (torch.bfloat16, torch.float16):
         return floor.add_(torch.finfo(gradient.dtype).eps * spread)
     sample = gradient[:_SAMPLE_ROWS]

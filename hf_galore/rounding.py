@@ -48,7 +48,7 @@ def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
 
 def part_of(elements: int) -> int:
     """How many elements of so many to take at a time: `CHUNK_ELEMENTS`, and of very many a 64th, in whole 256s."""
-    return max(CHUNK_ELEMENTS, -(-elements // (64 * 256)) * 256)
+    return CHUNK_ELEMENTS if elements <= 64 * CHUNK_ELEMENTS else -(-elements // (64 * 256)) * 256
 
 
 def add_rounded_(

@@ -43,3 +43,9 @@ def test_fsdp_is_refused_on_cpus_too(tmp_path: Path) -> None:
     """Before: accelerate, which has no FSDP on CPUs, trained under DDP without a word."""
     launch(2, "tests.fsdp_script", str(tmp_path))
     assert sorted(file.name for file in tmp_path.glob("refused-*")) == ["refused-0", "refused-1"]
+
+
+def test_hooks_are_refused_without_a_trainer_too(tmp_path: Path) -> None:
+    """Before: the two processes' weights drifted apart at the first step."""
+    launch(2, "tests.own_loop_script", str(tmp_path))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["refused-0", "refused-1"]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_galore.base import GaLoreOptimizer
 from tests.helpers import (
@@ -155,3 +156,121 @@ def test_a_resumed_run_is_the_uninterrupted_one(name: str, optim_args: str, tmp_
     assert_identical(snapshot(resumed.model), snapshot(whole.model))
     assert_identical(copied(optimizer_of(resumed).state_dict()), copied(optimizer_of(whole).state_dict()))
     assert logged(resumed, "grad_norm") == logged(whole, "grad_norm")
+
+
+# ---- callbacks and trainers that handle gradients
+
+
+class Skipping(TrainerCallback):
+    """Looks at gradients before the optimizer's step, and drops or rescales those of the second step."""
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+        self.norms: list[float] = []
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = kwargs["model"]
+        gradients = [param.grad for param in model.parameters() if param.grad is not None]
+        self.norms.append(float(torch.stack([gradient.norm() for gradient in gradients]).norm()))
+        if state.global_step != 1:
+            return
+        if self.how == "model":
+            model.zero_grad()
+        elif self.how == "none":
+            for param in model.parameters():
+                param.grad = None
+        elif self.how == "scale":
+            for gradient in gradients:
+                gradient.mul_(0)
+
+
+@pytest.mark.parametrize("how", ["model", "none", "scale"])
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+@pytest.mark.parametrize("name", ["adamw_torch", *PLAIN, *LAYERWISE])
+def test_a_step_that_a_callback_drops_moves_nothing(
+    name: str, max_grad_norm: float, how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It moved weights by two whole Adam steps. With β₁ = 0 a step with gradients of zero moves nothing either."""
+    overrides: dict[str, Any] = {"max_grad_norm": max_grad_norm, "weight_decay": 0.0}
+    if "adafactor" not in name:
+        overrides["adam_beta1"] = 0.0
+    if name == "adamw_torch":
+        overrides |= {"optim_args": None, "optim_target_modules": None}
+    ends, norms = [], []
+    for steps in (1, 2):
+        trainer = make_trainer(tiny_llama(), tmp_path / str(steps), name, max_steps=steps, **overrides)
+        callback = Skipping(how)
+        trainer.add_callback(callback)
+        with caplog.at_level(logging.INFO, logger="hf_galore"):
+            trainer.train()
+        ends.append(snapshot(trainer.model))
+        norms.append(callback.norms)
+    assert_identical(ends[1], ends[0])
+    assert norms[1][0] == norms[0][0] > 0.5
+    assert len(norms[1]) == 2
+    said = [record.getMessage() for record in caplog.records if "callback Skipping" in record.getMessage()]
+    assert len(said) == (2 if name in LAYERWISE and max_grad_norm == 0 else 0)
+
+
+@pytest.mark.parametrize("name", LAYERWISE)
+def test_a_callback_that_does_not_look_in_before_the_step_changes_nothing(name: str, tmp_path: Path) -> None:
+    class Harmless(TrainerCallback):
+        def on_step_end(
+            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        ) -> None:
+            pass
+
+    trainer = make_trainer(tiny_llama(), tmp_path, name, max_steps=2)
+    trainer.add_callback(Harmless())
+    trainer.train()
+    optimizer = optimizer_of(trainer)
+    assert isinstance(optimizer, GaLoreOptimizer)
+    assert optimizer.hooks is not None
+    assert not optimizer.hooks.hold_gradients
+
+
+@pytest.mark.parametrize("plain", PLAIN)
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_is_the_same_for_all_names(
+    plain: str, max_grad_norm: float, bad: float, tmp_path: Path
+) -> None:
+    """Clipped, all of it is skipped; else the weights whose gradients are not finite. Plain is layerwise, as always."""
+
+    class Spiking(Trainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            hook = None
+            if self.state.global_step == 1:
+                layer = self.model.model.layers[1].mlp
+                hook = layer.down_proj.weight
+                layer.register_forward_hook(self._spoil)
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            if hook is not None:
+                self.model.model.layers[1].mlp._forward_hooks.clear()
+            return loss
+
+        def _spoil(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(lambda gradient: gradient.index_fill(1, torch.tensor([3]), bad))
+
+    runs = []
+    # Clipping scales what there is: the same thing, if both are to end in the same bits.
+    args = f"{OPTIM_ARGS}, projected_backward=true" if max_grad_norm else EXACT_ARGS
+    for name in (plain, f"{plain}_layerwise"):
+        overrides: dict[str, Any] = {"max_steps": 4, "max_grad_norm": max_grad_norm, "optim_args": args}
+        trainer = make_trainer(tiny_llama(), tmp_path / name, name, Spiking, **overrides)
+        trainer.train()
+        optimizer = optimizer_of(trainer)
+        assert isinstance(optimizer, GaLoreOptimizer)
+        counts = {name: int(optimizer.state[param]["step"]) for name, param in trainer.model.named_parameters()}
+        runs.append((snapshot(trainer.model), counts, optimizer.skipped_updates()))
+    assert_identical(runs[0][0], runs[1][0])
+    assert runs[0][1:] == runs[1][1:]
+    counts = runs[0][1]
+    if max_grad_norm:
+        assert set(counts.values()) == {3}
+    else:
+        assert counts["model.layers.1.mlp.down_proj.weight"] == 3
+        assert counts["lm_head.weight"] == counts["model.norm.weight"] == 4
