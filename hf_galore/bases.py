@@ -110,8 +110,10 @@ def kept_bases(bases: Bases, param: Tensor, group: Group) -> State:
 def before_refresh(state: State, *, keep: bool) -> Before:
     """What a refresh is going to change in a target's state; `keep` says whether the bases are copied."""
     counters: State = {key: state[key] for key in ("refreshed_at", "refreshes", "gap_factor") if key in state}
-    copies = {key: value.clone() for key, value in state.items() if keep and key.startswith("basis")}
-    return Before({**counters, **copies}, refreshed_at(state) != NEVER)
+    had_basis = refreshed_at(state) != NEVER
+    kept = keep and had_basis  # zeros need no copy
+    copies = {key: value.clone() for key, value in state.items() if kept and key.startswith("basis")}
+    return Before({**counters, **copies}, had_basis)
 
 
 def take_back(state: State, before: Before) -> None:
@@ -121,6 +123,10 @@ def take_back(state: State, before: Before) -> None:
             state[key] = value
         else:
             state[key].copy_(value)
+    if not before.had_basis:
+        for key, value in state.items():
+            if key.startswith("basis"):
+                value.zero_()
 
 
 def count_refresh(state: State, step: int) -> None:

@@ -81,7 +81,7 @@ class SkippedUpdates:
         """The updates that were skipped since the last time but counted as made, by parameter. Waits for devices."""
         found = {}
         for param, (times, first_step) in self._records.items():
-            count = int(times.item())
+            count = int(times.item()) if has_numbers(times) else 0
             if count:
                 found[param] = count
                 self.note_known(param, int(first_step.item()), count)

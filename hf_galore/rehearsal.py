@@ -182,7 +182,9 @@ class _Rehearsal(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._micro_batch = 0
         optimizer = galore_optimizer(self._trainer.optimizer)
         if optimizer is not None and state.global_step == _REFRESH_AFTER:
-            optimizer.refresh_next(_first_and_last(optimizer))
+            # Until the step, a window keeps the bases before its refreshes: those that come together are kept together.
+            together = (param for param, group in optimizer.targets() if not group["stagger"])
+            optimizer.refresh_next((*_first_and_last(optimizer), *together))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.resident_bytes = max(self.resident_bytes, self._tracker.live_bytes)

@@ -326,6 +326,262 @@ class InterruptedRunError(Exception):
 class Interrupt(TrainerCallback):
     """Ends a run between the backward pass and the end of its second step."""
 
+    def on_pre_optimizer_step(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == 1:
+            raise InterruptedRunError
+
+
+def interrupted_trainer(model: nn.Module, output_dir: Path, name: str) -> Trainer:
+    """A trainer whose run ended in an exception."""
+    trainer = make_trainer(model, output_dir, name)
+    interrupt = Interrupt()
+    trainer.add_callback(interrupt)
+    with contextlib.suppress(InterruptedRunError):
+        trainer.train()
+    trainer.remove_callback(interrupt)
+    assert trainer.state.global_step == 1
+    return trainer
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_hook_is_left_after_training(name: str, tmp_path: Path) -> None:
+    """Without hf_galore: hooks stay on the model. A backward pass after training is nobody's step."""
+    model = tiny_llama()
+    before, kinds = hooks_on(model), [type(module) for module in model.modules()]
+    during: list[int] = []
+
+    class Count(TrainerCallback):
+        def on_step_begin(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+            during.append(hooks_on(model))
+
+    trainer = make_trainer(model, tmp_path, name, max_steps=2)
+    trainer.add_callback(Count())
+    trainer.train()
+    assert hooks_on(model) == before
+    assert [type(module) for module in model.modules()] == kinds
+    assert (min(during) > before) == (name in LAYERWISE)  # that they are counted at all
+
+    trained = snapshot(model)
+    tokens = torch.arange(12).reshape(1, 12)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    assert_identical(snapshot(model), trained)
+    assert all(param.grad is not None for param in model.parameters())
+
+
+@pytest.mark.parametrize("second", ["adamw_torch", "galore_adamw", "galore_adamw_8bit_layerwise"])
+@pytest.mark.parametrize("interrupted", [False, True], ids=["after a finished run", "after an interrupted run"])
+@pytest.mark.parametrize("first", ["galore_adamw_layerwise"])
+def test_a_second_trainer_does_its_own_updates_only(first: str, second: str, interrupted: bool, tmp_path: Path) -> None:
+    """Without hf_galore: a later trainer on the same model ran 66 updates instead of 3. The first is alive here."""
+    model = tiny_llama()
+    earlier = interrupted_trainer(model, tmp_path, first) if interrupted else train(model, tmp_path, first, max_steps=2)
+    fresh = tiny_llama(1)
+    fresh.load_state_dict(model.state_dict())
+
+    trainer = train(model, tmp_path, second, max_steps=4)
+    alone = train(fresh, tmp_path, second, max_steps=4)
+    assert_identical(snapshot(model), snapshot(fresh))
+    assert_identical(optimizer_of(trainer).state_dict()["state"], optimizer_of(alone).state_dict()["state"])
+    steps = [state["step"].item() for state in optimizer_of(trainer).state.values()]
+    assert steps == [4] * len(list(model.parameters()))
+    assert {state["step"].item() for state in optimizer_of(earlier).state.values()} <= {1, 2}
+    assert hooks_on(model) == 0
+
+
+@pytest.mark.parametrize("plain", PLAIN)
+@pytest.mark.parametrize("interrupted", [False, True], ids=["finished", "interrupted"])
+def test_the_same_trainer_trains_again(plain: str, interrupted: bool, tmp_path: Path) -> None:
+    """Its second run is that of the plain optimizer, schedule and all."""
+
+    def run(name: str) -> dict[str, Tensor]:
+        model = tiny_llama()
+        trainer = make_trainer(model, tmp_path, name, optim_args=EXACT_ARGS, **COSINE)
+        if interrupted:
+            # Between two steps: in the middle of one, a layerwise run is already a step further.
+            trainer.add_callback(callback := StopAfterTwo())
+            with contextlib.suppress(InterruptedRunError):
+                trainer.train()
+            trainer.remove_callback(callback)
+        else:
+            trainer.train()
+        first = snapshot(model)
+        trainer.train()
+        assert not torch.equal(first["lm_head.weight"], model.lm_head.weight)
+        assert hooks_on(model) == 0
+        return snapshot(model)
+
+    class StopAfterTwo(TrainerCallback):
+        def on_step_end(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                raise InterruptedRunError
+
+    assert_identical(run(f"{plain}_layerwise"), run(plain))
+
+
+@pytest.mark.parametrize("name", LAYERWISE)
+def test_no_hook_is_left_after_an_interruption(name: str, tmp_path: Path) -> None:
+    """Without this the next optimizer of a notebook would find its gradients gone."""
+    model = tiny_llama()
+    kinds = [type(module) for module in model.modules()]
+    trainer = interrupted_trainer(model, tmp_path, name)
+    assert hooks_on(model) == 0
+    assert [type(module) for module in model.modules()] == kinds
+
+    optimizer = torch.optim.AdamW(model.parameters())
+    before = snapshot(model)
+    tokens = torch.arange(32).reshape(2, 16)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    assert [key for key, param in model.named_parameters() if torch.equal(param, before[key])] == []
+    assert trainer.optimizer is not None  # alive
+
+
+def test_a_batch_that_does_not_fit_is_tried_again_smaller(tmp_path: Path) -> None:
+    """`auto_find_batch_size` runs the training loop again, after an exception, with the optimizer that is there."""
+    sizes: list[int] = []
+
+    class Small(Trainer):
+        def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+            sizes.append(len(inputs["input_ids"]))
+            if sizes[-1] > 3:
+                raise RuntimeError("CUDA out of memory.")
+            assert (hooks_on(model) > 0) == (optim in LAYERWISE)
+            loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+            return loss
+
+    ends = []
+    for optim in ("galore_adamw", "galore_adamw_layerwise"):
+        sizes.clear()
+        model = tiny_llama()
+        train(model, tmp_path, optim, Small, optim_args=EXACT_ARGS, max_steps=4, auto_find_batch_size=True)
+        assert sizes == [4, 3, 3, 3, 3]
+        assert hooks_on(model) == 0
+        ends.append(snapshot(model))
+    assert_identical(ends[1], ends[0])
+
+
+def test_hooks_go_with_their_trainer(tmp_path: Path) -> None:
+    """A trainer that has not begun has its hooks on; nothing but the trainer keeps them there."""
+    model = tiny_llama()
+    kinds = [type(module) for module in model.modules()]
+    trainer = make_trainer(model, tmp_path, "galore_adamw_layerwise")
+    trainer.create_optimizer()
+    assert hooks_on(model) > 0
+    del trainer
+    gc.collect()
+    assert hooks_on(model) == 0
+    assert [type(module) for module in model.modules()] == kinds
+
+
+def test_hooks_do_not_keep_the_model(tmp_path: Path) -> None:
+    model = tiny_llama()
+    trainer = make_trainer(model, tmp_path, "galore_adamw_layerwise")
+    trainer.create_optimizer()
+    alive = weakref.ref(model)
+    del model, trainer
+    gc.collect()
+    assert alive() is None
+
+
+# ---- parameters with several uses
+
+
+class Shared(nn.Module):
+    """A language model that runs one block three times, each run a checkpointed segment."""
+
+    def __init__(self, use_reentrant: bool | None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(VOCABULARY, 32)
+        self.block = nn.Sequential(nn.Linear(32, 48), nn.Tanh(), nn.Linear(48, 32))
+        self.head = nn.Linear(32, VOCABULARY, bias=False)
+        self.use_reentrant = use_reentrant
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        hidden = self.embed(input_ids)
+        for _ in range(3):
+            if self.use_reentrant is None:
+                run = self.block(hidden)
+            else:
+                run = checkpoint(self.block, hidden, use_reentrant=self.use_reentrant)
+            hidden = hidden + run
+        logits = self.head(hidden)[:, :-1]
+        return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())}
+
+
+@pytest.mark.arithmetic
+@pytest.mark.parametrize("plain", PLAIN)
+@pytest.mark.parametrize("projected_backward", [True, False], ids=["projected backward", "gradients built"])
+def test_a_parameter_shared_by_checkpointed_segments_takes_one_step(
+    plain: str, projected_backward: bool, tmp_path: Path
+) -> None:
+    """Without hf_galore: layerwise with `use_reentrant=True` took one optimizer step per use."""
+
+    def end(model: nn.Module, name: str, optim_args: str) -> dict[str, Tensor]:
+        trainer = train(
+            model, tmp_path, name, optim_args=optim_args, optim_target_modules=["block"], weight_decay=0.1, **COSINE
+        )
+        assert [state["step"].item() for state in optimizer_of(trainer).state.values()] == [10] * 6
+        return snapshot(model)
+
+    start = snapshot(Shared(None))
+    expected, nearby = (end(model, plain, OPTIM_ARGS) for model in (Shared(None), perturbed(Shared(None))))
+    layerwise_args = f"{OPTIM_ARGS}, projected_backward={projected_backward}"
+    for use_reentrant in (True, False):
+        # Not the same bits: the low-rank gradients of the three runs are added, instead of their sum projected.
+        found = end(Shared(use_reentrant), f"{plain}_layerwise", layerwise_args)
+        assert_same_but_for_rounding(found, expected, nearby, start)
+
+
+@pytest.mark.parametrize("name", ["galore_adamw", "galore_adamw_8bit", *LAYERWISE[:2]])
+def test_a_tied_parameter_is_updated_once(name: str, tmp_path: Path) -> None:
+    """With the sign of the gradient for N (see above), an update's norm counts the updates."""
+    model = tiny_llama(tie_word_embeddings=True)
+    overrides: dict[str, Any] = {"adam_beta1": 0.0, "adam_beta2": 0.0, "adam_epsilon": 1e-30, "max_steps": 4}
+    trainer, recorder = train_recorded(model, tmp_path, name, optim_target_modules=["lm_head"], **overrides)
+    key = "model.embed_tokens.weight"
+    for rate, (before, after) in zip(logged(trainer, "learning_rate"), recorder.moves(), strict=True):
+        move = (after[key] - before[key]).norm().item()
+        assert move == pytest.approx(rate * SCALE * (VOCABULARY * RANK) ** 0.5, rel=2e-4)  # as above
+    assert optimizer_of(trainer).state[model.lm_head.weight]["step"].item() == 4
+
+
+# ---- what a step leaves alone
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_evaluation_between_steps_changes_nothing(name: str, tmp_path: Path) -> None:
+    runs = []
+    settings: list[dict[str, Any]] = [{}, {"eval_strategy": "steps", "eval_steps": 1}]
+    for overrides in settings:
+        model = tiny_llama()
+        trainer = train(model, tmp_path, name, **overrides)
+        assert len(logged(trainer, "eval_loss")) == (8 if overrides else 0)
+        runs.append((snapshot(model), logged(trainer, "loss"), logged(trainer, "grad_norm")))
+    assert_identical(runs[1], runs[0])
+
+
+class Storages(TrainerCallback):
+    """Where each weight lies and what shape its gradient has, at every moment that a callback sees."""
+
+    def __init__(self) -> None:
+        self.addresses: defaultdict[str, set[int]] = defaultdict(set)
+        self.misshapen: list[str] = []
+        self.gradients = 0
+
+    def _look(self, model: nn.Module) -> None:
+        for name, param in model.named_parameters():
+            self.addresses[name].add(param.data_ptr())
+            if param.grad is not None:
+                self.gradients += param.grad.numel() > 0
+                if param.grad.shape != param.shape:
+                    self.misshapen.append(name)
+
+    def on_step_begin(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._look(kwargs["model"])
+
     def on_optimizer_step(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._look(kwargs["model"])
 
