@@ -329,9 +329,12 @@ class GaLoreOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient; with hooks, those that they left.
 
-        A parameter whose gradient, or low-rank gradient, is not finite is skipped: it and its moments stay as they
-        are, and a warning says so, at once on a CPU and with the Trainer's next log on a GPU. (bitsandbytes' 8-bit
-        moments decay as if the gradient were zero; so does a full-rank weight that its kernels update.)
+        A parameter whose gradient, or low-rank gradient, is not finite is skipped: it, its moments and its count of
+        updates stay as they are, and a warning says so, at once on a CPU and with the Trainer's next log on a GPU.
+        Gradients stay in `.grad`, as in torch's optimizers, but for those that the backward pass has used.
+
+        Raises:
+            RuntimeError: gradients were dropped that a layerwise optimizer had used already, or kept over a refresh.
         """
         loss = None
         if closure is not None:
