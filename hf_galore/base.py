@@ -758,6 +758,12 @@ class GaLoreOptimizer(torch.optim.Optimizer):
 
     # ---- loading
 
+    def state_dict(self) -> dict[str, Any]:
+        """The groups and state, as of torch's optimizers; of backward passes that were dropped it has nothing."""
+        if self._hooks is not None:
+            self._hooks.look()
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict()` gave, bit for bit, into the tensors that are there.
 

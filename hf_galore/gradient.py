@@ -97,6 +97,7 @@ class LowRankGradient(StandIn):
         basis: the basis that R is in.
         norm: ‖G‖_F, 0-dimensional, where G was at hand; else the norm of R stands for it.
         is_zero: whether G is known to be zero.
+        is_lost: whether G is known not to be finite: nothing that is added changes that.
         uncommitted: the refresh that R comes from, where it is not yet the optimizer's.
     """
 
@@ -104,6 +105,7 @@ class LowRankGradient(StandIn):
     basis: BasisVersion
     norm_of_whole: Tensor | None
     is_zero: bool
+    is_lost: bool
     uncommitted: UncommittedRefresh | None
     addend: Tensor | None
     """A gradient that has arrived on top of a zero one, m × n: the basis is to be made from it."""
@@ -116,6 +118,7 @@ class LowRankGradient(StandIn):
         *,
         norm: Tensor | None = None,
         is_zero: bool = False,
+        is_lost: bool = False,
         uncommitted: UncommittedRefresh | None = None,
         dtype: torch.dtype | None = None,
         device: Any = None,
@@ -124,6 +127,7 @@ class LowRankGradient(StandIn):
         self.basis = basis
         self.norm_of_whole = norm
         self.is_zero = is_zero
+        self.is_lost = is_lost
         self.uncommitted = uncommitted
         self.addend = None
 
@@ -138,14 +142,15 @@ class LowRankGradient(StandIn):
     def replace(self, other: LowRankGradient) -> None:
         """Become another one of the same weight."""
         self.low_rank, self.basis, self.norm_of_whole = other.low_rank, other.basis, other.norm_of_whole
-        self.is_zero, self.uncommitted, self.addend = other.is_zero, other.uncommitted, other.addend
+        self.is_zero, self.is_lost = other.is_zero, other.is_lost
+        self.uncommitted, self.addend = other.uncommitted, other.addend
 
     def with_low_rank(self, low_rank: Tensor, norm: Tensor | None) -> LowRankGradient:
         """One with another R in the same basis."""
         made = LowRankGradient(
             self, low_rank, self.basis, norm=norm, is_zero=self.is_zero, dtype=low_rank.dtype, device=low_rank.device
         )
-        made.uncommitted, made.addend = self.uncommitted, self.addend
+        made.is_lost, made.uncommitted, made.addend = self.is_lost, self.uncommitted, self.addend
         return made
 
     @classmethod
@@ -297,7 +302,7 @@ def _zeros(func: Any, gradient: LowRankGradient, *args: Any, **_: Any) -> Any:
         return NotImplemented
     made = gradient.with_low_rank(torch.zeros_like(gradient.low_rank), None)
     made.uncommitted = made.addend = None
-    made.is_zero = True
+    made.is_zero, made.is_lost = True, False
     return made
 
 
@@ -309,7 +314,8 @@ def _copy_(func: Any, gradient: Any, other: Any, *_: Any) -> Any:
         gradient.replace(cast("LowRankGradient", other.clone()))
     else:
         gradient.low_rank.copy_(gradient.basis.project(other))
-        gradient.norm_of_whole, gradient.is_zero = None, False
+        gradient.norm_of_whole = gradient.uncommitted = gradient.addend = None
+        gradient.is_zero = gradient.is_lost = False
     return gradient
 
 
@@ -317,7 +323,7 @@ def _copy_(func: Any, gradient: Any, other: Any, *_: Any) -> Any:
 def _zero_(func: Any, gradient: LowRankGradient) -> LowRankGradient:
     gradient.low_rank.zero_()
     gradient.norm_of_whole = gradient.uncommitted = gradient.addend = None
-    gradient.is_zero = True
+    gradient.is_zero, gradient.is_lost = True, False
     return gradient
 
 
@@ -354,6 +360,9 @@ def _add(func: Any, a: Any, b: Any, *, alpha: Any = 1) -> Any:
         return NotImplemented
     alpha = -alpha if func.overloadpacket is _aten.sub else alpha
     known_zero = [isinstance(value, LowRankGradient) and value.is_zero and value.addend is None for value in (a, b)]
+    lost = next((value for value in (a, b) if isinstance(value, LowRankGradient) and value.is_lost), None)
+    if lost is not None:
+        return lost
     if known_zero[1]:
         return a
     if known_zero[0]:
@@ -379,7 +388,7 @@ def _add_(func: Any, gradient: Any, other: Any, *, alpha: Any = 1) -> Any:
     if not isinstance(gradient, LowRankGradient) or not isinstance(other, Tensor) or gradient.shape != other.shape:
         return NotImplemented
     alpha = -alpha if func.overloadpacket is _aten.sub_ else alpha
-    if isinstance(other, LowRankGradient) and other.is_zero and other.addend is None:
+    if gradient.is_lost or (isinstance(other, LowRankGradient) and other.is_zero and other.addend is None):
         return gradient
     if gradient.is_zero:
         other = other if alpha == 1 else other * alpha

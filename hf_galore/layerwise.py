@@ -315,7 +315,7 @@ class BackwardHooks:
             low_rank = made.low_rank.to(weight.dtype)
             if not made.usable:
                 version = optimizer.basis_version(weight, group)
-                return LowRankGradient(weight, low_rank, version, is_zero=made.is_zero)
+                return LowRankGradient(weight, low_rank, version, is_zero=made.is_zero, is_lost=not made.is_zero)
             uncommitted = UncommittedRefresh(made, lambda: self._whole(weight, factors))
             return LowRankGradient(weight, low_rank, optimizer.new_version(weight, group), uncommitted=uncommitted)
 
@@ -401,16 +401,21 @@ class BackwardHooks:
         """The low-rank gradient of G, with a new basis from it where that is due."""
         # With a projected backward the others' norms are those of R: be consistent.
         norm = None if self.projected_backward else norm_of(whole)
-        is_zero = False
-        if self._refresh_due(optimizer, param, group):
-            made = optimizer.new_basis(param, group, whole)
-            low_rank, is_zero = made.low_rank, made.is_zero
-            if made.usable:
-                version = optimizer.new_version(param, group)
-                window.before = optimizer.use_basis(param, group, made, version, keep=self._must_hold(param))
-        else:
+        if not self._refresh_due(optimizer, param, group):
             low_rank = project(whole, optimizer.bases_of(param, group))
-        return LowRankGradient(param, low_rank, optimizer.basis_version(param, group), norm=norm, is_zero=is_zero)
+            return LowRankGradient(param, low_rank, optimizer.basis_version(param, group), norm=norm)
+        made = optimizer.new_basis(param, group, whole)
+        if made.usable:
+            version = optimizer.new_version(param, group)
+            window.before = optimizer.use_basis(param, group, made, version, keep=self._must_hold(param))
+        return LowRankGradient(
+            param,
+            made.low_rank,
+            optimizer.basis_version(param, group),
+            norm=norm,
+            is_zero=made.is_zero,
+            is_lost=not (made.usable or made.is_zero),
+        )
 
     def _leave_used(self, optimizer: GaLoreOptimizer, param: Tensor, window: _Window) -> None:
         window.updated = True

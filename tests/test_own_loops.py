@@ -655,6 +655,38 @@ def test_a_dry_step_refreshes_nothing(cls: type[Any]) -> None:
 # ---- gradients that are not finite
 
 
+@pytest.mark.parametrize("way", HOOKED)
+@pytest.mark.parametrize("bad_part", [0, 1])
+@pytest.mark.parametrize("first", [0, 4], ids=["first window", "later window"])
+def test_a_bad_micro_batch_skips_its_window(way: str, bad_part: int, first: int) -> None:
+    """With a refresh that is due, which the good micro-batch must not lend the bad one: the next window has it."""
+    net, optimizer = made(way, stagger=False)
+    for number, batch in enumerate(batches(6)):
+        before = state_of(net, optimizer)
+        parts = batch.chunk(2)
+        for index, part in enumerate(parts):
+            GradientState()._set_sync_gradients(index == len(parts) - 1)
+            (loss_of(net, part) * (float("nan") if number == first and index == bad_part else 1.0)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if number == first:
+            after = state_of(net, optimizer)
+            assert_identical(after["weights"], before["weights"])
+            assert all(state["step"] == number for state in after["state"].values())
+        if number == first + 1:
+            assert all(optimizer.state[param]["refreshes"] == 1 + (number > 2) for param, _ in optimizer.targets())
+    assert all(param.isfinite().all() for param in net.parameters())
+    assert {times for times, _ in optimizer.skipped_updates().values()} == {1}
+
+
+def test_a_state_dict_has_nothing_of_a_dropped_pass() -> None:
+    net, optimizer = made("layerwise, projected backward, held")
+    before = copy.deepcopy(optimizer.state_dict())
+    loss_of(net, batches(1)[0]).backward()
+    net.zero_grad()
+    assert_identical(optimizer.state_dict(), before)
+
+
 @pytest.mark.parametrize("way", ["plain", *HELD])
 @pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
