@@ -25,9 +25,11 @@ refresh.
 from __future__ import annotations
 
 import dataclasses
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -500,7 +502,7 @@ class _RunCounter:
         owned = [id(param) for param in module._parameters.values() if param is not None]
         if torch.is_grad_enabled():
             hooks._outside.update(owned)
-        elif _in_function_forward():
+        elif _in_differentiated_function():
             hooks._segments.update(owned)
 
     def __reduce__(self) -> Any:
@@ -515,9 +517,21 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _in_function_forward() -> bool:
-    """Whether this is the forward of an autograd function, which, unlike no_grad, turns off forward-mode gradients."""
-    return not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled()
+def _in_differentiated_function() -> bool:
+    """Whether this is the forward of an autograd function that will be asked for gradients, as a checkpoint's is.
+
+    Such a forward turns off forward-mode gradients, which no_grad leaves alone. Under somebody's no_grad a checkpoint
+    runs one too, of inputs that need no gradient.
+    """
+    if torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled():
+        return False
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "forward" and code.co_varnames[:1] == ("ctx",):
+            return any(frame.f_locals["ctx"].needs_input_grad)
+        frame = frame.f_back
+    return True
 
 
 def _remove(handles: list[Any]) -> None:

@@ -12,13 +12,26 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import GradientState
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hf_galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 from hf_galore.base import GaLoreOptimizer
 from hf_galore.diagnostics import _MOST_REFRESHES, Refresh, RefreshLog, Stopwatch
 from hf_galore.gradient import LowRankGradient, UsedGradient
 from tests.helpers import assert_identical, snapshot
-from tests.test_layerwise import CLASSES, HOOKED, INPUTS, TOKENS, WAYS, Net, assert_same_weights, batches, loss_of, make
+from tests.test_layerwise import (
+    CLASSES,
+    HOOKED,
+    INPUTS,
+    TOKENS,
+    WAYS,
+    CheckpointedReentrant,
+    Net,
+    assert_same_weights,
+    batches,
+    loss_of,
+    make,
+)
 
 HELD = [way for way in HOOKED if "held" in way or way.startswith("plain")]
 AT_ONCE = [way for way in HOOKED if way not in HELD]
@@ -532,6 +545,28 @@ def test_a_forward_pass_without_a_backward_one_holds_nothing(
         optimizer.zero_grad()
         step(twin, undisturbed, batch)
     assert_identical(state_of(net, optimizer), state_of(twin, undisturbed))
+
+
+@pytest.mark.parametrize("way", AT_ONCE)
+@pytest.mark.parametrize("extra", [True, False])
+def test_passes_without_gradients_through_checkpoints_hold_nothing(way: str, extra: bool) -> None:
+    """A reentrant checkpoint runs its segment without gradients in any case: which of them come back is looked at."""
+
+    class InSegments(CheckpointedReentrant):
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.tanh(self.enter(x))
+            x = x + checkpoint(self.block, x, use_reentrant=True)
+            return checkpoint(self.square, x, use_reentrant=True)  # type: ignore[no-any-return]
+
+    net, optimizer = made(way, kind=InSegments)
+    for batch in batches(3):
+        if extra:
+            no_grad_pass(net, batch)
+        loss_of(net, batch).backward()
+        assert optimizer.hooks is not None
+        assert optimizer.hooks.held() == []
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 class Tied(Net):
