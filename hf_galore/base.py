@@ -23,6 +23,7 @@ from .bases import (
     Before,
     NewBasis,
     State,
+    as_before,
     before_refresh,
     count_refresh,
     kept_bases,
@@ -579,9 +580,13 @@ class GaLoreOptimizer(torch.optim.Optimizer):
             before: from `use_basis`, where this is the first update after a refresh.
         """
         state = self._state_of(param, group)
+        norm = norm_of(low_rank) if norm is None else norm
+        if before is not None and before.complete and known_skip(skip_unless_finite(norm)):
+            self.take_back_refresh(param, group, before)
+            before = None
         if before is not None:
             self._carry_moments(param, group, state, before)
-        step, skip = self._begin_update(param, state, norm_of(low_rank) if norm is None else norm)
+        step, skip = self._begin_update(param, state, norm)
         if step is None:
             return
         # Moments that began anew at the last refresh have a bias to correct that is no older.
@@ -759,10 +764,16 @@ class GaLoreOptimizer(torch.optim.Optimizer):
     # ---- loading
 
     def state_dict(self) -> dict[str, Any]:
-        """The groups and state, as of torch's optimizers; of backward passes that were dropped it has nothing."""
+        """The groups and state, as of torch's optimizers; of backward passes before their step it has nothing."""
+        saved = super().state_dict()
         if self._hooks is not None:
-            self._hooks.look()
-        return super().state_dict()
+            # The gradients of a window are not saved, and so its refreshes are to come.
+            for param in self._params():
+                before = self._hooks.before(param)
+                if before is not None and before.complete:
+                    index = self._index_of(param)
+                    saved["state"][index] = as_before(self.state[param], before)
+        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict()` gave, bit for bit, into the tensors that are there.

@@ -60,6 +60,8 @@ class Before(NamedTuple):
     entries: State
     """Counters, and copies of the bases if they were to be kept."""
     had_basis: bool
+    complete: bool
+    """Whether that is all it takes to undo the refresh."""
 
 
 def new_basis_state(param: Tensor, group: Group) -> State:
@@ -113,20 +115,24 @@ def before_refresh(state: State, *, keep: bool) -> Before:
     had_basis = refreshed_at(state) != NEVER
     kept = keep and had_basis  # zeros need no copy
     copies = {key: value.clone() for key, value in state.items() if kept and key.startswith("basis")}
-    return Before({**counters, **copies}, had_basis)
+    return Before({**counters, **copies}, had_basis, keep or not had_basis)
+
+
+def as_before(state: State, before: Before) -> State:
+    """A target's state as it was before a refresh, which stays as it is."""
+    earlier = {**state, **before.entries}
+    if not before.had_basis:
+        earlier |= {key: torch.zeros_like(value) for key, value in state.items() if key.startswith("basis")}
+    return earlier
 
 
 def take_back(state: State, before: Before) -> None:
     """Undo a refresh."""
-    for key, value in before.entries.items():
+    for key, value in as_before(state, before).items():
         if key in ON_HOST:
             state[key] = value
-        else:
+        elif state[key] is not value:
             state[key].copy_(value)
-    if not before.had_basis:
-        for key, value in state.items():
-            if key.startswith("basis"):
-                value.zero_()
 
 
 def count_refresh(state: State, step: int) -> None:

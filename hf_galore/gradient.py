@@ -7,6 +7,7 @@ itself is refused with words for the way out, because a gradient that is silentl
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar, cast
@@ -88,6 +89,31 @@ class StandIn(Tensor):
         return self.detach().clone()
 
 
+@dataclasses.dataclass(slots=True)
+class _Content:
+    """What a low-rank gradient and its aliases (`.data`, `.detach()`) have in common."""
+
+    low_rank: Tensor
+    basis: BasisVersion
+    norm_of_whole: Tensor | None = None
+    is_zero: bool = False
+    is_lost: bool = False
+    uncommitted: UncommittedRefresh | None = None
+    addend: Tensor | None = None
+
+
+def _shared(name: str, doc: str) -> Any:
+    """A property of a low-rank gradient that its aliases share."""
+
+    def read(self: LowRankGradient) -> Any:
+        return getattr(self.content, name)
+
+    def write(self: LowRankGradient, value: Any) -> None:
+        setattr(self.content, name, value)
+
+    return property(read, write, doc=doc)
+
+
 class LowRankGradient(StandIn):
     """The gradient of a target of m × n, of which only R is there.
 
@@ -101,14 +127,16 @@ class LowRankGradient(StandIn):
         uncommitted: the refresh that R comes from, where it is not yet the optimizer's.
     """
 
-    low_rank: Tensor
-    basis: BasisVersion
-    norm_of_whole: Tensor | None
-    is_zero: bool
-    is_lost: bool
-    uncommitted: UncommittedRefresh | None
-    addend: Tensor | None
-    """A gradient that has arrived on top of a zero one, m × n: the basis is to be made from it."""
+    content: _Content
+    low_rank: Tensor = _shared("low_rank", "R.")
+    basis: BasisVersion = _shared("basis", "The basis that R is in.")
+    norm_of_whole: Tensor | None = _shared("norm_of_whole", "‖G‖_F, where it is known.")
+    is_zero: bool = _shared("is_zero", "Whether G is known to be zero.")
+    is_lost: bool = _shared("is_lost", "Whether G is known not to be finite.")
+    uncommitted: UncommittedRefresh | None = _shared("uncommitted", "The refresh that R comes from, if not yet used.")
+    addend: Tensor | None = _shared(
+        "addend", "A gradient that has arrived on top of a zero one, m × n: the basis is to be made from it."
+    )
 
     def __init__(
         self,
@@ -123,13 +151,16 @@ class LowRankGradient(StandIn):
         dtype: torch.dtype | None = None,
         device: Any = None,
     ) -> None:
-        self.low_rank = low_rank
-        self.basis = basis
-        self.norm_of_whole = norm
-        self.is_zero = is_zero
-        self.is_lost = is_lost
-        self.uncommitted = uncommitted
-        self.addend = None
+        self.content = _Content(low_rank, basis, norm, is_zero, is_lost, uncommitted)
+
+    @property
+    def data(self) -> LowRankGradient:
+        """An alias, as of any tensor. Setting it gives the gradient other numbers."""
+        return cast("LowRankGradient", self.detach())
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        self.copy_(value)
 
     def stored(self) -> list[Tensor]:
         """R, and what has arrived on top of a zero one."""
@@ -140,10 +171,10 @@ class LowRankGradient(StandIn):
         return norm_of(self.low_rank) if self.norm_of_whole is None else self.norm_of_whole
 
     def replace(self, other: LowRankGradient) -> None:
-        """Become another one of the same weight."""
-        self.low_rank, self.basis, self.norm_of_whole = other.low_rank, other.basis, other.norm_of_whole
-        self.is_zero, self.is_lost = other.is_zero, other.is_lost
-        self.uncommitted, self.addend = other.uncommitted, other.addend
+        """Take over the numbers of another one of the same weight."""
+        for field in dataclasses.fields(_Content):
+            value = getattr(other.content, field.name)
+            setattr(self.content, field.name, value.clone() if isinstance(value, Tensor) else value)
 
     def with_low_rank(self, low_rank: Tensor, norm: Tensor | None) -> LowRankGradient:
         """One with another R in the same basis."""
@@ -226,7 +257,7 @@ class UsedGradient(StandIn):
             return used.norm_of_whole
         if operation is _aten.add_ and args[0] is used and isinstance(args[1], Tensor):
             if used.was_zeroed:
-                used.addend = args[1] if used.addend is None else used.addend + args[1]
+                used.addend = args[1].clone() if used.addend is None else used.addend + args[1]
                 return used
             raise RuntimeError(
                 f"A second gradient arrived for {used.parameter}, which this step's backward pass has already updated: "
@@ -279,12 +310,16 @@ def _is_factor(value: Any) -> bool:
 
 @_implements(_aten.detach, _aten.alias)
 def _same(func: Any, gradient: LowRankGradient) -> LowRankGradient:
-    return gradient.with_low_rank(gradient.low_rank, gradient.norm_of_whole)
+    made = gradient.with_low_rank(gradient.low_rank, gradient.norm_of_whole)
+    made.content = gradient.content
+    return made
 
 
 @_implements(_aten.clone)
 def _clone(func: Any, gradient: LowRankGradient, **_: Any) -> LowRankGradient:
-    return gradient.with_low_rank(gradient.low_rank.clone(), gradient.norm_of_whole)
+    made = gradient.with_low_rank(gradient.low_rank, None)
+    made.replace(gradient)
+    return made
 
 
 @_implements(_aten._to_copy)
@@ -311,7 +346,8 @@ def _copy_(func: Any, gradient: Any, other: Any, *_: Any) -> Any:
     if not isinstance(gradient, LowRankGradient):
         return NotImplemented
     if isinstance(other, LowRankGradient):
-        gradient.replace(cast("LowRankGradient", other.clone()))
+        if other.content is not gradient.content:
+            gradient.replace(other)
     else:
         gradient.low_rank.copy_(gradient.basis.project(other))
         gradient.norm_of_whole = gradient.uncommitted = gradient.addend = None
@@ -331,7 +367,7 @@ def _zero_(func: Any, gradient: LowRankGradient) -> LowRankGradient:
 def _scale(func: Any, gradient: Any, factor: Any, **_: Any) -> Any:
     if func.overloadpacket is _aten.mul and isinstance(factor, LowRankGradient):
         gradient, factor = factor, gradient
-    if not isinstance(gradient, LowRankGradient) or not _is_factor(factor) or gradient.uncommitted is not None:
+    if not isinstance(gradient, LowRankGradient) or not _is_factor(factor):
         return NotImplemented
     in_place = func.overloadpacket in (_aten.mul_, _aten.div_)
     operation = torch.mul if func.overloadpacket in (_aten.mul, _aten.mul_) else torch.div
@@ -340,12 +376,16 @@ def _scale(func: Any, gradient: Any, factor: Any, **_: Any) -> Any:
         norm = operation(norm, factor).abs()
     if addend is not None:
         addend = operation(addend, factor)
+    uncommitted = gradient.uncommitted
+    if uncommitted is not None:  # the basis of a multiple is the same
+        whole = uncommitted.gradient
+        uncommitted = UncommittedRefresh(uncommitted.made, lambda: operation(whole(), factor))
     if in_place:
         operation(gradient.low_rank, factor, out=gradient.low_rank)
         made = gradient
     else:
         made = gradient.with_low_rank(operation(gradient.low_rank, factor), None)
-    made.norm_of_whole, made.addend = norm, addend
+    made.norm_of_whole, made.addend, made.uncommitted = norm, addend, uncommitted
     return made
 
 
@@ -360,13 +400,15 @@ def _add(func: Any, a: Any, b: Any, *, alpha: Any = 1) -> Any:
         return NotImplemented
     alpha = -alpha if func.overloadpacket is _aten.sub else alpha
     known_zero = [isinstance(value, LowRankGradient) and value.is_zero and value.addend is None for value in (a, b)]
+    if not isinstance(a, LowRankGradient) and torch._C._current_graph_task_id() == -1:
+        return NotImplemented  # autograd adds up gradients in any order; else this is something plus a gradient
     lost = next((value for value in (a, b) if isinstance(value, LowRankGradient) and value.is_lost), None)
     if lost is not None:
-        return lost
+        return lost.clone()
     if known_zero[1]:
-        return a
+        return a.clone()
     if known_zero[0]:
-        return b if alpha == 1 else b * alpha
+        return b.clone() if alpha == 1 else b * alpha
     if any(isinstance(value, LowRankGradient) and value.uncommitted is not None for value in (a, b)):
         # A basis is due, and neither is all of the gradient that it has to come from.
         first, second = _whole(a), _whole(b)
@@ -374,6 +416,16 @@ def _add(func: Any, a: Any, b: Any, *, alpha: Any = 1) -> Any:
     low_rank, other = _low_rank_of(a, b), _low_rank_of(b, a)
     gradient = cast("LowRankGradient", a if isinstance(a, LowRankGradient) else b)
     return gradient.with_low_rank(low_rank.add(other, alpha=alpha), None)
+
+
+def _whole_of(gradient: LowRankGradient) -> Tensor:
+    whole = _whole(gradient)
+    if whole is None:
+        raise RuntimeError(
+            f"{gradient.basis.name}.grad has a gradient that waits for its refresh, to which a low-rank one cannot be "
+            "added. Call optimizer.step() before, or make the optimizer with projected_backward=False."
+        )
+    return whole
 
 
 def _whole(value: Tensor) -> Tensor | None:
@@ -393,11 +445,11 @@ def _add_(func: Any, gradient: Any, other: Any, *, alpha: Any = 1) -> Any:
     if gradient.is_zero:
         other = other if alpha == 1 else other * alpha
         if gradient.addend is not None:
-            other = gradient.addend + other
+            other = gradient.addend + (other if not isinstance(other, LowRankGradient) else _whole_of(other))
         if isinstance(other, LowRankGradient):
             gradient.replace(other)
         else:
-            gradient.addend = other
+            gradient.addend = other.clone()
         return gradient
     gradient.low_rank.add_(_low_rank_of(other, gradient), alpha=alpha)
     gradient.norm_of_whole = None  # that of the first part, no longer of the whole
@@ -440,9 +492,13 @@ def _foreach_norm(func: Any, gradients: Sequence[Tensor], ord: Any = 2, *, dtype
     return [torch.linalg.vector_norm(gradient, ord, dtype=dtype) for gradient in gradients]
 
 
+@_implements(_aten.isnan)
+def _isnan(func: Any, gradient: LowRankGradient) -> Tensor:
+    # For autograd's anomaly mode, too.
+    return gradient.low_rank.isnan().any().expand(gradient.shape)
+
+
 _CHECKS: dict[Any, Callable[[Tensor], Tensor]] = {
-    torch.isnan: torch.isnan,
-    Tensor.isnan: torch.isnan,
     torch.isinf: torch.isinf,
     Tensor.isinf: torch.isinf,
 }

@@ -27,7 +27,6 @@ from __future__ import annotations
 import dataclasses
 import sys
 import weakref
-from collections import Counter
 from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -102,7 +101,8 @@ class BackwardHooks:
         self._shared: set[int] = set()
         # Of the present window, by the parameter's id:
         self._windows: dict[int, _Window] = {}
-        self._segments: Counter[int] = Counter()  # reentrant checkpoints that use it, each a backward pass of its own
+        # Reentrant checkpoints that use it, each a backward pass of its own: their nodes, which go with their graphs.
+        self._segments: dict[int, list[Callable[[], Any]]] = {}
         self._outside: set[int] = set()  # used outside of them
         self._accumulating = False  # the window has more than one micro-batch
         self.check_processes()
@@ -434,7 +434,7 @@ class BackwardHooks:
 
     def _passes(self, param: Tensor) -> int:
         """How many backward passes bring a parameter gradients, for one micro-batch."""
-        segments = self._segments.get(id(param), 0)
+        segments = sum(node() is not None for node in self._segments.get(id(param), ()))
         return max(1, segments + (segments > 0 and id(param) in self._outside))
 
     def _refresh_due(self, optimizer: GaLoreOptimizer, param: Tensor, group: Group) -> bool:
@@ -502,8 +502,10 @@ class _RunCounter:
         owned = [id(param) for param in module._parameters.values() if param is not None]
         if torch.is_grad_enabled():
             hooks._outside.update(owned)
-        elif _in_differentiated_function():
-            hooks._segments.update(owned)
+        elif _in_function_forward():
+            node = _present_node()
+            for key in owned:
+                hooks._segments.setdefault(key, []).append(node)
 
     def __reduce__(self) -> Any:
         return _RunCounter, (_gone, _gone)  # weak references cannot be pickled
@@ -517,20 +519,29 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _in_differentiated_function() -> bool:
-    """Whether this is the forward of an autograd function that will be asked for gradients, as a checkpoint's is.
+def _in_function_forward() -> bool:
+    """Whether this is the forward of an autograd function, which, unlike no_grad, turns off forward-mode gradients."""
+    return not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled()
 
-    Such a forward turns off forward-mode gradients, which no_grad leaves alone. Under somebody's no_grad a checkpoint
-    runs one too, of inputs that need no gradient.
+
+def _present_node() -> Callable[[], Any]:
+    """A weak reference to the node of the autograd function whose forward this is.
+
+    It goes with its graph: at once where somebody's no_grad makes none. One that cannot be found stays for the window.
     """
-    if torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled():
-        return False
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         if code.co_name == "forward" and code.co_varnames[:1] == ("ctx",):
-            return any(frame.f_locals["ctx"].needs_input_grad)
+            try:
+                return weakref.ref(frame.f_locals["ctx"])
+            except TypeError:
+                break
         frame = frame.f_back
+    return _a_node
+
+
+def _a_node() -> bool:
     return True
 
 

@@ -303,7 +303,7 @@ def _look_after(trainer: Trainer) -> None:
     if optimizer.hooks is not None:
         optimizer.hooks.attach()
         use_fused_head()
-        _hold_for_callbacks(trainer, optimizer)
+        _hold_for_others(trainer, optimizer)
     if _callback_of(trainer) is None:
         trainer.add_callback(GaLoreCallback)
 
@@ -376,22 +376,24 @@ def _why_not_loadable(file: str) -> str | None:
     )
 
 
-def _hold_for_callbacks(trainer: Trainer, optimizer: GaLoreOptimizer) -> None:
-    """Keep gradients until the step where a callback is called just before it: to look at them, or to drop them."""
+def _hold_for_others(trainer: Trainer, optimizer: GaLoreOptimizer) -> None:
+    """Keep gradients until the step where somebody may drop them before: a callback, or a batch that is too large."""
     hooks = optimizer.hooks
     if hooks is None or not hooks.layerwise or hooks.hold_gradients:
         return
-    looking = [
-        type(callback).__name__
+    reasons = [
+        f"the callback {type(callback).__name__} is called before the optimizer's step"
         for callback in trainer.callback_handler.callbacks
         if type(callback).on_pre_optimizer_step is not TrainerCallback.on_pre_optimizer_step
     ]
-    if looking:
+    if trainer.args.auto_find_batch_size:
+        reasons.append("auto_find_batch_size goes on after running out of memory")
+    if reasons:
         hooks.hold_gradients = True
         logger.info(
-            "The callback %s is called before the optimizer's step, so layerwise holds low-rank gradients until then, "
-            "as with max_grad_norm above 0. Without such a callback weights are updated during the backward pass.",
-            looking[0],
+            "Layerwise holds low-rank gradients until the step, as with max_grad_norm above 0, because %s. Else "
+            "weights are updated during the backward pass.",
+            reasons[0],
         )
 
 

@@ -561,7 +561,9 @@ def test_passes_without_gradients_through_checkpoints_hold_nothing(way: str, ext
     net, optimizer = made(way, kind=InSegments)
     for batch in batches(3):
         if extra:
-            no_grad_pass(net, batch)
+            with torch.no_grad():  # of an input that needs a gradient, as enable_input_require_grads makes it
+                net(batch.clone().requires_grad_())
+            net(batch).detach()
         loss_of(net, batch).backward()
         assert optimizer.hooks is not None
         assert optimizer.hooks.held() == []
@@ -714,6 +716,79 @@ def test_a_bad_micro_batch_skips_its_window(way: str, bad_part: int, first: int)
     assert {times for times, _ in optimizer.skipped_updates().values()} == {1}
 
 
+@pytest.mark.parametrize("way", HELD)
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("moments", ["keep", "rotate", "reset"])
+def test_a_checkpoint_before_the_step_is_one_before_the_pass(way: str, cls: type[Any], moments: str) -> None:
+    """Its gradients are not saved: a run that goes on from there makes the batch, and its refresh, again."""
+    options: dict[str, Any] = {"moments": moments, "lazy_refresh": True}
+    net, optimizer = made(way, cls, **options)
+    for number, batch in enumerate(batches(9)):
+        loss_of(net, batch).backward()
+        if number in (0, 4, 6):
+            saved, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(net.state_dict())
+            net, optimizer = made(way, cls, **options)
+            net.load_state_dict(weights)
+            optimizer.load_state_dict(saved)
+            loss_of(net, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    twin, undisturbed = made(way, cls, **options)
+    for batch in batches(9):
+        step(twin, undisturbed, batch)
+    assert_identical(state_of(net, optimizer), state_of(twin, undisturbed))
+
+
+@pytest.mark.parametrize("way", ["plain", *HELD])
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("moments", ["keep", "rotate", "reset"])
+def test_a_step_that_is_skipped_refreshes_nothing(way: str, cls: type[Any], moments: str) -> None:
+    """The gradients of the targets are finite, and a norm that they share with others is not."""
+    net, optimizer = made(way, cls, moments=moments, lazy_refresh=True)
+    for number, batch in enumerate(batches(6)):
+        loss_of(net, batch).backward()
+        if number in (0, 4):
+            assert net.norm.weight.grad is not None
+            net.norm.weight.grad[0] = float("inf")
+            saved = copy.deepcopy(optimizer.state_dict())
+        optimizer.clip_grad_norm_(1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if number in (0, 4):
+            assert_identical(copy.deepcopy(optimizer.state_dict()), saved)
+    assert {times for times, _ in optimizer.skipped_updates().values()} == {2}
+
+
+@pytest.mark.parametrize("way", HOOKED)
+def test_anomaly_mode(way: str) -> None:
+    net, optimizer = made(way)
+    with torch.autograd.detect_anomaly(check_nan=True):
+        for batch in batches(3):
+            step(net, optimizer, batch)
+        with pytest.raises(RuntimeError, match="nan values"):
+            (loss_of(net, batches(1)[0]) * float("nan")).backward()
+
+
+@pytest.mark.parametrize("way", HOOKED)
+def test_hooks_of_others_that_scale_gradients_before_ours(way: str) -> None:
+    found, expected = made("plain", eps=1e-3), made("plain", eps=1e-3)
+    nets = []
+    for each, pair in ((way, found), ("plain", expected)):
+        net, _ = pair
+
+        def halve(param: Tensor) -> None:
+            assert param.grad is not None
+            param.grad = param.grad * 0.5
+
+        for param in net.parameters():
+            param.register_post_accumulate_grad_hook(halve)
+        optimizer = make(net, each, group={"eps": 1e-3})
+        for batch in batches(7):
+            step(net, optimizer, batch)
+        nets.append(net)
+    assert_same_weights(nets[0], nets[1])
+
+
 def test_a_state_dict_has_nothing_of_a_dropped_pass() -> None:
     net, optimizer = made("layerwise, projected backward, held")
     before = copy.deepcopy(optimizer.state_dict())
@@ -735,13 +810,13 @@ def test_a_clipped_step_that_is_not_finite_moves_nothing(
         monkeypatch.setattr("hf_galore.nonfinite._look", lambda skip: None)
     torch.manual_seed(0)
     net = Wide().to(dtype)
-    optimizer = make(net, way, cls)
+    optimizer = make(net, way, cls, group={"stagger": False})  # no refresh in that step: see below
     for number, batch in enumerate(batches(4)):
+        before = state_of(net, optimizer)
         loss_of(net, batch.to(dtype)).backward()
         if number == 2:
             assert net.down.bias.grad is not None
             net.down.bias.grad[0] = bad
-            before = state_of(net, optimizer)
         optimizer.clip_grad_norm_(1.0)
         gradients = [param.grad.norm() for param in net.parameters() if param.grad is not None]
         optimizer.step()
