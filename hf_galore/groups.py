@@ -60,6 +60,8 @@ _NOT_IN_A_GROUP: dict[str, str] = {
     ),
     "embedding_bits": "It is a key of optim_args; a group of GaLoreAdamW8bit says the same by 'optim_bits': 32 or 8.",
 }
+# What a misspelt key may have meant.
+_KNOWN = (*GROUP_OPTIONS, "stochastic_rounding", "optim_bits", "weight_decay")
 # Nobody but GaLore has keys that begin so.
 _OUR_PREFIXES = ("galore_", "proj_", "projection_", "update_proj")
 
@@ -74,12 +76,12 @@ def check_group_keys(group: Mapping[Any, Any]) -> None:
         ValueError: it has; the message names the key that is meant, or where the option belongs.
     """
     for key in group:
-        if not isinstance(key, str) or key in GROUP_OPTIONS:
+        if not isinstance(key, str) or key in _KNOWN:
             continue
         if key in _NOT_IN_A_GROUP:
             raise ValueError(f"A parameter group sets {key!r}, which has no effect there. {_NOT_IN_A_GROUP[key]}")
         name = key.lower().replace("-", "_")
-        close = [option for option in GROUP_OPTIONS if _nearly_same(name, option)]
+        close = [option for option in _KNOWN if _nearly_same(name, option)]
         if close or name.startswith(_OUR_PREFIXES):
             (meant,) = difflib.get_close_matches(name.removeprefix("galore_"), close or GROUP_OPTIONS, n=1, cutoff=0.0)
             raise ValueError(

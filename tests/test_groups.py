@@ -33,6 +33,9 @@ MISSPELT = {
     "moment": "moments",
     "lazy_refersh": "lazy_refresh",
     "projbits": "proj_bits",
+    "stochastic_roundng": "stochastic_rounding",
+    "optim_bit": "optim_bits",
+    "weight_dacay": "weight_decay",
 }
 
 
@@ -191,3 +194,75 @@ def test_a_parameter_that_has_changed_is_named() -> None:
         check_unchanged("embed", (131, 64), current, needed)
     with pytest.raises(ValueError, match="resize_token_embeddings"):
         check_unchanged("embed", (131, 64), current, {**current, "exp_avg_absmax": torch.zeros(2)})
+
+
+# ---- what the optimizers make of them
+
+CONSTRUCTIONS: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
+    "rank as a keyword": ({}, {"rank": 4}, TypeError, "rank"),
+    "a misspelt keyword": ({}, {"layer_wise": True}, TypeError, "'layerwise'"),
+    "a keyword of torch's": ({}, {"amsgrad": True}, TypeError, "amsgrad"),
+    "a misspelt key": ({"rank": 4, "update_proj_gaps": 5}, {}, ValueError, "update_proj_gap"),
+    "a misspelt key without a rank": ({"proj_typ": "left"}, {}, ValueError, "proj_type"),
+    "an option of the optimizer": ({"rank": 4, "layerwise": True}, {}, ValueError, "layerwise"),
+}
+
+
+@pytest.mark.parametrize("name", CONSTRUCTIONS)
+def test_nothing_is_accepted_and_ignored(name: str) -> None:
+    """Each of them trained, as plain AdamW or by defaults."""
+    group, keywords, error, words = CONSTRUCTIONS[name]
+    weight = nn.Parameter(torch.zeros(12, 8))
+    with pytest.raises(error, match=words):
+        GaLoreAdamW([{"params": [weight], **group}], lr=1e-3, **keywords)
+    optimizer = GaLoreAdamW([nn.Parameter(torch.zeros(3))], lr=1e-3)
+    if group:
+        with pytest.raises(error, match=words):
+            optimizer.add_param_group({"params": [weight], **group})
+        assert len(optimizer.param_groups) == 1
+        with pytest.raises(error, match=words):
+            GaLoreAdamW([weight], lr=1e-3, param_options={weight: group})
+
+
+def test_an_embedding_that_has_grown_is_not_the_checkpoints_fault() -> None:
+    net = nn.Embedding(10, 8)
+    optimizer = GaLoreAdamW(net.parameters(), lr=1e-3)
+    saved = optimizer.state_dict()
+    net.weight.data = torch.zeros(12, 8)  # as resize_token_embeddings does it
+    with pytest.raises(ValueError, match="has changed since the optimizer was made"):
+        optimizer.load_state_dict(saved)
+    net(torch.arange(3)).sum().backward()
+    with pytest.raises(ValueError, match="has changed since the optimizer was made"):
+        optimizer.step()
+
+
+def test_state_of_the_published_optimizer_is_named() -> None:
+    weight = nn.Parameter(torch.randn(12, 8))
+    group = {"params": [weight], "rank": 4, "update_proj_gap": 5, "scale": 1.0, "proj_type": "std"}
+    published = PublishedGaLoreAdamW([group], lr=1e-3)
+    weight.grad = torch.randn(12, 8)
+    published.step()
+    optimizer = GaLoreAdamW([{"params": [weight], "rank": 4}], lr=1e-3)
+    with pytest.raises(ValueError, match=r"galore_torch.*from its weights|galore_torch.*weights"):
+        optimizer.load_state_dict(published.state_dict())
+
+
+SHARED = torch.zeros(24, 8)
+REFUSED: dict[str, tuple[list[nn.Parameter], str]] = {
+    "complex": ([nn.Parameter(torch.zeros(4, 4, dtype=torch.complex64))], "complex"),
+    "partly on meta": ([nn.Parameter(torch.zeros(4, 4)), nn.Parameter(torch.zeros(4, 4, device="meta"))], "meta"),
+    "one memory": ([nn.Parameter(SHARED), nn.Parameter(SHARED[6:18])], "memory"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_parameters_that_cannot_be_trained_are_refused_when_the_optimizer_is_made(name: str) -> None:
+    params, words = REFUSED[name]
+    with pytest.raises(ValueError, match=words):
+        GaLoreAdamW(params, lr=1e-3)
+
+
+def test_a_sparse_embedding_is_refused_by_name() -> None:
+    net = nn.Sequential(nn.Embedding(10, 8, sparse=True), nn.Linear(8, 8))
+    with pytest.raises(ValueError, match=r"0.*sparse"):
+        GaLoreAdamW(net.parameters(), lr=1e-3, module=net, layerwise=True)
