@@ -252,6 +252,8 @@ class BackwardHooks:
                 self._look(param)
         self._windows.clear()
         self._accumulating = False
+        for key, nodes in self._segments.items():
+            self._segments[key] = [node for node in nodes if node() is not None]
 
     def look(self) -> None:
         """Look whether somebody has dropped what the hooks left in `.grad`, and take back what came of it."""
