@@ -465,7 +465,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         return self._versions.get(id(param)) or self._present(param, self.new_version(param, group))
 
     def new_version(self, param: Tensor, group: Group) -> BasisVersion:
-        """The same for a basis that is to come."""
+        """What low-rank gradients in a basis that is to come will have in common."""
         me, index = weakref.ref(self), next(i for i, other in enumerate(self.param_groups) if other is group)
         weight = weakref.ref(param)
         name = self.name_of(param)
@@ -765,15 +765,23 @@ class GaLoreOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The groups and state, as of torch's optimizers; of backward passes before their step it has nothing."""
-        saved = super().state_dict()
-        if self._hooks is not None:
+        hooks = self._hooks
+        if hooks is None:
+            return super().state_dict()
+
+        def leave_out_the_window(_: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
             # The gradients of a window are not saved, and so its refreshes are to come.
             for param in self._params():
-                before = self._hooks.before(param)
+                before = hooks.before(param)
                 if before is not None and before.complete:
-                    index = self._index_of(param)
-                    saved["state"][index] = as_before(self.state[param], before)
-        return saved
+                    saved["state"][self._index_of(param)] = as_before(self.state[param], before)
+
+        # The first of the hooks on it: others see what is saved.
+        handle = self.register_state_dict_post_hook(leave_out_the_window, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict()` gave, bit for bit, into the tensors that are there.

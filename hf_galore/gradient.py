@@ -20,6 +20,11 @@ from .projection import norm_of
 _aten = torch.ops.aten
 
 
+def in_backward() -> bool:
+    """Whether autograd is running a backward pass on this thread."""
+    return torch._C._current_graph_task_id() != -1
+
+
 class BasisVersion:
     """One basis of one target, until its next refresh: low-rank gradients add up only within it.
 
@@ -189,11 +194,7 @@ class LowRankGradient(StandIn):
         # Made of several operations each, one of which is not linear.
         check = _CHECKS.get(func)
         if check is not None and isinstance(args[0], LowRankGradient):
-            gradient = args[0]
-            return check(gradient.low_rank).any().expand(gradient.shape)
-        if func in _FINITE and isinstance(args[0], LowRankGradient):
-            gradient = args[0]
-            return torch.isfinite(gradient.low_rank).all().expand(gradient.shape)
+            return check(args[0].low_rank).expand(args[0].shape)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
@@ -400,7 +401,7 @@ def _add(func: Any, a: Any, b: Any, *, alpha: Any = 1) -> Any:
         return NotImplemented
     alpha = -alpha if func.overloadpacket is _aten.sub else alpha
     known_zero = [isinstance(value, LowRankGradient) and value.is_zero and value.addend is None for value in (a, b)]
-    if not isinstance(a, LowRankGradient) and torch._C._current_graph_task_id() == -1:
+    if not isinstance(a, LowRankGradient) and not in_backward():
         return NotImplemented  # autograd adds up gradients in any order; else this is something plus a gradient
     lost = next((value for value in (a, b) if isinstance(value, LowRankGradient) and value.is_lost), None)
     if lost is not None:
@@ -498,11 +499,20 @@ def _isnan(func: Any, gradient: LowRankGradient) -> Tensor:
     return gradient.low_rank.isnan().any().expand(gradient.shape)
 
 
+def _any_infinite(low_rank: Tensor) -> Tensor:
+    return low_rank.isinf().any()
+
+
+def _all_finite(low_rank: Tensor) -> Tensor:
+    return low_rank.isfinite().all()
+
+
 _CHECKS: dict[Any, Callable[[Tensor], Tensor]] = {
-    torch.isinf: torch.isinf,
-    Tensor.isinf: torch.isinf,
+    torch.isinf: _any_infinite,
+    Tensor.isinf: _any_infinite,
+    torch.isfinite: _all_finite,
+    Tensor.isfinite: _all_finite,
 }
-_FINITE = (torch.isfinite, Tensor.isfinite)
 
 
 # ---- lists

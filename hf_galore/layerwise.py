@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from .backward import ProjectedLinear, patch_linear, why_not_patchable
 from .bases import Before
-from .gradient import LowRankGradient, UncommittedRefresh, UsedGradient
+from .gradient import LowRankGradient, UncommittedRefresh, UsedGradient, in_backward
 from .groups import Group, is_target
 from .log import logger
 from .projection import Bases, FactoredGradient, norm_of, project, side_of
@@ -499,7 +499,7 @@ class _RunCounter:
         if hooks is None or module is not self.module():  # a copy of the module has this hook too
             return
         # Recomputation during the backward pass is the same run again.
-        if _in_backward():
+        if in_backward():
             return
         owned = [id(param) for param in module._parameters.values() if param is not None]
         if torch.is_grad_enabled():
@@ -515,10 +515,6 @@ class _RunCounter:
 
 def _gone() -> None:
     """Return what a dead weak reference returns."""
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
 
 
 def _in_function_forward() -> bool:

@@ -312,7 +312,7 @@ def _gaussian(rows: int, columns: int, gradient: Gradient) -> Tensor:
 
 
 def _uniform(shape: Sequence[int], gradient: Gradient) -> Tensor:
-    """Likewise, and quicker to make."""
+    """Uniform numbers of the variance that `_gaussian` has, the same every time: quicker to make."""
     generator = torch.Generator(gradient.device).manual_seed(1)
     sample: Tensor = torch.rand(tuple(shape), generator=generator, dtype=_dtype_of(gradient), device=gradient.device)
     return sample.sub_(0.5).mul_((12 / shape[0]) ** 0.5)

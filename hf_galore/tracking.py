@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .gradient import StandIn
+from .gradient import StandIn, in_backward
 
 # CUDA's allocator hands out multiples of this many bytes.
 GRANULE = 512
@@ -135,12 +135,12 @@ class StorageTracker(TorchDispatchMode):
             return args[0].device
         if any(issubclass(kind, StandIn) for kind in types):
             return NotImplemented  # it answers with operations on what it holds, which are seen
-        in_backward = torch._C._current_graph_task_id() != -1
-        if in_backward and not self._in_backward:
+        running = in_backward()
+        if running and not self._in_backward:
             self._label_activations()
-        elif self._in_backward and not in_backward:
+        elif self._in_backward and not running:
             self._after_backward()
-        self._in_backward = in_backward
+        self._in_backward = running
         out = self._call(func, args, kwargs or {})
         for leaf in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(leaf, Tensor):
