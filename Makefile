@@ -28,7 +28,7 @@ quickstart: $(VENV)/installed
 	$(BIN)/hf-galore quickstart
 
 notebooks: $(VENV)/installed-dev
-	$(BIN)/python -m tests.notebooks
+	$(BIN)/python -m tests.support.notebooks
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal

@@ -6,11 +6,11 @@ Importing the package registers its optimizers under the `galore_*` names of `Tr
 from typing import TYPE_CHECKING, Any
 
 from .config import GaLoreConfig
-from .optimizers import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
-from .trainer import GaLoreCallback, register, unregister
+from .integrations.trainer import GaLoreCallback, register, unregister
+from .optim.classes import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 
 if TYPE_CHECKING:
-    from .planner import MemoryPlan, measure, plan
+    from .plan.planner import MemoryPlan, measure, plan
 
 __version__ = "0.1.0"
 
@@ -31,7 +31,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """The planner, once somebody asks for it: a training does without what it imports."""
     if name in ("MemoryPlan", "measure", "plan"):
-        from . import planner
+        from .plan import planner
 
         return getattr(planner, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

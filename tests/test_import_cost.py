@@ -22,7 +22,7 @@ def test_importing_loads_no_module_that_transformers_trainer_has_not_loaded() ->
     """Modules rather than seconds, which a busy machine makes meaningless: bitsandbytes alone takes over one."""
     run = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
     added = json.loads(run.stdout)
-    assert "hf_galore.trainer" in added
+    assert "hf_galore.integrations.trainer" in added
     assert [name for name in added if name.split(".")[0] != "hf_galore" and name not in CHEAP] == []
     # The command line and what it needs come with the command.
     assert [name for name in added if name.startswith("hf_galore.cli")] == []

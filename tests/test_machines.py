@@ -25,7 +25,7 @@ MACHINES: dict[str, tuple[int, dict[str, str]]] = {
 
 def arithmetic() -> list[str]:
     """The files with such tests, by their text: collecting the others would take longer than the tests."""
-    others = sorted(TESTS.glob("test_*.py"))
+    others = sorted(TESTS.rglob("test_*.py"))
     return [str(path) for path in others if path != Path(__file__) and "mark.arithmetic" in path.read_text("utf-8")]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.notebooks import FOLDER, NAMES, execute, read
+from tests.support.notebooks import FOLDER, NAMES, execute, read
 
 BADGE = "https://colab.research.google.com/github/hf-galore/hf_galore/blob/main/notebooks/{name}"
 INSTALL = '%pip install --quiet "hf-galore[notebooks]"'
@@ -67,7 +67,7 @@ def test_runs_from_top_to_bottom(name: str, tmp_path: Path) -> None:
 def test_committed_outputs_are_a_whole_run(name: str) -> None:
     notebook = read(FOLDER / name)
     cells = code_cells(notebook)
-    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "run python -m tests.notebooks"
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "run make notebooks"
     assert "error" not in {output.output_type for output in outputs(notebook)}
     assert all(picture.startswith(b"\x89PNG") for picture in pictures(notebook))
     if any("plt.show()" in cell.source for cell in cells):

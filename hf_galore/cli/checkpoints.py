@@ -29,8 +29,7 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
-from hf_galore.log import logger
-
+from ..log import logger
 from .errors import Stopped, UserError
 from .whole_files import cut_off
 

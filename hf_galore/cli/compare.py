@@ -12,8 +12,7 @@ import rich.table
 from rich.console import Console
 from rich.text import Text
 
-from hf_galore.config import nearest
-
+from ..config import nearest
 from .comparison_figures import pictures
 from .comparison_page import PAGE, page
 from .comparison_tables import Table, as_dict, notes, results_table, settings_table

@@ -8,8 +8,9 @@ from huggingface_hub import ModelCard
 from transformers import TrainingArguments
 
 import hf_galore
-from hf_galore.planner import CONTEXT_BYTES, FRAGMENTATION, GIB, MemoryPlan, in_gib
-from hf_galore.trainer import KINDS, optim_name
+
+from ..integrations.trainer import KINDS, optim_name
+from ..plan.planner import CONTEXT_BYTES, FRAGMENTATION, GIB, MemoryPlan, in_gib
 
 TAG = "galore"
 _BEFORE = "### Framework versions"  # a heading in the cards of TRL and of transformers

@@ -14,10 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hf_galore.planner import CONTEXT_BYTES, FRAGMENTATION, GIB, MemoryPlan, card_bytes, parse_size, plan
-from hf_galore.rehearsal import EVALUATION, SAVING, STEPS, Progress
-from hf_galore.tracking import FORWARD
-
+from ..plan.planner import CONTEXT_BYTES, FRAGMENTATION, GIB, MemoryPlan, card_bytes, parse_size, plan
+from ..plan.rehearsal import EVALUATION, SAVING, STEPS, Progress
+from ..plan.tracking import FORWARD
 from . import colors, stand_in
 from .errors import Stopped, UserError, reporting_complaints
 from .options import take_options

@@ -12,9 +12,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import ScriptArguments, SFTConfig, SFTTrainer
 
-from hf_galore.config import nearest
-from hf_galore.log import logger
-
+from ..config import nearest
+from ..log import logger
 from . import recipe
 from .checkpoints import stop
 from .errors import UserError

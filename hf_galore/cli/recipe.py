@@ -19,9 +19,8 @@ import yaml
 from transformers import TrainingArguments
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
-from hf_galore.config import nearest
-from hf_galore.trainer import KINDS, optim_name
-
+from ..config import nearest
+from ..integrations.trainer import KINDS, optim_name
 from .errors import UserError
 
 DATACLASSES = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig)

@@ -16,9 +16,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_galore.planner import GIB, MemoryPlan
-from hf_galore.trainer import optim_name
-
+from ..integrations.trainer import optim_name
+from ..plan.planner import GIB, MemoryPlan
 from .model_card import add_galore
 from .whole_files import write_whole
 

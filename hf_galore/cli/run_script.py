@@ -21,8 +21,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import hf_galore
-from hf_galore.config import nearest
 
+from ..config import nearest
 from .errors import UserError
 
 PROG = "python -m hf_galore"

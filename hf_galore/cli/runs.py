@@ -14,10 +14,9 @@ from typing import Any
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_galore.config import GaLoreConfig
-from hf_galore.log import logger
-from hf_galore.trainer import KINDS
-
+from ..config import GaLoreConfig
+from ..integrations.trainer import KINDS
+from ..log import logger
 from .checkpoints import checkpoints_in
 from .errors import UserError
 from .run_record import RunFacts

@@ -15,8 +15,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, Trainer, TrainingArguments
 from trl import ModelConfig, SFTConfig
 
-from hf_galore.rehearsal import STEPS
-
+from ..plan.rehearsal import STEPS
 from . import glue, pretrain, recipe
 from .errors import UserError
 from .glue_tasks import REGRESSION, TASKS

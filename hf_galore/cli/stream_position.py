@@ -18,8 +18,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_galore.log import logger
-
+from ..log import logger
 from .whole_files import write_whole
 
 POSITION_FILE = "stream_position.json"

@@ -21,9 +21,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hf_galore.config import GaLoreConfig
-from hf_galore.planner import GIB, MemoryPlan, in_gib, needed_bytes, plan
-
+from ..config import GaLoreConfig
+from ..plan.planner import GIB, MemoryPlan, in_gib, needed_bytes, plan
 from .errors import UserError
 from .spinner import spinner
 from .stand_in import Arguments, Shape, shape_of

@@ -18,9 +18,8 @@ from typing import Any, NamedTuple
 
 from transformers import TrainingArguments
 
-from hf_galore.config import GaLoreConfig, nearest
-from hf_galore.trainer import optim_name
-
+from ..config import GaLoreConfig, nearest
+from ..integrations.trainer import optim_name
 from . import recipe, stand_in
 from .checkpoints import last_checkpoint
 from .errors import Stopped, UserError, reporting_complaints

@@ -10,10 +10,10 @@ from transformers import AutoConfig, TrainingArguments
 from trl import ModelConfig
 
 import hf_galore
-from hf_galore.log import logger
-from hf_galore.planner import MemoryPlan, plan
-from hf_galore.trainer import KINDS, optim_name
 
+from ..integrations.trainer import KINDS, optim_name
+from ..log import logger
+from ..plan.planner import MemoryPlan, plan
 from .checkpoints import check_folders
 from .errors import UserError, reporting_errors
 from .run_record import RecordedTrainer

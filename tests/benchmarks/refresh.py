@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 from hf_galore import GaLoreAdamW
 from hf_galore.config import REFRESH_METHODS, RefreshMethod
-from hf_galore.projection import Bases, project, side_of
-from hf_galore.refresh import new_bases
+from hf_galore.lowrank.projection import Bases, project, side_of
+from hf_galore.lowrank.refresh import new_bases
 from tests.benchmarks.quality import CACHE, LENGTH, VOCABULARY, tokenized
 from tests.benchmarks.step import llama, targets
 

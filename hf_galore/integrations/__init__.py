@@ -1,0 +1,1 @@
+"""All contact with the internals of other libraries, a file each."""

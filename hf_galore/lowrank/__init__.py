@@ -1,0 +1,1 @@
+"""The arithmetic of GaLore: pure functions on tensors, which know no optimizer and no model."""

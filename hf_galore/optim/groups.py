@@ -1,0 +1,263 @@
+"""Parameter groups: splitting and naming them, what may be in them, and whether two of them are of one run."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..config import GROUP_OPTIONS, GaLoreConfig, nearest
+from ..lowrank.projection import is_projectable
+
+Group = dict[str, Any]
+ParamOptions = Mapping[Tensor, Mapping[str, Any]]
+
+
+def split_groups(params: Iterable[Any], options: ParamOptions) -> list[dict[str, Any]]:
+    """Groups in which all parameters have the same options: those of each group, in the order given."""
+    groups = list(params)
+    if groups and not isinstance(groups[0], dict):
+        groups = [{"params": groups}]
+    split: list[dict[str, Any]] = []
+    for group in groups:
+        entries = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        # Keyed by the options themselves: parameters with equal options share a group.
+        parts: dict[tuple[tuple[str, Any], ...], list[Any]] = {}
+        for entry in entries:
+            param = entry[1] if isinstance(entry, tuple) else entry
+            parts.setdefault(tuple(sorted(options.get(param, {}).items())), []).append(entry)
+        # An empty group, such as a Trainer makes where nothing is undecayed, falls away: torch cannot name it.
+        split.extend({**group, **dict(key), "params": part} for key, part in parts.items())
+    if not split:
+        raise ValueError("The optimizer was given no parameters.")
+    return split
+
+
+def with_names(groups: list[dict[str, Any]], names: Mapping[int, str]) -> list[dict[str, Any]]:
+    """The groups with (name, parameter) pairs, where all names are known: torch keeps them in checkpoints.
+
+    Without them moments could be loaded into other matrices of the same shapes.
+    """
+    params = [entry for group in groups for entry in group["params"]]
+    if not all(isinstance(param, Tensor) and id(param) in names for param in params):
+        return groups
+    return [{**group, "params": [(names[id(param)], param) for param in group["params"]]} for group in groups]
+
+
+def is_target(param: Tensor, group: Group) -> bool:
+    """Whether a parameter of a group is projected."""
+    return "rank" in group and is_projectable(param.shape, group["rank"])
+
+
+# Where an option belongs that is not a group's, by its name.
+_NOT_IN_A_GROUP: dict[str, str] = {
+    **dict.fromkeys(
+        ("layerwise", "projected_backward", "hold_gradients", "module", "param_options"),
+        "It concerns the optimizer as a whole: give it by keyword, beside the groups, as in "
+        "GaLoreAdamW(groups, lr=1e-3, module=model, layerwise=True).",
+    ),
+    "embedding_bits": "It is a key of optim_args; a group of GaLoreAdamW8bit says the same by 'optim_bits': 32 or 8.",
+}
+# What a misspelt key may have meant.
+_KNOWN = (*GROUP_OPTIONS, "stochastic_rounding", "optim_bits", "weight_decay")
+# Nobody but GaLore has keys that begin so.
+_OUR_PREFIXES = ("galore_", "proj_", "projection_", "update_proj")
+
+
+def check_group_keys(group: Mapping[Any, Any]) -> None:
+    """Check that a group has no key that is nearly one of GaLore's, or one that has no effect there.
+
+    Any other key is allowed: schedulers, frameworks and users keep their own in groups (`initial_lr`, `lr_scale`,
+    `name`, `momentum`).
+
+    Raises:
+        ValueError: it has; the message names the key that is meant, or where the option belongs.
+    """
+    for key in group:
+        if not isinstance(key, str) or key in _KNOWN:
+            continue
+        if key in _NOT_IN_A_GROUP:
+            raise ValueError(f"A parameter group sets {key!r}, which has no effect there. {_NOT_IN_A_GROUP[key]}")
+        name = key.lower().replace("-", "_")
+        close = [option for option in _KNOWN if _nearly_same(name, option)]
+        if close or name.startswith(_OUR_PREFIXES):
+            (meant,) = difflib.get_close_matches(name.removeprefix("galore_"), close or GROUP_OPTIONS, n=1, cutoff=0.0)
+            raise ValueError(
+                f"A parameter group sets {key!r}, which GaLore does not know. Did you mean {meant!r}? It has "
+                f"{', '.join(GROUP_OPTIONS)}."
+            )
+
+
+def _nearly_same(name: str, option: str) -> bool:
+    """Whether a name is an option with a slip of the pen, one in a short name and two in a long one, or is parts of it.
+
+    Ratios of `difflib` cannot tell `rnak` (for `rank`) from `lr_scale`, or `moment` from `momentum`.
+    """
+    parts = name.split("_")
+    return _slips(name, option) <= (1 if len(option) < 8 else 2) or (
+        len(parts) > 1 and set(parts) <= set(option.split("_"))
+    )
+
+
+def _slips(a: str, b: str) -> int:
+    """Letters added, left out, changed, or swapped with their neighbour, on the shortest way from `a` to `b`."""
+    before_last: list[int] = []
+    last = list(range(len(b) + 1))
+    for i, letter in enumerate(a, 1):
+        row = [i]
+        for j, other in enumerate(b, 1):
+            best = min(last[j] + 1, row[j - 1] + 1, last[j - 1] + (letter != other))
+            if i > 1 and j > 1 and letter == b[j - 2] and a[i - 2] == other:
+                best = min(best, before_last[j - 2] + 1)
+            row.append(best)
+        before_last, last = last, row
+    return last[-1]
+
+
+def check_options(cls_name: str, options: Iterable[str], known: Sequence[str]) -> None:
+    """Check the names of keyword arguments of a GaLore optimizer.
+
+    Args:
+        cls_name: the optimizer's.
+        options: the keywords that were given.
+        known: all that there are.
+
+    Raises:
+        TypeError: one is unknown; the message says what is nearest, or where it belongs.
+    """
+    for name in options:
+        if name in known:
+            continue
+        if name in GROUP_OPTIONS:
+            advice = (
+                f"It belongs into a parameter group, {cls_name}([{{'params': others}}, {{'params': matrices, "
+                f"'rank': 128}}]), or into param_options={{weight: {{'rank': 128}}}}."
+            )
+        elif name == "embedding_bits":
+            advice = _NOT_IN_A_GROUP[name]
+        else:
+            advice = f"It has {', '.join(known)}.{nearest(name, [*known, *GROUP_OPTIONS])}"
+        raise TypeError(f"{cls_name} has no keyword {name!r}. {advice}")
+
+
+def check_same_names(group: Group, saved_group: Group) -> None:
+    """Check that a saved group is of the same parameters.
+
+    Raises:
+        ValueError: it is not; the message names the first that differs.
+    """
+    # Wrappers (torch.compile, DistributedDataParallel) put these before a name.
+    own, saved = (
+        [name.replace("_orig_mod.", "").removeprefix("module.") for name in g.get("param_names", ())]
+        for g in (group, saved_group)
+    )
+    differing = [pair for pair in zip(saved, own, strict=False) if pair[0] != pair[1]]
+    if differing:
+        there, here = differing[0]
+        others = f", and {len(differing) - 1} more" if len(differing) > 1 else ""
+        raise ValueError(
+            f"The checkpoint's optimizer state is of other parameters: of {there} where this optimizer has {here}"
+            f"{others}. Resume with the optim_target_modules and model of the run that wrote it, or start from its "
+            "weights only."
+        )
+
+
+def check_same_options(group: Group, saved_group: Group) -> None:
+    """Check that a saved group was made with the same of GaLore's options.
+
+    Raises:
+        ValueError: it was not; the message has both.
+    """
+    (own, own_rounding), (saved, saved_rounding) = (
+        (GaLoreConfig.from_group(g), bool(g.get("stochastic_rounding"))) for g in (group, saved_group)
+    )
+    if (own, own_rounding) != (saved, saved_rounding):
+        raise ValueError(
+            f"The checkpoint was written with {_described(saved, saved_rounding)}, this optimizer was made with "
+            f"{_described(own, own_rounding)}. A resumed run continues the old one: give it the same, or start a new "
+            "one from the checkpoint's weights."
+        )
+
+
+FROM_WEIGHTS = (
+    "To start from its weights, load the model with from_pretrained(<the checkpoint's folder>) and train without "
+    "resume_from_checkpoint."
+)
+"""What is left to do with a checkpoint whose optimizer state is of no use."""
+
+
+def check_plain_state(state_dict: Mapping[str, Any]) -> None:
+    """Check that a state dict is an optimizer's whose state is tensors, as GaLore's is here.
+
+    Raises:
+        ValueError: it is not; the message says who wrote it, as far as that can be seen.
+    """
+    if not {"state", "param_groups"} <= set(state_dict):
+        raise ValueError(
+            f"This is no state dict of an optimizer: it has {', '.join(map(repr, state_dict)) or 'nothing'} where "
+            "'state' and 'param_groups' are needed. Give what optimizer.state_dict() returned."
+        )
+    states, groups = state_dict["state"], state_dict["param_groups"]
+    if any("projector" in state for state in states.values()):
+        raise ValueError(written_by_galore_torch())
+    if not states and len(groups) == 1 and len(groups[0]["params"]) == 1 and set(groups[0]) <= _DUMMY_KEYS:
+        raise ValueError(
+            "The checkpoint was written by a layerwise optimizer of transformers itself (its galore_*_layerwise or "
+            f"apollo_*_layerwise), which saves no state of its own. {FROM_WEIGHTS}"
+        )
+    others = [
+        f"{key!r} of parameter {index} is of type {type(value).__name__}"
+        for index, state in states.items()
+        for key, value in state.items()
+        if not isinstance(value, Tensor)
+    ]
+    if others:
+        raise ValueError(
+            f"The checkpoint's optimizer state is another optimizer's: {others[0]}, where GaLore has tensors only. "
+            f"Resume with the optim of the run that wrote it. {FROM_WEIGHTS}"
+        )
+
+
+# What a group of transformers' `LayerWiseDummyOptimizer` has.
+_DUMMY_KEYS = {"params", "lr", "initial_lr"}
+
+
+def written_by_galore_torch() -> str:
+    """The message for state that a `galore_torch` optimizer has written."""
+    return (
+        "The checkpoint was written by the GaLore of galore_torch, which is what transformers itself has under the "
+        "galore_* names. Its bases are Python objects in the optimizer's state, and cannot be taken over into "
+        f"hf_galore. {FROM_WEIGHTS}"
+    )
+
+
+def check_unchanged(name: str, shape: Sequence[int], current: Mapping[str, Tensor], needed: Mapping[str, Any]) -> None:
+    """Check that a parameter still has the shape that it had when its optimizer state was made.
+
+    Args:
+        name: the parameter's.
+        shape: its shape now.
+        current: the state that was made for it; empty where there is none.
+        needed: that state as it would be made now: tensors, or anything with a `shape`, by the same keys.
+
+    Raises:
+        ValueError: it has another shape now.
+    """
+    if not current:
+        return
+    if {k: tuple(v.shape) for k, v in current.items()} == {k: tuple(v.shape) for k, v in needed.items()}:
+        return
+    raise ValueError(
+        f"{name} has changed since the optimizer was made: its shape is {tuple(shape)} now, and its moments were made "
+        "for another (resize_token_embeddings does that). Change the model first, then make the optimizer or the "
+        "Trainer."
+    )
+
+
+def _described(config: GaLoreConfig | None, stochastic_rounding: bool) -> str:
+    words = ["no projection"] if config is None else [f"{k}={v}" for k, v in config.group_options().items()]
+    if stochastic_rounding:
+        words.append("stochastic_rounding=True")
+    return ", ".join(words)

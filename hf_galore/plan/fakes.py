@@ -1,0 +1,267 @@
+"""Training with fake tensors, which have a shape, a type and a device, but no numbers: a 7B model needs no memory.
+
+`fake_training()` is the place for all that has to be answered or put aside for that: reads of numbers that are not
+there, weights and checkpoints that are not to be loaded or written, and choices that libraries make by the device.
+What is replaced belongs to transformers, TRL, bitsandbytes and torch; `tests/test_fakes.py` fails where it has moved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, cast
+from unittest import mock
+
+import numpy as np
+import torch
+import transformers.masking_utils
+import transformers.trainer_pt_utils
+from peft import PeftModel
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_map_only
+from transformers import AutoConfig, PreTrainedModel
+
+from ..backward.gradient import StandIn
+from ..lowrank import nonfinite, quantize
+from .shape_cache import ShapeCache
+
+Target = Literal["cuda", "cpu"]
+
+_aten = torch.ops.aten
+
+
+class Fakes:
+    """What `fake_training()` gives: a way from real batches to fake ones, and answers to what is asked of fakes."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        self._mode = mode
+        self._cache = ShapeCache(mode)
+        self._documents = False
+        self._padded = False
+
+    def batch(self, batch: Any) -> Any:
+        """A batch with fakes for its tensors; the answers to questions about the real one are kept."""
+        if isinstance(batch, Mapping):
+            positions, mask = batch.get("position_ids"), batch.get("attention_mask")
+            with _disable_current_modes():
+                self._documents = positions is not None and bool((positions == 0).sum() > len(positions))
+                self._padded = mask is not None and not bool(mask.all())
+        return tree_map_only(Tensor, self._mode.from_tensor, batch)
+
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What an operation gives. Numbers that are not there are those of a full batch and finite gradients."""
+        if func is _aten._local_scalar_dense.default and args[0].constant is None:
+            return _answer(func, args)  # by far the most frequent question: no need to let it fail first
+        try:
+            return self._cache.call(func, args, kwargs)
+        except DataDependentOutputException:
+            return _answer(func, args)
+        except DynamicOutputShapeException:
+            return _all_of(func, args)
+
+    def packed_indices(self, position_ids: Tensor) -> Tensor | None:
+        """Stands in for transformers' `find_packed_sequence_indices`, which reads where documents begin."""
+        return position_ids.new_empty(position_ids.shape) if self._documents else None
+
+    def all_true(self, mask: Tensor) -> bool:
+        """Stands in for transformers' `fast_all`, which reads whether there is padding."""
+        return not self._padded
+
+
+@contextlib.contextmanager
+def fake_training(target: Target) -> Iterator[Fakes]:
+    """Tensors made within are fake, and a Trainer can train with them.
+
+    Args:
+        target: the device whose kernels are stood in for. `cuda` takes the ways that attention and the loss take on a
+            GPU, wherever the fakes are.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = Fakes(mode)
+    with contextlib.ExitStack() as stack:
+        enter = stack.enter_context
+        for module, name, replacement in (
+            # Weights come from nowhere, and nothing is written.
+            (PreTrainedModel, "from_pretrained", classmethod(_from_config)),
+            (PreTrainedModel, "save_pretrained", _nothing),
+            (PeftModel, "save_pretrained", _nothing),
+            (torch, "save", _nothing),
+            (nn.Module, "_apply", _apply),
+            # transformers takes a fake for a sign of compilation, for which it makes other masks.
+            (transformers.masking_utils, "is_tracing", lambda tensor=None: False),
+            (transformers.masking_utils, "find_packed_sequence_indices", fakes.packed_indices),
+            (transformers.masking_utils, "fast_all", fakes.all_true),
+            (transformers.trainer_pt_utils, "nested_numpify", _numpify),
+            (nn.functional, "scaled_dot_product_attention", _attention),
+            # Gradients are finite, which the host of a CPU knows, and that of a GPU does not.
+            (nonfinite, "_look", lambda skip: None if target == "cuda" else False),
+        ):
+            enter(mock.patch.object(module, name, replacement))
+        if target == "cuda":
+            _use_gpu_loss(enter)
+        with contextlib.suppress(ImportError):
+            from bitsandbytes.optim.optimizer import GlobalOptimManager
+
+            # It remembers parameters by their addresses, for good.
+            enter(mock.patch.object(GlobalOptimManager, "_instance", None))
+        # Tables of codes are cached for the process: no fake may stay there, and no real one be used.
+        quantize._equal_steps.cache_clear()
+        stack.callback(quantize._equal_steps.cache_clear)
+        enter(mode)
+        enter(_Answers(fakes))
+        yield fakes
+
+
+class _Answers(TorchDispatchMode):
+    def __init__(self, fakes: Fakes) -> None:
+        super().__init__()
+        self._fakes = fakes
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, StandIn) for kind in types):
+            return NotImplemented  # theirs to answer, with operations on what they hold
+        return self._fakes.call(func, args, kwargs or {})
+
+
+def _answer(func: Any, args: Any) -> Any:
+    if func is not _aten._local_scalar_dense.default or args[0].dtype == torch.bool:
+        return True  # is_nonzero, equal
+    return 1.0 if args[0].dtype.is_floating_point else 1
+
+
+def _all_of(func: Any, args: Any) -> Tensor:
+    """What a mask selects where it is true throughout."""
+    if func is _aten.index.Tensor:
+        values, indices = args
+        masks = [(dimension, index) for dimension, index in enumerate(indices) if index is not None]
+        if len(masks) == 1 and masks[0][1].dtype == torch.bool:
+            dimension, mask = masks[0]
+            shape = (*values.shape[:dimension], mask.numel(), *values.shape[dimension + mask.ndim :])
+            return cast("Tensor", values.new_empty(shape))
+    elif func is _aten.masked_select.default:
+        return cast("Tensor", args[0].new_empty(args[0].numel()))
+    elif func is _aten.nonzero.default:
+        return cast("Tensor", args[0].new_empty((args[0].numel(), args[0].ndim), dtype=torch.int64))
+    raise NotImplementedError(f"The shape of what {func} gives depends on numbers that a plan does not have.")
+
+
+# ---- models
+
+
+def _from_config(
+    cls: Any,
+    /,
+    name: Any = None,
+    *args: Any,
+    config: Any = None,
+    dtype: Any = None,
+    attn_implementation: str | None = None,
+    quantization_config: Any = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Instead of `PreTrainedModel.from_pretrained`: a model of that shape, with no weights behind it."""
+    config = config or AutoConfig.from_pretrained(name)
+    if quantization_config is not None or getattr(config, "quantization_config", None) is not None:
+        raise ValueError("A model with quantized weights (load_in_4bit, load_in_8bit) cannot be planned.")
+    if dtype is None or dtype == "auto":
+        dtype = config.dtype or torch.float32
+    if attn_implementation is not None and attn_implementation.startswith(("flash_attention", "kernels")):
+        attn_implementation = "sdpa"  # which allocates the same
+    model: PreTrainedModel = cls._from_config(
+        config,
+        dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype,
+        **({} if attn_implementation is None else {"attn_implementation": attn_implementation}),
+    )
+    model.eval()
+    return model
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """Instead of writing a file, or of a kernel that only fills what is there: neither allocates on the device."""
+
+
+def _apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """Instead of `nn.Module._apply`, which moves and casts by swapping parameters in place: fakes cannot be."""
+    made: dict[nn.Parameter, nn.Parameter] = {}  # a weight that two modules share stays shared
+    for module in self.modules() if recurse else (self,):
+        for name, param in module._parameters.items():
+            if param is not None:
+                if param not in made:
+                    new = fn(param.detach())
+                    same = (new.device, new.dtype) == (param.device, param.dtype)
+                    made[param] = param if same else nn.Parameter(new, param.requires_grad)
+                module._parameters[name] = made[param]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = fn(buffer)
+    return self
+
+
+def _numpify(tensors: Any) -> Any:
+    """Instead of `nested_numpify`: ones."""
+    if isinstance(tensors, (list, tuple)):
+        return type(tensors)(map(_numpify, tensors))
+    return np.ones(tuple(tensors.shape), dtype=np.float32)
+
+
+# ---- kernels
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Instead of `scaled_dot_product_attention`, which cannot ask a fake and would not take a fused kernel.
+
+    Fused kernels on CPUs and GPUs allocate the same: the output, and a float32 number for each row of it. (With dropout
+    a CPU has none, and takes more than this says.)
+    """
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        bias = torch.zeros_like(attn_mask, dtype=query.dtype)
+        attn_mask = bias.masked_fill_(attn_mask.logical_not(), -math.inf)
+    # Fewer heads of keys and values than of queries (enable_gqa) are nothing that it makes copies for.
+    output: Tensor = _aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+    )[0]
+    return output
+
+
+def _use_gpu_loss(enter: Callable[[Any], Any]) -> None:
+    """Let TRL's loss take its way for GPUs: Triton kernels, which fill tiles in place, and products into float32."""
+    import trl.kernels.chunked_logprob as kernels
+    import trl.trainer.utils
+
+    class Kernel:
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            return _nothing
+
+    class Triton:
+        @staticmethod
+        def cdiv(a: int, b: int) -> int:
+            return -(-a // b)
+
+    for module, name, replacement in (
+        (kernels, "_use_triton", lambda device: True),
+        (trl.trainer.utils, "_use_triton", lambda device: True),
+        (kernels, "_forward_kernel", Kernel()),
+        (kernels, "_backward_kernel", Kernel()),
+        (kernels, "_addmm_fp32", _nothing),
+    ):
+        enter(mock.patch.object(module, name, replacement))
+    enter(mock.patch.object(kernels, "triton", Triton, create=True))  # not there where torch comes without Triton

@@ -1,0 +1,231 @@
+"""Will it fit? The memory of a training run, found without a GPU, weights or data.
+
+Its real steps run with fake tensors:
+
+    plan = hf_galore.plan("recipes/llama2_7b_oasst2.yaml")
+    plan = hf_galore.plan(lambda: SFTTrainer("meta-llama/Llama-2-7b-hf", args, train_dataset=data))
+    print(plan)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import torch
+import transformers
+from transformers import Trainer
+
+from ..log import logger
+from .fakes import Target, fake_training
+from .rehearsal import Progress, Record, rehearse
+
+if TYPE_CHECKING:
+    from ..cli import stand_in
+
+GIB = 2**30
+
+# What a card has to have besides what tensors take. Neither has been measured by us: the first is what CUDA's context
+# and the libraries' work spaces are commonly said to take on consumer cards, the second an allowance for blocks of the
+# allocator that are free but in the wrong places, with PYTORCH_ALLOC_CONF=expandable_segments:True.
+CONTEXT_BYTES = GIB // 2
+FRAGMENTATION = 0.03
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """What a training run takes on its device. Sizes are in bytes, of tensors' storages in multiples of 512."""
+
+    peak_bytes: int
+    """The most that is alive at a time, in the steps, an evaluation and a checkpoint."""
+    resident_bytes: int
+    """What stays between two steps: weights, moments, bases."""
+    breakdown: dict[str, int]
+    """The peak by what it is made of, largest first."""
+    phase: str
+    """When the peak falls: forward, backward, update, evaluation, saving a checkpoint."""
+    phase_peaks: dict[str, int]
+    """The peak of each phase, highest first."""
+    device: str
+    """What the tensors stood for."""
+    seconds: float
+    """How long the plan took."""
+    parameters: int
+    """How many numbers the model has."""
+    tokens_per_step: int | None = None
+    """The largest number of tokens in an optimizer step, where it is known."""
+    vram_bytes: int | None = None
+    """The card's memory, where it is known."""
+    notes: tuple[str, ...] = ()
+    """What was assumed in place of something that was not there."""
+
+    @property
+    def needed_bytes(self) -> int:
+        """The card that it needs: the peak, fragmentation of the allocator, CUDA's context."""
+        return needed_bytes(self.peak_bytes)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether it fits into the card's memory; `None` where that is not known."""
+        return None if self.vram_bytes is None else self.needed_bytes <= self.vram_bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**dataclasses.asdict(self), "needed_bytes": self.needed_bytes, "fits": self.fits}
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {in_gib(size)}" for name, size in self.breakdown.items() if size >= GIB / 100)
+        line = f"peak {in_gib(self.peak_bytes)} ({self.phase}): {parts}; {in_gib(self.resident_bytes)} between steps"
+        if self.vram_bytes is None:
+            return f"{line}; needs a card of {in_gib(self.needed_bytes)}"
+        verdict = "fits" if self.fits else "does not fit"
+        return f"{line}; {verdict} into {in_gib(self.vram_bytes)}, needs {in_gib(self.needed_bytes)}"
+
+
+def needed_bytes(peak_bytes: int) -> int:
+    """The card that a peak needs: it, fragmentation of the allocator, CUDA's context."""
+    return int(peak_bytes * (1 + FRAGMENTATION)) + CONTEXT_BYTES
+
+
+def in_gib(nbytes: int) -> str:
+    """A size in GiB, to two places."""
+    return f"{nbytes / GIB:.2f} GiB"
+
+
+_UNITS = {"": GIB, "k": 2**10, "m": 2**20, "g": GIB, "t": 2**40}
+
+
+def parse_size(text: str) -> int:
+    """Bytes from `24GiB`, `24GB`, `24G` or `24`: the same, for a card that is sold with 24 GB has 24 GiB.
+
+    Raises:
+        ValueError: it is no size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", text.strip().lower())
+    if match is None or float(match[1]) == 0:
+        raise ValueError(f"A memory size reads 24GiB, 16GB or 22528MiB, but was given {text!r}.")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def plan(
+    source: Callable[[], Trainer] | stand_in.Arguments | str | os.PathLike[str],
+    *,
+    overrides: Sequence[str] = (),
+    vram: int | None = None,
+    target: Target = "cuda",
+    layers: int | None = None,
+    progress: Progress | None = None,
+) -> MemoryPlan:
+    """The memory of a training run, found without a GPU, weights or data.
+
+    Args:
+        source: a recipe's file, or what was parsed from one, or a function that makes the Trainer. That is called
+            where tensors are fake: a model that it makes, with or without `from_pretrained`, has no weights. What was
+            parsed, and the Trainer, are of no use afterwards.
+        overrides: for a recipe's file, `["--key", "value", ...]` as on the command line.
+        vram: bytes of the card's memory; by default those of the GPU, if there is one.
+        target: the device that the tensors stand for; `cpu` gives what the run takes on a CPU.
+        layers: for a recipe, how many layers the model is to have, instead of its own number.
+        progress: called with the phase and the number of the step.
+
+    Raises:
+        ValueError: something that was given is wrong; the message says what.
+    """
+    start = time.perf_counter()
+    notes: list[str] = []
+    tokens: int | None = None
+    with _quiet(), tempfile.TemporaryDirectory() as folder:
+        if callable(source):
+            make = source
+        else:
+            from ..cli import stand_in
+
+            if isinstance(source, (str, os.PathLike)):
+                arguments = stand_in.parse(["--config", os.fspath(source), *overrides], "plan", "")
+            else:
+                arguments = source
+            arguments.training.output_dir = folder  # the Trainer makes it
+            prepared = stand_in.prepare(arguments, layers)
+            make, tokens = prepared.make_trainer, prepared.tokens_per_step
+            notes += prepared.notes
+        with fake_training(target) as fakes:
+            trainer = make()
+            record = rehearse(trainer, fakes, progress)
+            device = str(trainer.args.device)
+            parameters = sum(param.numel() for param in trainer.model.parameters())
+    stood_for = target if device.startswith(target) else f"{target} (stood in for by {device} tensors)"
+    vram = card_bytes() if vram is None else vram
+    return _summary(record, stood_for, time.perf_counter() - start, parameters, tokens, vram, tuple(notes))
+
+
+def card_bytes() -> int | None:
+    """The memory of this machine's GPU; `None` where there is none."""
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+
+
+def measure(make_trainer: Callable[[], Trainer], *, progress: Progress | None = None) -> MemoryPlan:
+    """The same figures from really training for three steps: to compare a plan with, where the model is small.
+
+    Storages are counted as `plan` counts them; on a GPU, `torch.cuda.max_memory_allocated` also has what kernels use
+    inside.
+
+    Args:
+        make_trainer: makes the Trainer, which is of no use afterwards.
+        progress: called with the phase and the number of the step.
+    """
+    start = time.perf_counter()
+    with _quiet():
+        trainer = make_trainer()
+        parameters = sum(param.numel() for param in trainer.model.parameters())
+        record = rehearse(trainer, None, progress)
+    return _summary(record, str(trainer.args.device), time.perf_counter() - start, parameters, None, None, ())
+
+
+def _summary(
+    record: Record,
+    device: str,
+    seconds: float,
+    parameters: int,
+    tokens: int | None,
+    vram: int | None,
+    notes: tuple[str, ...],
+) -> MemoryPlan:
+    peaks = record.tracker.peaks()
+    return MemoryPlan(
+        peak_bytes=peaks[0].nbytes,
+        resident_bytes=record.resident_bytes,
+        breakdown=record.tracker.breakdown(peaks[0].event),
+        phase=peaks[0].phase,
+        phase_peaks={peak.phase: peak.nbytes for peak in peaks},
+        device=device,
+        seconds=seconds,
+        parameters=parameters,
+        tokens_per_step=tokens,
+        vram_bytes=vram,
+        notes=notes,
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Within, libraries do not report on a training that does not happen, nor do we warn about its numbers."""
+    level, verbosity = logger.level, transformers.utils.logging.get_verbosity()
+    bars = datasets.are_progress_bars_disabled()
+    logger.setLevel(logging.CRITICAL)
+    transformers.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        transformers.utils.logging.set_verbosity(verbosity)
+        if not bars:
+            datasets.enable_progress_bars()

@@ -1,0 +1,86 @@
+"""A steady training step asks nothing of the device but what the Trainer and TRL ask of it themselves.
+
+Under fake tensors a number that is read has to be answered for: the questions are counted. (On a GPU each of them waits
+for all that has been launched.)
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from trl import SFTTrainer
+
+from hf_galore.optim.optimizer import GaLoreOptimizer
+from hf_galore.plan.fakes import Fakes, fake_training
+from hf_galore.plan.rehearsal import STEPS, rehearse
+from tests.support.helpers import RANK
+from tests.support.planning import sft
+
+GALORE = (
+    "galore_adamw",
+    "galore_adamw_8bit",
+    "galore_adafactor",
+    "galore_adamw_layerwise",
+    "galore_adamw_8bit_layerwise",
+    "galore_adafactor_layerwise",
+)
+SITUATIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulated": {"gradient_accumulation_steps": 2},
+    "clipped": {"max_grad_norm": 1.0},
+    "checkpointed": {"activation_checkpointing": True},
+}
+
+
+def is_question(func: Any, args: Any) -> bool:
+    """Whether an operation has to wait for the device: its result is on the host, or has a shape that depends on it.
+
+    Counters of the optimizers are tensors of the host, whose numbers fakes know.
+    """
+    name = str(func)
+    if "_local_scalar_dense" in name:
+        return getattr(args[0], "constant", None) is None
+    asks = ("is_nonzero", "aten.nonzero", "aten.equal", "masked_select", "_unique")
+    return any(word in name for word in asks) or ("linalg" in name and "norm" not in name)
+
+
+def questions(make_trainer: Callable[[], SFTTrainer], monkeypatch: pytest.MonkeyPatch) -> dict[int, Counter[str]]:
+    """What each step of a training asks, and how often."""
+    found: dict[int, Counter[str]] = {}
+    present = [0]
+    original = Fakes.call
+
+    def call(self: Fakes, func: Any, args: Any, kwargs: Any) -> Any:
+        if is_question(func, args):
+            found.setdefault(present[0], Counter())[str(func)] += 1
+        return original(self, func, args, kwargs)
+
+    monkeypatch.setattr(Fakes, "call", call)
+    # On a CPU it looks at once whether updates were skipped; on a GPU, when the Trainer logs.
+    monkeypatch.setattr(GaLoreOptimizer, "warn_of_skipped", lambda self: None)
+    with fake_training("cuda") as faked:
+        rehearse(make_trainer(), faked, lambda phase, step: present.__setitem__(0, step))
+    monkeypatch.undo()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("optim", "situation"),
+    [(optim, "plain") for optim in GALORE]
+    + [(optim, s) for optim in ("galore_adamw", "galore_adamw_8bit_layerwise") for s in SITUATIONS if s != "plain"],
+)
+def test_a_steady_step_asks_no_more_than_with_adamw(
+    optim: str, situation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = questions(sft(tmp_path, "adamw_torch_fused", **SITUATIONS[situation]), monkeypatch)
+    options: dict[str, Any] = {"optim_args": f"rank={RANK}, update_proj_gap=200"}  # no refresh in the third step
+    found = questions(sft(tmp_path, optim, **options, **SITUATIONS[situation]), monkeypatch)
+    assert usual[STEPS], "the Trainer reads the loss"
+    assert found[STEPS] == usual[STEPS]
+    # The first step refreshes all bases, with a factorisation and a read for each.
+    assert sum(found[1].values()) > sum(usual[1].values())
+    assert any("linalg" in name for name in found[1])

@@ -1,0 +1,64 @@
+"""What a plan puts aside in other libraries is where it is looked for, and is put back."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any
+
+import pytest
+
+from hf_galore.plan.fakes import Target, fake_training
+
+REPLACED = [
+    "transformers:PreTrainedModel.from_pretrained",
+    "transformers:PreTrainedModel.save_pretrained",
+    "transformers.masking_utils:is_tracing",
+    "transformers.masking_utils:find_packed_sequence_indices",
+    "transformers.masking_utils:fast_all",
+    "transformers.trainer_pt_utils:nested_numpify",
+    "peft:PeftModel.save_pretrained",
+    "torch:save",
+    "torch.nn:Module._apply",
+    "torch.nn.functional:scaled_dot_product_attention",
+    "bitsandbytes.optim.optimizer:GlobalOptimManager._instance",
+]
+OF_THE_LOSS = [
+    "trl.kernels.chunked_logprob:_use_triton",
+    "trl.kernels.chunked_logprob:_forward_kernel",
+    "trl.kernels.chunked_logprob:_backward_kernel",
+    "trl.kernels.chunked_logprob:_addmm_fp32",
+    "trl.trainer.utils:_use_triton",
+]
+
+
+def found(path: str) -> Any:
+    """What is there now; an `AttributeError` that names it where it has moved."""
+    module, _, names = path.partition(":")
+    owner: Any = importlib.import_module(module)
+    *owners, name = names.split(".")
+    for part in owners:
+        owner = getattr(owner, part)
+    return inspect.getattr_static(owner, name)
+
+
+@pytest.mark.parametrize("target", ["cuda", "cpu"])
+def test_what_is_replaced_is_there_and_comes_back(target: Target) -> None:
+    paths = REPLACED + (OF_THE_LOSS if target == "cuda" else [])
+    before = {path: found(path) for path in REPLACED + OF_THE_LOSS}
+    before["bitsandbytes.optim.optimizer:GlobalOptimManager._instance"] = marker = object()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bitsandbytes.optim.optimizer.GlobalOptimManager._instance", marker)
+        with fake_training(target):
+            assert [path for path in paths if found(path) is before[path]] == []
+            assert [path for path in OF_THE_LOSS if path not in paths and found(path) is not before[path]] == []
+        assert [path for path in before if found(path) is not before[path]] == []
+
+
+def test_masks_are_made_by_the_functions_that_are_replaced() -> None:
+    """By their names in that module, at each call: a copy elsewhere would go past the replacement."""
+    masking = importlib.import_module("transformers.masking_utils")
+    sources = inspect.getsource(masking._ignore_causal_mask_sdpa) + inspect.getsource(
+        masking._preprocess_mask_arguments
+    )
+    assert [name for name in ("is_tracing(", "fast_all(", "find_packed_sequence_indices(") if name not in sources] == []

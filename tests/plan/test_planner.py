@@ -1,0 +1,421 @@
+"""A plan's figures are those of the real run, byte for byte; and a plan leaves nothing behind."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import trl.trainer.utils
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+)
+
+import hf_galore.integrations.trl_head
+from hf_galore.cli import stand_in
+from hf_galore.lowrank.quantize import _equal_steps
+from hf_galore.plan.fakes import fake_training
+from hf_galore.plan.planner import MemoryPlan, measure, plan
+from hf_galore.plan.tracking import GRANULE
+from tests.support.helpers import NAMES, VOCABULARY, assert_identical, make_trainer, optimizer_of, snapshot
+from tests.support.planning import LENGTH, OPTIM_ARGS, Maker, llama, rows, sft, tokenizer
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of logits that are smaller than the vocabulary, and no longer larger than all else."""
+    monkeypatch.setattr(trl.trainer.utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 96)
+    monkeypatch.setattr(hf_galore.integrations.trl_head, "VOCABULARY_PART", 80)
+
+
+def assert_plan_is_measured(make: Maker) -> MemoryPlan:
+    planned, measured = plan(make, target="cpu"), measure(make)
+    assert planned.phase_peaks == measured.phase_peaks
+    assert (planned.peak_bytes, planned.phase) == (measured.peak_bytes, measured.phase)
+    assert planned.resident_bytes == measured.resident_bytes
+    assert planned.parameters == measured.parameters
+    for figures in (planned, measured):
+        assert sum(figures.breakdown.values()) == figures.peak_bytes == max(figures.phase_peaks.values())
+        assert list(figures.breakdown.values()) == sorted(figures.breakdown.values(), reverse=True)
+    # The loss of a micro-batch that a plan leaves out goes by another name.
+    assert set(planned.breakdown) == set(measured.breakdown)
+    for label, nbytes in planned.breakdown.items():
+        assert abs(nbytes - measured.breakdown[label]) <= GRANULE, label
+    return planned
+
+
+# ---- a plan's figures are those of the real run
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulated": {"gradient_accumulation_steps": 4},
+    "clipped": {"max_grad_norm": 1.0},
+    "checkpointed": {"activation_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("optim", ["adamw_torch", *NAMES])
+def test_every_optimizer(optim: str, setting: str, tmp_path: Path) -> None:
+    planned = assert_plan_is_measured(sft(tmp_path, optim, **SETTINGS[setting]))
+    assert {"forward", "backward", "update", "evaluation"} <= set(planned.phase_peaks)
+    assert {"parameters", "activations"} <= set(planned.breakdown)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "proj_bits=16",
+        "proj_bits=8",
+        "moments=rotate",
+        "refresh=svd",
+        "refresh=randomized",
+        "projected_backward=true",
+        "projected_backward=true, proj_type=full, proj_bits=16",
+        "lazy_refresh=true, stagger=true",
+    ],
+)
+def test_every_option_of_the_plain_optimizer(options: str, tmp_path: Path) -> None:
+    assert_plan_is_measured(sft(tmp_path, "galore_adamw", optim_args=f"{OPTIM_ARGS}, {options}"))
+
+
+@pytest.mark.parametrize("options", ["", "moments=rotate", "refresh=svd", "projected_backward=false"])
+def test_all_layers_with_the_head(options: str, tmp_path: Path) -> None:
+    assert_plan_is_measured(
+        sft(
+            tmp_path,
+            "galore_adamw_8bit_layerwise",
+            optim_target_modules=["attn", "mlp", "lm_head"],
+            optim_args=f"{OPTIM_ARGS}, {options}",
+        )
+    )
+
+
+@pytest.mark.parametrize("optim", ["galore_adamw", "galore_adamw_8bit_layerwise"])
+def test_stochastic_rounding_in_bfloat16(optim: str, tmp_path: Path) -> None:
+    make = sft(
+        tmp_path, optim, lambda: llama().to(torch.bfloat16), optim_args=f"{OPTIM_ARGS}, stochastic_rounding=true"
+    )
+    planned = assert_plan_is_measured(make)
+    nbytes = sum(param.numel() * 2 for param in llama().parameters())
+    assert nbytes <= planned.breakdown["parameters"] < 1.1 * nbytes
+
+
+@pytest.mark.parametrize("optim", ["adafactor", "adamw_bnb_8bit"])
+def test_other_optimizers(optim: str, tmp_path: Path) -> None:
+    assert_plan_is_measured(sft(tmp_path, optim))
+
+
+def test_autocast(tmp_path: Path) -> None:
+    assert_plan_is_measured(sft(tmp_path, "galore_adamw_layerwise", bf16=True))
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "galore_adamw_layerwise"])
+def test_checkpointing_with_reentry(optim: str, tmp_path: Path) -> None:
+    assert_plan_is_measured(
+        sft(tmp_path, optim, activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": True})
+    )
+
+
+def test_checkpointing_lowers_the_peak(tmp_path: Path) -> None:
+    def activations(**overrides: Any) -> int:
+        make = sft(tmp_path, "galore_adamw_layerwise", per_device_train_batch_size=32, **overrides)
+        return plan(make, target="cpu").breakdown["activations"]
+
+    # A layer's at a time instead of both layers'.
+    assert activations(activation_checkpointing=True) < 0.7 * activations()
+
+
+def test_lora(tmp_path: Path) -> None:
+    peft_config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    planned = assert_plan_is_measured(sft(tmp_path, "adamw_torch", peft_config=peft_config))
+    assert planned.resident_bytes < plan(sft(tmp_path, "adamw_torch"), target="cpu").resident_bytes
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "galore_adamw_8bit_layerwise"])
+def test_packed_documents(optim: str, tmp_path: Path) -> None:
+    data = rows(seq_lengths=[[LENGTH // 2, LENGTH // 2]])
+    assert_plan_is_measured(sft(tmp_path, optim, llama, data, packing=True, padding_free=True, eval_packing=True))
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "galore_adamw_layerwise"])
+def test_padded_batches(optim: str, tmp_path: Path) -> None:
+    """With padding attention has a mask, and copies of its keys and values."""
+    tokens = list(range(5, 14))
+    data = datasets.Dataset.from_dict({"input_ids": [tokens], "labels": [tokens]}).select([0] * 32)
+    padded = assert_plan_is_measured(sft(tmp_path, optim, data=data, pad_to_multiple_of=LENGTH))
+    assert padded.phase_peaks["backward"] > plan(sft(tmp_path, optim), target="cpu").phase_peaks["backward"]
+
+
+# ---- other trainers and models
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "galore_adamw_8bit", "galore_adamw_layerwise"])
+@pytest.mark.parametrize("model", ["gpt2", "tied"])
+def test_a_plain_trainer(model: str, optim: str, tmp_path: Path) -> None:
+    def gpt2() -> GPT2LMHeadModel:
+        torch.manual_seed(0)
+        settings = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 32}
+        # Attention with dropout takes another way on a CPU than on a GPU.
+        return GPT2LMHeadModel(GPT2Config(**settings, attn_pdrop=0.0, bos_token_id=1, eos_token_id=2))
+
+    def make() -> Trainer:
+        overrides: dict[str, Any] = {"optim_target_modules": ["attn", "mlp"], "optim_args": OPTIM_ARGS}
+        return make_trainer(
+            gpt2() if model == "gpt2" else llama(tie_word_embeddings=True),
+            tmp_path,
+            optim,
+            **(overrides if optim.startswith("galore") else {"optim_target_modules": None, "optim_args": None}),
+        )
+
+    assert_plan_is_measured(make)
+
+
+def test_a_model_from_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    llama().save_pretrained(folder)
+
+    def from_folder() -> LlamaForCausalLM:
+        return LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+
+    planned = assert_plan_is_measured(sft(tmp_path, "galore_adamw_layerwise", from_folder))
+    assert planned.parameters == sum(param.numel() for param in llama().parameters())
+
+
+def test_a_plan_needs_no_weights(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    llama().save_pretrained(folder)
+    with_weights = plan(sft(tmp_path, "galore_adamw", lambda: AutoModelForCausalLM.from_pretrained(folder)))
+    (folder / "model.safetensors").unlink()
+    without = plan(sft(tmp_path, "galore_adamw", lambda: AutoModelForCausalLM.from_pretrained(folder)))
+    assert without.phase_peaks == with_weights.phase_peaks
+
+
+RECIPE = """
+model_name_or_path: {folder}
+dataset_name: nobody/asks-for-it
+dtype: float32
+optim: galore_adamw_8bit_layerwise
+optim_target_modules: [attn, mlp]
+optim_args: {optim_args}
+max_length: 16
+packing: true
+padding_free: true
+per_device_train_batch_size: 2
+per_device_eval_batch_size: 2
+gradient_accumulation_steps: 2
+max_grad_norm: 0.0
+eval_strategy: steps
+bf16: false
+report_to: none
+output_dir: {output}
+"""
+
+
+def test_a_packed_recipe(tmp_path: Path) -> None:
+    folder, file = tmp_path / "model", tmp_path / "recipe.yaml"
+    llama().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    file.write_text(RECIPE.format(folder=folder, optim_args=OPTIM_ARGS, output=tmp_path / "output"))
+    planned = plan(file, target="cpu")
+    make = stand_in.prepare(stand_in.parse(["--config", str(file)], "plan", "")).make_trainer
+    measured = measure(make)
+    assert planned.phase_peaks == measured.phase_peaks
+    assert planned.resident_bytes == measured.resident_bytes
+    assert planned.tokens_per_step == 2 * 2 * 16
+    longer = plan(file, target="cpu", overrides=["--max_length", "32"])
+    assert longer.tokens_per_step == 2 * 2 * 32
+    assert longer.phase_peaks["forward"] > planned.phase_peaks["forward"]
+
+
+# ---- what a plan refuses
+
+
+def test_a_quantized_model_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    llama().save_pretrained(folder)
+
+    def quantized() -> LlamaForCausalLM:
+        quantization = BitsAndBytesConfig(load_in_4bit=True)
+        return LlamaForCausalLM.from_pretrained(folder, quantization_config=quantization)
+
+    with pytest.raises(ValueError, match=r"quantized weights.*cannot be planned"):
+        plan(sft(tmp_path, "adamw_torch", quantized))
+
+
+def test_a_model_saved_with_quantized_weights_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    model = llama()
+    model.config.quantization_config = BitsAndBytesConfig(load_in_4bit=True).to_dict()
+    model.config.save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"quantized weights.*cannot be planned"):
+        plan(sft(tmp_path, "adamw_torch", lambda: LlamaForCausalLM.from_pretrained(folder)))
+
+
+# ---- what a plan leaves behind
+
+
+def clear_tables() -> None:
+    from bitsandbytes import functional
+
+    _equal_steps.cache_clear()
+    functional.name2qmap.clear()
+
+
+def tables() -> list[Tensor]:
+    """The codes that are kept for the process."""
+    from bitsandbytes import functional
+
+    return [_equal_steps(torch.device("cpu")), *functional.name2qmap.values()]
+
+
+def fakes_alive() -> int:
+    gc.collect()
+    # By their type: isinstance() asks an object for its class, which a lazy module takes for a wish to be loaded.
+    return sum(type(each) is FakeTensor for each in gc.get_objects())
+
+
+@pytest.mark.parametrize(
+    ("optim", "options"),
+    [
+        ("galore_adamw_8bit_layerwise", "proj_bits=8"),
+        ("galore_adamw_8bit_layerwise", "proj_bits=4"),
+        ("galore_adafactor", "proj_bits=8, refresh=randomized"),
+        ("adamw_torch", ""),
+    ],
+)
+def test_a_training_after_a_plan_is_as_if_there_had_been_none(optim: str, options: str, tmp_path: Path) -> None:
+    extra: dict[str, Any] = {"optim_args": f"{OPTIM_ARGS}, {options}"} if options else {}
+    make = sft(tmp_path, optim, **extra)
+
+    def trained() -> nn.Module:
+        trainer = make()
+        loss = trainer.train().training_loss
+        assert math.isfinite(loss)
+        assert type(optimizer_of(trainer)).__module__.startswith("hf_galore" if options else "torch")
+        model: nn.Module = trainer.model
+        return model
+
+    clear_tables()
+    expected = snapshot(trained())
+    start = snapshot(llama())
+    clear_tables()  # tables that the plan would find are not tables that it could leave
+    before = fakes_alive()  # bitsandbytes keeps the embeddings of test_other_optimizers
+    plan(make)
+    assert fakes_alive() <= before
+    found = snapshot(trained())
+    assert all(type(weight) is Tensor for weight in found.values())
+    assert_identical(found, expected)
+    assert any(not torch.equal(found[name], start[name]) for name in start)
+    assert not any(isinstance(table, FakeTensor) for table in tables())
+
+
+def test_a_plan_uses_no_tables_of_a_training(tmp_path: Path) -> None:
+    """Real tables in memory already would not be counted."""
+    make = sft(tmp_path, "galore_adamw_8bit_layerwise", optim_args=f"{OPTIM_ARGS}, proj_bits=8")
+    clear_tables()
+    before = plan(make)
+    make().train()
+    after = plan(make)
+    assert after.phase_peaks == before.phase_peaks
+    assert not any(isinstance(table, FakeTensor) for table in tables())
+
+
+def test_a_plan_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+    def fail() -> Trainer:
+        trainer = sft(tmp_path, "galore_adamw_8bit")()
+        raise RuntimeError(f"No use for {type(trainer).__name__}.")
+
+    attention, before = nn.functional.scaled_dot_product_attention, fakes_alive()
+    with pytest.raises(RuntimeError, match="No use for SFTTrainer"):
+        plan(fail)
+    assert fakes_alive() <= before
+    assert type(torch.zeros(1)) is Tensor
+    assert nn.functional.scaled_dot_product_attention is attention
+    sft(tmp_path, "galore_adamw_8bit")().train()
+
+
+def test_fakes_alive_would_find_one() -> None:
+    before = fakes_alive()
+    with fake_training("cpu"):
+        fake = torch.zeros(1)
+    assert type(fake) is FakeTensor
+    assert fakes_alive() == before + 1
+
+
+# ---- what does not fit anywhere
+
+
+@pytest.mark.slow
+def test_a_model_of_a_thousand_times_this_machines_memory(tmp_path: Path) -> None:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    hidden, layers = 16384, 4
+    intermediate = 1000 * memory // (2 * 3 * hidden * layers) // 512 * 512 + 512
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=128,
+        num_key_value_heads=8,
+        vocab_size=VOCABULARY,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    weights = [*model.parameters(), *model.buffers()]
+    nbytes = sum(-(-weight.nbytes // GRANULE) * GRANULE for weight in weights)
+    make = sft(
+        tmp_path,
+        "galore_adamw_8bit_layerwise",
+        lambda: LlamaForCausalLM(config).to(torch.bfloat16),
+        optim_args="rank=128, update_proj_gap=200",
+    )
+    planned = plan(make)
+    assert planned.parameters == sum(param.numel() for param in model.parameters())
+    assert 2 * planned.parameters > 1000 * memory
+    assert planned.breakdown["parameters"] == nbytes
+    assert sum(planned.breakdown.values()) == planned.peak_bytes
+
+
+# ---- what a plan leaves out
+
+
+@pytest.mark.parametrize(
+    ("optim", "more"),
+    [
+        ("galore_adamw_8bit", {}),
+        ("galore_adamw_8bit_layerwise", {}),
+        ("galore_adamw_8bit_layerwise", {"gradient_accumulation_steps": 5, "activation_checkpointing": True}),
+        # At rank 8: a gradient of less than the rank is projected twice, and its first R goes by another name.
+        (
+            "galore_adamw_8bit_layerwise",
+            {"max_grad_norm": 1.0, "activation_checkpointing": True, "optim_args": OPTIM_ARGS.replace("16", "8", 1)},
+        ),
+    ],
+)
+def test_what_lies_between_the_first_and_the_last_of_a_kind_changes_nothing(
+    optim: str, more: dict[str, Any], tmp_path: Path
+) -> None:
+    """Five layers, of which a plan refreshes the outer ones only, and runs two micro-batches of five."""
+    deep = functools.partial(llama, num_hidden_layers=5)
+    assert_plan_is_measured(sft(tmp_path, optim, deep, **more))
+
+
+def test_the_package_has_the_planner() -> None:
+    assert (hf_galore.plan, hf_galore.measure, hf_galore.MemoryPlan) == (plan, measure, MemoryPlan)
+    with pytest.raises(AttributeError, match="no attribute 'plna'"):
+        _ = hf_galore.plna

@@ -1,0 +1,199 @@
+"""What a run of a command leaves: its settings, time and memory in its log, a model card that says GaLore."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+import hf_galore
+from hf_galore.cli import recipe, training
+from hf_galore.cli.embedded import Embedded
+from hf_galore.cli.main import main
+from hf_galore.cli.run_record import RUN_FILE, RunFacts, peak_memory_bytes
+from hf_galore.cli.sft import RecordedSFTTrainer
+from hf_galore.plan.planner import GIB, in_gib
+from tests.support.commands import ON_CPU, history, options
+
+ARGS = "rank=16, update_proj_gap=4, scale=1"
+
+
+@pytest.fixture
+def settings(small: Embedded, tmp_path: Path) -> dict[str, Any]:
+    """Four steps, logged by two."""
+    return {
+        **ON_CPU,
+        "model_name_or_path": small.model,
+        "dataset_name": small.data,
+        "max_length": 32,
+        "optim": "galore_adamw_8bit_layerwise",
+        "optim_target_modules": ["attn", "mlp"],
+        "optim_args": ARGS,
+        "learning_rate": 1e-3,
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "activation_checkpointing": "false",
+        "logging_steps": 2,
+        "save_steps": 2,
+        "output_dir": tmp_path / "out",
+    }
+
+
+def test_a_run_leaves_its_settings_and_its_log(settings: dict[str, Any], tmp_path: Path, small: Embedded) -> None:
+    out = tmp_path / "out"
+    assert main(["sft", *options(settings)]) == 0
+    facts = RunFacts.read(out)
+    assert facts is not None
+    assert (facts.command, facts.recipe, facts.finished) == ("hf-galore sft", None, True)
+    assert (facts.model, facts.data) == (str(small.model), str(small.data))
+    assert (facts.optim, facts.optim_args) == ("galore_adamw_8bit_layerwise", ARGS)
+    assert (facts.optim_target_modules, facts.learning_rate) == (["attn", "mlp"], 1e-3)
+    assert facts.parameters == facts.trainable_parameters > 2_000_000
+    assert facts.versions["hf-galore"] == hf_galore.__version__
+    state = torch.load(out / "checkpoint-4" / "optimizer.pt", weights_only=True)["state"]
+    tensors = [value for one in state.values() for value in one.values() if isinstance(value, torch.Tensor)]
+    assert facts.optimizer_bytes == sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    logged = [e for e in json.loads((out / "trainer_state.json").read_text())["log_history"] if "loss" in e]
+    assert [entry["step"] for entry in logged] == [2, 4]
+    for before, entry in zip([{"num_tokens": 0}, *logged], logged, strict=False):
+        tokens = entry["num_tokens"] - before["num_tokens"]
+        assert entry["tokens_per_second"] == pytest.approx(tokens / (2 * entry["step_seconds"]))
+        assert 0 < entry["peak_memory_gib"] <= peak_memory_bytes(torch.device("cpu")) / GIB  # type: ignore[operator]
+
+    # A resumed run goes on counting the tokens.
+    resumed = tmp_path / "resumed"
+    (out / "checkpoint-2").rename(tmp_path / "checkpoint-2")
+    resumed.mkdir()
+    (tmp_path / "checkpoint-2").rename(resumed / "checkpoint-2")
+    assert main(["sft", *options({**settings, "output_dir": resumed}), "--resume_from_checkpoint"]) == 0
+    found, expected = ([e["num_tokens"] for e in history(folder) if "loss" in e] for folder in (resumed, out))
+    assert found == expected
+
+
+def test_facts_of_an_interrupted_run_say_so(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = RecordedSFTTrainer.training_step
+
+    def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 3:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(RecordedSFTTrainer, "training_step", interrupted)
+    assert main(["sft", *options(settings)]) == 130
+    facts = RunFacts.read(tmp_path / "out")
+    assert facts is not None
+    assert not facts.finished
+    assert facts.optimizer_bytes is None
+
+
+def test_a_mistake_leaves_no_record(settings: dict[str, Any], tmp_path: Path) -> None:
+    assert main(["sft", *options({**settings, "optim_target_modules": ["atn", "mlp"]})]) == 2
+    assert not list(tmp_path.rglob(RUN_FILE))
+
+
+def test_evaluations_and_checkpoints_are_no_part_of_a_steps_time(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps take 0.05 s by a clock that stands still but in steps and evaluations, which take 100 s."""
+    now = 0.0
+
+    def passing(seconds: float, method: Any) -> Any:
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            nonlocal now
+            result = method(self, *args, **kwargs)
+            now += seconds
+            return result
+
+        return call
+
+    monkeypatch.setattr("hf_galore.cli.run_record.time", SimpleNamespace(perf_counter=lambda: now))
+    for name, seconds in (("training_step", 0.05), ("evaluate", 100.0), ("_save_checkpoint", 100.0)):
+        monkeypatch.setattr(RecordedSFTTrainer, name, passing(seconds, getattr(RecordedSFTTrainer, name)))
+    values = {**settings, "eval_strategy": "steps", "eval_steps": 1, "save_steps": 3, "eval_on_start": "true"}
+    assert main(["sft", *options(values)]) == 0
+    logged = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert now > 500
+    assert [e["step_seconds"] for e in logged if "loss" in e] == pytest.approx([0.05, 0.05])
+
+
+@pytest.mark.parametrize("text", ["{", '{"command": "hf-galore sft"}', '{"nonsense": 1}'])
+def test_a_record_that_is_none_of_ours(text: str, tmp_path: Path) -> None:
+    assert RunFacts.read(tmp_path) is None
+    (tmp_path / RUN_FILE).write_text(text)
+    with pytest.raises(ValueError, match=RUN_FILE):
+        RunFacts.read(tmp_path)
+
+
+def test_the_peak_of_a_process_is_that_of_what_it_held() -> None:
+    before = peak_memory_bytes(torch.device("cpu"))
+    if before is None:
+        pytest.skip("this system does not say")
+    held = torch.ones(before // 4 + 2**27)  # 4 bytes each: above whatever it was
+    assert peak_memory_bytes(torch.device("cpu")) > before  # type: ignore[operator]
+    del held
+    assert peak_memory_bytes(torch.device("cpu")) > before  # type: ignore[operator]
+
+
+# ---- model cards
+
+
+class Hub:
+    """Takes the place of the Hub's API, and keeps what is uploaded to it."""
+
+    def __init__(self) -> None:
+        self.cards: list[str] = []
+
+    def create_repo(self, name: str, **kwargs: Any) -> Any:
+        return SimpleNamespace(repo_id=f"someone/{name}")
+
+    def upload_folder(self, *, folder_path: str, **kwargs: Any) -> Any:
+        self.cards.append((Path(folder_path) / "README.md").read_text(encoding="utf-8"))
+        return SimpleNamespace(is_done=lambda: True, done=lambda: True, result=lambda: None)
+
+
+def test_what_is_pushed_to_the_hub_says_galore_its_arguments_and_the_plan(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = Hub()
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
+    values = {**settings, "push_to_hub": "true", "hub_model_id": "chat", "save_strategy": "no"}
+    assert main(["sft", *options(values)]) == 0
+    card = ModelCard(hub.cards[-1])
+    assert {"galore", "sft"} <= set(card.data.to_dict()["tags"])  # the second is TRL's own
+    _, _, section = card.text.partition("### GaLore\n")
+    section, _, _ = section.partition("### Framework versions")
+    assert "`galore_adamw_8bit_layerwise`" in section
+    assert f"| `optim_args` | `{ARGS}` |" in section
+    assert "| `optim_target_modules` | `['attn', 'mlp']` |" in section
+    parsed = recipe.parse(options({k: v for k, v in values.items() if k != "push_to_hub"}), "", "")
+    planned = hf_galore.plan(parsed)
+    assert f"a peak of {in_gib(planned.peak_bytes)} in the phase {planned.phase}" in section
+
+
+def test_a_checkpoints_card_has_the_section_once_and_another_optimizers_none(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    assert main(["sft", *options(settings)]) == 0  # two checkpoints, a card for each
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert card.count("### GaLore") == 1
+    assert "hf-galore plan" not in card  # none was made
+    plain = {**settings, "optim": "adamw_torch", "output_dir": tmp_path / "plain", "max_steps": 2}
+    for key in ("optim_args", "optim_target_modules"):
+        del plain[key]
+    assert main(["sft", *options(plain)]) == 0
+    assert "GaLore" not in (tmp_path / "plain" / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_run_that_cannot_be_planned_is_pushed_without_a_plan(
+    settings: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    given = {**settings, "push_to_hub": "true", "load_in_4bit": "true", "use_peft": "true"}
+    assert training.plan_for_card(recipe.parse(options(given), "", "")) is None
+    assert "The model card will say nothing of memory: load_in_4bit" in caplog.text
