@@ -327,7 +327,7 @@ def _check_targets(trainer: Trainer, optimizer: GaLoreOptimizer) -> None:
     args, kind, name = trainer.args, type(optimizer).__name__, optim_name(trainer.args)
     if args.optim_target_modules is None and not (name in KINDS and args.optim_args):
         return
-    options = [GaLoreConfig.from_group(group) for _, group in optimizer.targets()]
+    options = [GaLoreConfig.from_group(target.group) for target in optimizer.targets()]
     if not options:
         raise ValueError(
             f"optim_target_modules is {args.optim_target_modules!r}, but the {kind} that this Trainer was given, or "

@@ -1,12 +1,18 @@
-"""Which parameters GaLore can train: what is refused by name before the first step, and why."""
+"""Which parameters GaLore can train, and as what: what is refused by name before the first step, and why."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from ..log import logger
+from ..lowrank.nonfinite import has_numbers
+from ..lowrank.projection import is_projectable, norm_of
+from ..rules import Rule
+from .groups import Group, is_target
 
 
 def check_parameters(
@@ -34,6 +40,81 @@ def check_parameters(
     _check_apart(named)
     if module is not None:
         _check_dense(module, {id(param) for _, param in named})
+
+
+def check_group(group: Group, rule: Rule, name_of: Callable[[Tensor], str]) -> None:
+    """Check the options of a group, and that its parameters can be what it says; say which are too small to project.
+
+    Raises:
+        ValueError: an option is out of range; a parameter is sharded, no matrix where the group has a rank, or of a
+            dtype that the rule does not know.
+    """
+    rule.check(group)
+    too_small = []
+    for param in group["params"]:
+        if _is_dtensor(param):
+            raise ValueError(
+                "GaLore cannot train a parameter that is sharded over processes (a DTensor, as FSDP2 makes "
+                "them). Run it on one GPU, or under DDP without a layerwise optimizer."
+            )
+        rule.check_parameter(name_of(param), param)
+        if "rank" not in group:
+            continue
+        if param.ndim != 2:
+            raise ValueError(
+                f"Only matrices can be projected, but {name_of(param)} has {param.ndim} dimension(s): "
+                f"{tuple(param.shape)}. Move it to a group without a rank."
+            )
+        if not is_projectable(param.shape, group["rank"]):
+            too_small.append(name_of(param))
+    if too_small:
+        logger.info(
+            "Trained full-rank, because rank %d is not below the smaller side: %s.",
+            group["rank"],
+            ", ".join(too_small),
+        )
+
+
+def _is_dtensor(param: Tensor) -> bool:
+    return hasattr(param, "device_mesh")  # without importing torch.distributed.tensor, which takes a second
+
+
+def check_stochastic_rounding(groups: Iterable[Group]) -> None:
+    """Check that stochastic rounding is asked for where it can do something.
+
+    Raises:
+        ValueError: no weight of the groups that ask for it is bfloat16.
+    """
+    rounded = [param for group in groups if group.get("stochastic_rounding") for param in group["params"]]
+    if rounded and not any(param.dtype == torch.bfloat16 for param in rounded):
+        found = ", ".join(sorted({str(param.dtype) for param in rounded}))
+        raise ValueError(
+            f"stochastic_rounding is for bfloat16 weights, but these are {found}, which lose nothing that it could "
+            "save. Leave it out, or load the model in bfloat16."
+        )
+
+
+def lost_decays(groups: Iterable[Group]) -> int:
+    """How many weights neither their decay nor an update moves by half a unit in the last place."""
+    moves: list[float] = []  # of an element, relative to half a unit in the last place of 1
+    sizes: list[Tensor] = []
+    for group in groups:
+        rate, decay = float(group["lr"]), float(group["lr"] * group["weight_decay"])
+        if decay == 0 or group.get("stochastic_rounding"):
+            continue
+        for param in group["params"]:
+            half = torch.finfo(param.dtype).eps / 4  # of the larger numbers between two powers of 2
+            if torch.finfo(param.dtype).bits >= 32 or decay >= half or not has_numbers(param) or not param.numel():
+                continue
+            # Adam's direction has elements of about 1, of which a target gets a part.
+            part = group["scale"] * (group["rank"] / min(param.shape)) ** 0.5 if is_target(param, group) else 1.0
+            moves.append(rate * part / half)
+            sample = param.detach().view(-1)[:4096] if param.is_contiguous() else param.detach()
+            sizes.append(norm_of(sample) / sample.numel() ** 0.5)
+    if not sizes:
+        return 0
+    measured = torch.stack([size.cpu() for size in sizes]).tolist()
+    return sum(move < size for move, size in zip(moves, measured, strict=True))
 
 
 def _check_present(named: list[tuple[str, Tensor]], on_meta: bool) -> None:

@@ -1,4 +1,4 @@
-"""A target's bases in an optimizer's state: their form, reading them, and when they are next renewed.
+"""A target's bases in an optimizer's state: their form, the counters beside them, and taking a refresh back.
 
 State of a target, besides its moments (`left`, `right`, as far as that side is projected)::
 
@@ -17,24 +17,79 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..lowrank.projection import Bases, basis_shapes, side_of
+from ..config import ProjBits
+from ..lowrank.projection import Bases, BasisShapes
 from ..lowrank.quantize import QuantizedBasis, dequantize_basis, empty_basis, quantize_basis
-from ..lowrank.schedule import NEVER, next_refresh
-from .groups import Group
+from ..lowrank.schedule import NEVER
 from .report import Stopwatch
 
 State = dict[str, Tensor]
+"""What an optimizer keeps of one parameter."""
 
-# Counters live on the CPU, as in torch.optim: reading them never waits for the device.
-ON_HOST = frozenset({"step", "refreshed_at", "refreshes", "gap_factor"})
+COUNTERS = ("refreshed_at", "refreshes", "gap_factor")
+"""Of a target's refreshes. They live on the CPU, as the step does in torch.optim: reading them never waits."""
+ON_HOST = ("step", *COUNTERS)
+"""What of a state is on the CPU wherever the parameter is."""
+
+
+class BasisLayout:
+    """How the bases of one target lie in its state.
+
+    Args:
+        shapes: of the bases.
+        bits: that an element is kept in.
+    """
+
+    def __init__(self, shapes: BasisShapes, bits: ProjBits) -> None:
+        self.bits = bits
+        self._sides = {f"basis_{side}": shape for side, shape in zip(Bases._fields, shapes, strict=True)}
+        kept = [key for key, shape in self._sides.items() if shape is not None]
+        scales = [] if bits == 16 else [f"{key}_absmax" for key in kept]
+        self.keys = (*kept, *scales)
+
+    def empty(self, like: Tensor) -> State:
+        """Room for the bases of a weight like this one."""
+        entries: State = {}
+        for key, shape in self._sides.items():
+            if shape is not None:
+                entries.update(_entries(key, empty_basis(shape, self.bits, like)))
+        return entries
+
+    def read(self, state: State, dtype: torch.dtype) -> Bases:
+        """The bases in a weight's dtype; zeros before the first refresh."""
+        return Bases(
+            *(
+                None
+                if shape is None
+                else dequantize_basis(QuantizedBasis(state[key], state.get(f"{key}_absmax")), shape, self.bits, dtype)
+                for key, shape in self._sides.items()
+            )
+        )
+
+    def kept(self, bases: Bases, dtype: torch.dtype) -> State:
+        """New bases in the form and under the keys that a target's state keeps them.
+
+        Args:
+            bases: float32 or float64.
+            dtype: of the weight, for 16 bits.
+        """
+        entries: State = {}
+        for key, basis in zip(self._sides, bases, strict=True):
+            if basis is not None:
+                entries.update(_entries(key, quantize_basis(basis, self.bits, dtype)))
+        return entries
+
+
+def _entries(key: str, basis: QuantizedBasis) -> State:
+    return {key: basis.codes} if basis.absmax is None else {key: basis.codes, f"{key}_absmax": basis.absmax}
 
 
 @dataclasses.dataclass(frozen=True)
 class NewBasis:
-    """A refresh that has been computed, and of which the optimizer does not know yet."""
+    """A refresh that has been computed, and of which the target's state has nothing yet."""
 
     kept: State
-    """The new bases as `kept_bases` gives them."""
+    """The new bases as a `BasisLayout` keeps them."""
     low_rank: Tensor
     """R of the gradient in the new bases; zeros of a gradient that is zero, NaN of one that is not finite."""
     norm: float
@@ -59,80 +114,46 @@ class Before(NamedTuple):
 
     entries: State
     """Counters, and copies of the bases if they were to be kept."""
-    had_basis: bool
+    unset: tuple[str, ...]
+    """The keys of bases that were zeros, because there had been no refresh."""
     complete: bool
     """Whether that is all it takes to undo the refresh."""
 
+    @property
+    def had_basis(self) -> bool:
+        """Whether there was a refresh before."""
+        return not self.unset
 
-def new_basis_state(param: Tensor, group: Group) -> State:
-    """Room for a target's bases, and its counters before the first refresh."""
-    state: State = {"refreshed_at": torch.tensor(float(NEVER)), "refreshes": torch.tensor(0.0)}
-    if group["lazy_refresh"]:
-        state["gap_factor"] = torch.tensor(1.0)
-    shapes = basis_shapes(param.shape, side_of(param.shape, group["proj_type"]), group["rank"])
-    for side, shape in zip(Bases._fields, shapes, strict=True):
-        if shape is not None:
-            empty = empty_basis(shape, group["proj_bits"], param)
-            state[f"basis_{side}"] = empty.codes
-            if empty.absmax is not None:
-                state[f"basis_{side}_absmax"] = empty.absmax
-    return state
+    def restored(self, state: State) -> State:
+        """A target's state as it was before the refresh; `state` stays as it is."""
+        return {**state, **self.entries, **{key: torch.zeros_like(state[key]) for key in self.unset}}
 
 
-def read_bases(param: Tensor, group: Group, state: State) -> Bases:
-    """A target's bases in its weight's dtype; zeros before the first refresh."""
-    shapes = basis_shapes(param.shape, side_of(param.shape, group["proj_type"]), group["rank"])
-    return Bases(
-        *(
-            None
-            if shape is None
-            else dequantize_basis(
-                QuantizedBasis(state[f"basis_{side}"], state.get(f"basis_{side}_absmax")),
-                shape,
-                group["proj_bits"],
-                param.dtype,
-            )
-            for side, shape in zip(Bases._fields, shapes, strict=True)
-        )
-    )
-
-
-def kept_bases(bases: Bases, param: Tensor, group: Group) -> State:
-    """New bases in the form and under the keys that a target's state keeps them."""
-    entries: State = {}
-    for side, basis in zip(Bases._fields, bases, strict=True):
-        if basis is not None:
-            kept = quantize_basis(basis, group["proj_bits"], param.dtype)
-            entries[f"basis_{side}"] = kept.codes
-            if kept.absmax is not None:
-                entries[f"basis_{side}_absmax"] = kept.absmax
-    return entries
-
-
-def before_refresh(state: State, *, keep: bool) -> Before:
+def before_refresh(state: State, basis_keys: tuple[str, ...], *, keep: bool) -> Before:
     """What a refresh is going to change in a target's state; `keep` says whether the bases are copied."""
-    counters: State = {key: state[key] for key in ("refreshed_at", "refreshes", "gap_factor") if key in state}
-    had_basis = refreshed_at(state) != NEVER
-    kept = keep and had_basis  # zeros need no copy
-    copies = {key: value.clone() for key, value in state.items() if kept and key.startswith("basis")}
-    return Before({**counters, **copies}, had_basis, keep or not had_basis)
-
-
-def as_before(state: State, before: Before) -> State:
-    """A target's state as it was before a refresh, which stays as it is."""
-    earlier = {**state, **before.entries}
-    if not before.had_basis:
-        earlier |= {key: torch.zeros_like(value) for key, value in state.items() if key.startswith("basis")}
-    return earlier
+    entries: State = {key: state[key] for key in COUNTERS if key in state}
+    if refreshed_at(state) == NEVER:
+        return Before(entries, basis_keys, complete=True)
+    if keep:
+        entries |= {key: state[key].clone() for key in basis_keys}
+    return Before(entries, (), complete=keep)
 
 
 def take_back(state: State, before: Before) -> None:
     """Undo a refresh."""
-    for key, value in as_before(state, before).items():
-        if key in ON_HOST:
+    for key, value in before.restored(state).items():
+        if key in COUNTERS:
             state[key] = value
         elif state[key] is not value:
             state[key].copy_(value)
+
+
+def new_counters(lazy: bool) -> State:
+    """The counters of a target before its first refresh."""
+    counters: State = {"refreshed_at": torch.tensor(float(NEVER)), "refreshes": torch.tensor(0.0)}
+    if lazy:
+        counters["gap_factor"] = torch.tensor(1.0)
+    return counters
 
 
 def count_refresh(state: State, step: int) -> None:
@@ -145,9 +166,3 @@ def count_refresh(state: State, step: int) -> None:
 def refreshed_at(state: State) -> int:
     """The step of a target's last refresh; `NEVER` before the first."""
     return int(state["refreshed_at"].item())
-
-
-def refresh_due(group: Group, state: State, phase: int) -> bool:
-    """Whether a target's next step is one with a new basis."""
-    factor = int(state["gap_factor"].item()) if "gap_factor" in state else 1
-    return int(state["step"].item()) >= next_refresh(refreshed_at(state), group["update_proj_gap"], phase, factor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -44,6 +44,17 @@ def with_names(groups: list[dict[str, Any]], names: Mapping[int, str]) -> list[d
     if not all(isinstance(param, Tensor) and id(param) in names for param in params):
         return groups
     return [{**group, "params": [(names[id(param)], param) for param in group["params"]]} for group in groups]
+
+
+def named_entries(
+    groups: Iterable[Mapping[str, Any]], name_of: Callable[[Tensor], str]
+) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of groups as they are given, alone or in pairs with their names, and the names of all."""
+    for group in groups:
+        for entry in group["params"]:
+            name, param = entry if isinstance(entry, tuple) else (None, entry)
+            if isinstance(param, Tensor):
+                yield name or name_of(param), param
 
 
 def is_target(param: Tensor, group: Group) -> bool:

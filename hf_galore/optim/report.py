@@ -1,4 +1,4 @@
-"""What an optimizer can tell of its refreshes and its memory, kept so that asking is all that costs."""
+"""What an optimizer can tell of its refreshes, skipped updates and memory, kept so that asking is all that costs."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import dataclasses
 import statistics
 import time
 from collections import deque
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+from .skipped import SkippedUpdates
 
 
 class Stopwatch:
@@ -87,15 +89,17 @@ class Memory:
     targets: int = 0
     full_rank: int = 0
 
-    def count(self, state: dict[str, Any]) -> None:
-        """Add one parameter's state."""
-        bases = {key for key in state if key.startswith("basis")}
+    def count(self, state: Mapping[str, Tensor], *, moments: Sequence[str], bases: Sequence[str]) -> None:
+        """Add one parameter's state, given the keys of its moments and of its bases."""
         self.targets += bool(bases)
         self.full_rank += not bases
-        for key, value in state.items():
-            if isinstance(value, Tensor):
-                size = value.numel() * value.element_size()
-                if key in bases:
-                    self.basis_bytes += size
-                elif key.startswith("exp_avg"):
-                    self.moment_bytes += size
+        self.moment_bytes += sum(state[key].nbytes for key in moments)
+        self.basis_bytes += sum(state[key].nbytes for key in bases)
+
+
+@dataclasses.dataclass
+class Journal:
+    """What an optimizer's parameters note down for whoever asks."""
+
+    refreshes: RefreshLog = dataclasses.field(default_factory=RefreshLog)
+    skipped: SkippedUpdates = dataclasses.field(default_factory=SkippedUpdates)

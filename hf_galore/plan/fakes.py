@@ -30,6 +30,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from ..backward.gradient import StandIn
 from ..lowrank import nonfinite, quantize
+from ..rules import adam_8bit
 from .shape_cache import ShapeCache
 
 Target = Literal["cuda", "cpu"]
@@ -112,8 +113,9 @@ def fake_training(target: Target) -> Iterator[Fakes]:
             # It remembers parameters by their addresses, for good.
             enter(mock.patch.object(GlobalOptimManager, "_instance", None))
         # Tables of codes are cached for the process: no fake may stay there, and no real one be used.
-        quantize._equal_steps.cache_clear()
-        stack.callback(quantize._equal_steps.cache_clear)
+        for table in (quantize._equal_steps, adam_8bit.codebooks):
+            table.cache_clear()
+            stack.callback(table.cache_clear)
         enter(mode)
         enter(_Answers(fakes))
         yield fakes

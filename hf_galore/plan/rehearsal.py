@@ -172,9 +172,9 @@ class _Rehearsal(TrainerCallback):  # type: ignore[misc, unused-ignore]
         if optimizer is not None and self._shorten:
             # Half of a plan's time would go into first refreshes.
             spared = {id(param) for param in _first_and_last(optimizer)}
-            for param, state_of in optimizer.state.items():
-                if "refreshed_at" in state_of and id(param) not in spared:
-                    count_refresh(state_of, 0)
+            for target in optimizer.targets():
+                if id(target.param) not in spared:
+                    count_refresh(target.state, 0)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -183,7 +183,7 @@ class _Rehearsal(TrainerCallback):  # type: ignore[misc, unused-ignore]
         optimizer = galore_optimizer(self._trainer.optimizer)
         if optimizer is not None and state.global_step == _REFRESH_AFTER:
             # Until the step, a window keeps the bases before its refreshes: those that come together are kept together.
-            together = (param for param, group in optimizer.targets() if not group["stagger"])
+            together = (target.param for target in optimizer.targets() if not target.group["stagger"])
             optimizer.refresh_next((*_first_and_last(optimizer), *together))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -218,17 +218,20 @@ def _iterator(fakes: Fakes | None, on_batch: Callable[[Any], None]) -> Callable[
 def _first_and_last(optimizer: GaLoreOptimizer) -> Iterable[Tensor]:
     """Of the targets of each shape the first and the last: in between, memory lies between theirs."""
     found: dict[tuple[int, ...], list[Tensor]] = {}
-    for param, group in optimizer.targets():
-        found.setdefault((*param.shape, group["rank"]), []).append(param)
+    for target in optimizer.targets():
+        found.setdefault((*target.param.shape, target.rank), []).append(target.param)
     return (param for params in found.values() for param in (params[0], params[-1]))
 
 
 def _of_state(trainer: Trainer, *, bases: bool) -> Iterable[Tensor]:
     """The tensors of any optimizer's state: those of bases, or the others."""
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    of_bases = {"projector"}  # galore_torch's
+    if isinstance(optimizer, GaLoreOptimizer):
+        of_bases = {key for target in optimizer.targets() for key in target.basis_keys}
     for state in optimizer.state.values():
         for key, value in state.items():
-            if (key.startswith("basis") or "proj" in key) == bases:
+            if (key in of_bases) == bases:
                 yield from _tensors(value)
 
 

@@ -21,6 +21,7 @@ from hf_galore.backward.gradient import StandIn
 from hf_galore.backward.linear import ProjectedLinear
 from hf_galore.lowrank.projection import project
 from hf_galore.optim.optimizer import GaLoreOptimizer
+from tests.support.helpers import target_of
 
 CLASSES = [GaLoreAdamW, GaLoreAdamW8bit, GaLoreAdafactor]
 RANK, GAP, TOKENS = 3, 4, 10
@@ -397,18 +398,18 @@ def test_a_refresh_in_a_window_takes_the_first_micro_batch(way: str) -> None:
         accumulate(parts)(net, optimizer, batch)
         if index % gap == 0:
             loss_of(reference, batch.chunk(parts)[0]).backward()
-            for param, group in by_hand.targets():
-                assert param.grad is not None
-                by_hand.project_gradient(param, group, param.grad, refresh=True)
+            for target in by_hand.targets():
+                assert target.param.grad is not None
+                target.project(target.param.grad, refresh=True)
             by_hand.zero_grad()
         loss_of(reference, batch).backward()
         for group in by_hand.param_groups:
             for param in group["params"]:
                 if "rank" in group:
                     assert param.grad is not None
-                    by_hand.update_low_rank(param, group, project(param.grad, by_hand.bases_of(param, group)))
+                    target_of(by_hand, param).update(project(param.grad, target_of(by_hand, param).bases()))
                 else:
-                    by_hand.update_parameter(param, group)
+                    by_hand.trained(param).step(param.grad)
         by_hand.zero_grad()
     assert_same_weights(net, reference)
 

@@ -17,7 +17,7 @@ from hf_galore.integrations.bitsandbytes import DTYPES, AdamStep, Moments8bit, Q
 from hf_galore.lowrank.quantize import _equal_steps, dequantize_basis, quantize_basis
 from hf_galore.plan.fakes import fake_training
 from hf_galore.plan.tracking import StorageTracker
-from hf_galore.rules.update import dynamic_codebooks
+from hf_galore.rules.adam_8bit import codebooks
 from tests.support.helpers import assert_identical, snapshot
 
 pytestmark = pytest.mark.arithmetic
@@ -68,7 +68,7 @@ def test_plain_4_bits_are_bitsandbytes(numel: int) -> None:
 @pytest.mark.parametrize("numel", [1, 2, 255, 256, 257, 1000, 5001])
 @pytest.mark.parametrize("kind", ["basis", "exp_avg", "exp_avg_sq"])
 def test_plain_8_bits_are_bitsandbytes(kind: str, numel: int) -> None:
-    table = {"basis": _equal_steps(CPU), **dict(zip(MOMENTS, dynamic_codebooks(CPU), strict=True))}[kind]
+    table = {"basis": _equal_steps(CPU), **dict(zip(MOMENTS, codebooks(CPU), strict=True))}[kind]
     values = torch.randn(numel)
     if kind == "exp_avg_sq":
         values = values.square()
@@ -88,7 +88,7 @@ def test_plain_8_bits_are_bitsandbytes(kind: str, numel: int) -> None:
 
 
 def moments_8bit(exp_avg: Tensor, exp_avg_sq: Tensor) -> Moments8bit:
-    signed, unsigned = dynamic_codebooks(CPU)
+    signed, unsigned = codebooks(CPU)
     first, second = (
         kernels.plain_quantize_8bit(exp_avg, signed, 256),
         kernels.plain_quantize_8bit(exp_avg_sq, unsigned, 256),

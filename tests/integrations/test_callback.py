@@ -21,6 +21,7 @@ from tests.support.helpers import (
     logged,
     make_trainer,
     optimizer_of,
+    target_of,
     tiny_llama,
     train,
 )
@@ -104,7 +105,7 @@ def test_energy_is_that_of_the_gradient(tmp_path: Path) -> None:
 
     def energy(param: Tensor, optimizer: GaLoreOptimizer, group: dict[str, Any]) -> float:
         gradient = cast("Tensor", param.grad)
-        left, right = optimizer.bases_of(param, group)
+        left, right = target_of(optimizer, param).bases()
         low_rank = gradient @ right if right is not None else cast("Tensor", left).mT @ gradient
         return float(low_rank.square().sum() / gradient.square().sum())
 

@@ -27,7 +27,7 @@ from hf_galore.integrations.trl_head import _FusedHead, restore_fused_head, use_
 from hf_galore.optim.optimizer import GaLoreOptimizer
 from hf_galore.plan.tracking import BACKWARD, StorageTracker
 from tests.support import planning
-from tests.support.helpers import OPTIM_ARGS, assert_same_but_for_rounding, perturbed, snapshot, tiny_llama
+from tests.support.helpers import OPTIM_ARGS, assert_same_but_for_rounding, perturbed, snapshot, target_of, tiny_llama
 from tests.support.planning import LENGTH
 
 PART, VOCABULARY, HIDDEN, TOKENS = 40, 96, 24, 30
@@ -236,8 +236,7 @@ def test_a_target_gets_its_low_rank_gradient_and_no_other() -> None:
     optimizer.step()
     optimizer.zero_grad()
     assert optimizer.hooks is not None
-    (group,) = (group for group in optimizer.param_groups if "rank" in group)
-    right = optimizer.bases_of(head.weight, group).right
+    right = target_of(optimizer, head.weight).bases().right
     assert right is not None
     for runs in (1, 2):  # the second is added
         fused(hidden, head, targets).sum().backward()

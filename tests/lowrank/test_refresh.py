@@ -25,7 +25,9 @@ from hf_galore.lowrank.refresh import PROBES, figures_of, full_rank, new_bases, 
 from hf_galore.lowrank.schedule import NEVER
 from hf_galore.optim.bases import ON_HOST
 from hf_galore.optim.optimizer import GaLoreOptimizer
-from tests.support.helpers import assert_identical, tiny_llama
+from hf_galore.optim.target import Target
+from hf_galore.rules.adam_8bit import codebooks
+from tests.support.helpers import assert_identical, target_of, tiny_llama
 
 CLASSES = [GaLoreAdamW, GaLoreAdamW8bit, GaLoreAdafactor]
 FROM_PRODUCTS: list[RefreshMethod] = ["randomized", "subspace"]  # which need nothing but products with the gradient
@@ -470,9 +472,8 @@ def test_all_that_an_optimizer_reads_from_the_device_is_one_tensor_a_refresh(
 ) -> None:
     weight = nn.Parameter(random(80, 96))
     optimizer = one_target(cls, method, weight, moments="rotate", lazy_refresh=True)
-    group = optimizer.param_groups[0]
     if isinstance(optimizer, GaLoreAdamW8bit):
-        optimizer._codebooks_on(weight.device)  # made once in a run, from lists
+        codebooks(weight.device)  # made once in a process, from lists
     figures: list[Tensor] = []
 
     def remembering(*args: Any) -> Tensor:
@@ -489,7 +490,7 @@ def test_all_that_an_optimizer_reads_from_the_device_is_one_tensor_a_refresh(
         assert self.untyped_storage().data_ptr() in {tensor.untyped_storage().data_ptr() for tensor in readable()}
         return tolist(self)
 
-    monkeypatch.setattr("hf_galore.optim.optimizer.figures_of", remembering)
+    monkeypatch.setattr("hf_galore.optim.target.figures_of", remembering)
     # As on a GPU, where the host does not know whether an update is skipped.
     monkeypatch.setattr("hf_galore.lowrank.nonfinite._look", lambda skip: None)
     monkeypatch.setattr(Tensor, "tolist", checked)
@@ -499,7 +500,7 @@ def test_all_that_an_optimizer_reads_from_the_device_is_one_tensor_a_refresh(
         figures.clear()
         # bitsandbytes names the device in casts that stay on it.
         with NeverWaits(readable, may_name_devices=True):
-            optimizer.update_parameter(weight, group)
+            optimizer.trained(weight).step(weight.grad)
         found.append(len(figures))
     assert found == [1, 0, 0, 1, 0, 0]
 
@@ -538,7 +539,7 @@ def take_step(optimizer: GaLoreOptimizer, weight: nn.Parameter, gradient: Tensor
 
 
 def bases_of(optimizer: GaLoreOptimizer, weight: nn.Parameter) -> Bases:
-    return copy.deepcopy(optimizer.bases_of(weight, optimizer.param_groups[0]))
+    return copy.deepcopy(target_of(optimizer, weight).bases())
 
 
 def counters(optimizer: GaLoreOptimizer, weight: nn.Parameter) -> tuple[int, int, int]:
@@ -566,7 +567,7 @@ def test_any_gradient_at_a_refresh(kind: str, method: RefreshMethod, cls: type[A
     optimizer = one_target(cls, method, weight)
     for step in range(before):
         take_step(optimizer, weight, good_gradient(step))
-    assert optimizer.refresh_due(weight, optimizer.param_groups[0])
+    assert target_of(optimizer, weight).due()
     old_weight, old_state, old_bases = weight.detach().clone(), copy.deepcopy(optimizer.state[weight]), None
     if before:
         old_bases = bases_of(optimizer, weight)
@@ -599,7 +600,7 @@ def test_any_gradient_at_a_refresh(kind: str, method: RefreshMethod, cls: type[A
     # The next good step has a real basis: at once where nothing was learnt from this one, else the one it has.
     looks_again = kind in PUT_OFF or kind in NOTHING
     moved_from, was = weight.detach().clone(), counters(optimizer, weight)
-    assert optimizer.refresh_due(weight, optimizer.param_groups[0]) == looks_again
+    assert target_of(optimizer, weight).due() == looks_again
     good = good_gradient(100)
     take_step(optimizer, weight, good)
     assert not torch.equal(weight, moved_from)
@@ -610,7 +611,7 @@ def test_any_gradient_at_a_refresh(kind: str, method: RefreshMethod, cls: type[A
 
     # And so has the next that is due.
     for step in range(GAP):
-        due = optimizer.refresh_due(weight, optimizer.param_groups[0])
+        due = target_of(optimizer, weight).due()
         take_step(optimizer, weight, good_gradient(200 + step))
         if due:
             assert share_of_exact(good_gradient(200 + step), bases_of(optimizer, weight), RANK) >= WORST_SHARE
@@ -646,13 +647,13 @@ def test_a_bad_gradient_at_a_refresh_by_the_projected_backward(
         net.parameters(), lr=1e-2, param_options=dict.fromkeys(net.parameters(), options), module=net, layerwise=True
     )
     came_by: list[bool] = []
-    original = GaLoreOptimizer.new_basis
+    original = Target.new_basis
 
-    def watching(self: GaLoreOptimizer, param: Any, group: Any, gradient: Gradient) -> Any:
+    def watching(self: Target, gradient: Gradient) -> Any:
         came_by.append(isinstance(gradient, FactoredGradient))
-        return original(self, param, group, gradient)
+        return original(self, gradient)
 
-    monkeypatch.setattr(GaLoreOptimizer, "new_basis", watching)
+    monkeypatch.setattr(Target, "new_basis", watching)
 
     def step(number: int, factor: float = 1.0) -> None:
         loss = (net(random(8, 20, seed=number)) - 1).square().mean()
@@ -686,7 +687,7 @@ def test_a_bad_gradient_at_a_refresh_by_the_projected_backward(
         assert not torch.equal(param, earlier[name])
         # Before now, at once or with what a zero gradient leaves alone; and in its phase again, a gap later.
         assert counters(optimizer, param)[1:] == (before + GAP, 2 + (before > 0))
-        assert_orthonormal(optimizer.bases_of(param, optimizer.param_groups[0]))
+        assert_orthonormal(target_of(optimizer, param).bases())
     assert_all_finite(optimizer)
     assert len(optimizer.skipped_updates()) == (2 if bad else 0)
 
@@ -716,16 +717,15 @@ def test_nothing_moves_where_the_gradient_is_zero(
         lr=0.1 if dtype == torch.bfloat16 else 1e-3,
         weight_decay=0.0,
     )
-    side = optimizer.bases_of(weight, optimizer.param_groups[0])
+    side = target_of(optimizer, weight).bases()
     for number in range(5):
         delta = random(rows, shape[0], seed=10 + number // 2).to(dtype)
         inputs = random(rows, shape[1], seed=20 + number // 2).to(dtype)
         gradient: Gradient = FactoredGradient(delta, inputs) if form == "factors" else delta.mT @ inputs
         before = weight.detach().clone()
-        param_group = optimizer.param_groups[0]
-        due = optimizer.refresh_due(weight, param_group)
-        low_rank = optimizer.project_gradient(weight, param_group, gradient, refresh=due)
-        optimizer.update_low_rank(weight, param_group, low_rank)
+        due = target_of(optimizer, weight).due()
+        low_rank = target_of(optimizer, weight).project(gradient, refresh=due)
+        target_of(optimizer, weight).update(low_rank)
         moved = weight.detach() - before
         found = outside(moved, inputs) if side.right is not None else outside(moved.mT, delta)
         # In bfloat16 the weights' own rounding is seen.
@@ -734,7 +734,7 @@ def test_nothing_moves_where_the_gradient_is_zero(
 
 
 def assert_orthonormal_to(optimizer: GaLoreOptimizer, weight: nn.Parameter, directions: int, tolerance: float) -> None:
-    for basis in optimizer.bases_of(weight, optimizer.param_groups[0]):
+    for basis in target_of(optimizer, weight).bases():
         if basis is not None:
             alive = basis.any(dim=0)
             assert alive.sum() == directions
@@ -748,7 +748,7 @@ def test_directions_that_stand_for_nothing_are_zero_in_quantised_bases_too(bits:
     optimizer = GaLoreAdamW([{"params": [weight], "rank": 64, "proj_bits": bits}], lr=1e-3)
     weight.grad = random(8, 256, seed=2).mT @ random(8, 192, seed=3)
     optimizer.step()
-    basis = optimizer.bases_of(weight, optimizer.param_groups[0]).right
+    basis = target_of(optimizer, weight).bases().right
     assert basis is not None
     assert basis.any(dim=0).sum() == 8
 
@@ -762,7 +762,7 @@ def test_a_gradient_that_gains_rank_is_captured_again(method: RefreshMethod) -> 
     assert_orthonormal(bases_of(optimizer, weight), directions=1)
     refreshed = False
     for step in range(2 * GAP):
-        due = optimizer.refresh_due(weight, optimizer.param_groups[0])
+        due = target_of(optimizer, weight).due()
         take_step(optimizer, weight, good_gradient(step))
         if due:
             refreshed = True

@@ -17,8 +17,8 @@ from hf_galore.config import Moments
 from hf_galore.lowrank.projection import Bases, Side, basis_shapes, low_rank_shape, project, projected_back
 from hf_galore.lowrank.rotation import Rotation, rotate, rotate_adam, rotate_factored, rotation_between
 from hf_galore.optim.optimizer import GaLoreOptimizer
-from hf_galore.rules.update import QuantizedMoments, dequantize_moments, dynamic_codebooks
-from tests.support.helpers import assert_identical, copied
+from hf_galore.rules.adam_8bit import QuantizedMoments, dequantize_moments
+from tests.support.helpers import assert_identical, copied, target_of
 
 pytestmark = pytest.mark.arithmetic
 
@@ -306,13 +306,13 @@ def before_a_refresh(
         param.grad = gradient(number)
         optimizer.step()
     group = optimizer.param_groups[0]
-    assert optimizer.refresh_due(param, group)
+    assert target_of(optimizer, param).due()
     return optimizer, param, group
 
 
 def refresh(optimizer: GaLoreOptimizer, param: nn.Parameter, group: dict[str, Any]) -> Tensor:
     with torch.no_grad():
-        low_rank = optimizer.project_gradient(param, group, gradient(GAP), refresh=True)
+        low_rank = target_of(optimizer, param).project(gradient(GAP), refresh=True)
     assert low_rank is not None
     return low_rank
 
@@ -328,7 +328,7 @@ def in_float32(state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     if "exp_avg_absmax" not in state:
         return state["exp_avg"].clone(), state["exp_avg_sq"].clone()
     moments = QuantizedMoments(*(state[key] for key in QuantizedMoments._fields))
-    return dequantize_moments(moments, dynamic_codebooks(torch.device("cpu")))
+    return dequantize_moments(moments)
 
 
 def test_the_8_bit_moments_of_these_tests_are_in_8_bits() -> None:
@@ -341,10 +341,10 @@ def test_the_8_bit_moments_of_these_tests_are_in_8_bits() -> None:
 def test_keep_leaves_them_as_they_were(kind: str) -> None:
     optimizer, param, group = before_a_refresh(kind, "keep")
     before = moments_of(optimizer.state[param])
-    old = copied(optimizer.bases_of(param, group))  # in 16 bits they are the state's own tensors
+    old = copied(target_of(optimizer, param).bases())  # in 16 bits they are the state's own tensors
     refresh(optimizer, param, group)
     assert_identical(moments_of(optimizer.state[param]), before)
-    new = optimizer.bases_of(param, group)
+    new = target_of(optimizer, param).bases()
     assert old.right is not None
     assert new.right is not None
     assert not torch.allclose(new.right, old.right, atol=0.1)
@@ -355,19 +355,18 @@ def test_reset_goes_on_as_a_new_optimizer_with_that_basis_would(kind: str) -> No
     """Bit for bit, in the refresh's own step and the one after it."""
     optimizer, param, group = before_a_refresh(kind, "reset")
     low_rank = refresh(optimizer, param, group)
-    bases = optimizer.bases_of(param, group)
+    bases = target_of(optimizer, param).bases()
     other, twin = made(kind, "reset")
-    other_group = other.param_groups[0]
     with torch.no_grad():
         twin.copy_(param)
-        other.project_gradient(twin, other_group, gradient(GAP), refresh=True)
+        target_of(other, twin).project(gradient(GAP), refresh=True)
         assert bases.right is not None
         # That of the old run has its columns turned to the side of the basis before.
         other.state[twin]["basis_right"].copy_(bases.right)
         for following in (low_rank, project(gradient(GAP + 1), bases)):
             before = param.detach().clone()
-            optimizer.update_low_rank(param, group, following.clone())
-            other.update_low_rank(twin, other_group, following.clone())
+            target_of(optimizer, param).update(following.clone())
+            target_of(other, twin).update(following.clone())
             assert not torch.equal(param, before)
             assert torch.equal(param, twin)
     assert_identical(moments_of(optimizer.state[param]), moments_of(other.state[twin]))
@@ -382,8 +381,8 @@ def test_the_first_step_after_a_reset_is_one_of_normal_size(kind: str) -> None:
     before = param.detach().clone()
     low_rank = refresh(optimizer, param, group)
     with torch.no_grad():
-        optimizer.update_low_rank(param, group, low_rank.clone())
-    bases = optimizer.bases_of(param, group)
+        target_of(optimizer, param).update(low_rank.clone())
+    bases = target_of(optimizer, param).bases()
     direction = project((before - param.detach()) / (LR * SCALE), bases)
     # N = R / (|R| + ε), and the rounding of a small move of the weights, projected back and forth.
     torch.testing.assert_close(direction, low_rank.sign(), atol=1e-3, rtol=0)
@@ -391,9 +390,9 @@ def test_the_first_step_after_a_reset_is_one_of_normal_size(kind: str) -> None:
 
 def refresh_and_compare(optimizer: GaLoreOptimizer, param: nn.Parameter, group: dict[str, Any]) -> Rotation:
     """What a refresh that it makes has done to the bases."""
-    old = copied(optimizer.bases_of(param, group))  # in 16 bits they are the state's own tensors
+    old = copied(target_of(optimizer, param).bases())  # in 16 bits they are the state's own tensors
     refresh(optimizer, param, group)
-    return rotation_between(optimizer.bases_of(param, group), old)
+    return rotation_between(target_of(optimizer, param).bases(), old)
 
 
 @pytest.mark.parametrize("proj_type", SIDES)
@@ -450,18 +449,19 @@ def test_a_refresh_without_a_gradient_comes_with_the_next_one(kind: str, setting
     optimizer, param, group = before_a_refresh(kind, setting)
     param.grad = torch.zeros_like(param)
     optimizer.step()
-    assert optimizer.refresh_due(param, group)
-    before, old = copied(optimizer.state[param]), copied(optimizer.bases_of(param, group))
+    assert target_of(optimizer, param).due()
+    before, old = copied(optimizer.state[param]), copied(target_of(optimizer, param).bases())
     refresh(optimizer, param, group)
-    assert not optimizer.refresh_due(param, group)
+    assert not target_of(optimizer, param).due()
     after = moments_of(optimizer.state[param])
     if setting == "reset":
         assert not any(value.any() for value in after.values())
         return
     expected = copied(before)
     with torch.no_grad():
-        rotation = rotation_between(optimizer.bases_of(param, group), old)
-        optimizer._rotate_moments(expected, group, rotation, GAP + 1)
+        target = target_of(optimizer, param)
+        rotation = rotation_between(target.bases(), old)
+        target.rule.rotate_({key: expected[key] for key in target.moment_keys}, group, rotation, GAP + 1)
     assert_identical(after, moments_of(expected))
     assert any(not torch.equal(value, before[key]) for key, value in after.items())
 
@@ -488,17 +488,16 @@ def lowest_cosine(moments: Moments) -> float:
     param = nn.Parameter(torch.zeros(32, 24))
     options: dict[str, Any] = {"rank": 4, "update_proj_gap": 5, "proj_type": "left", "refresh": "svd", "proj_bits": 16}
     optimizer = GaLoreAdamW([{"params": [param], "stagger": False, "moments": moments, **options}], lr=1e-3)
-    group = optimizer.param_groups[0]
     found = []
     for step, sent in enumerate(turning(31)):
         state = optimizer.state[param]
-        due = optimizer.refresh_due(param, group)
-        old = projected_back(state["exp_avg"], optimizer.bases_of(param, group), slice(None))
+        due = target_of(optimizer, param).due()
+        old = projected_back(state["exp_avg"], target_of(optimizer, param).bases(), slice(None))
         with torch.no_grad():
-            low_rank = optimizer.project_gradient(param, group, sent, refresh=due)
+            low_rank = target_of(optimizer, param).project(sent, refresh=due)
             assert low_rank is not None
-            new = projected_back(state["exp_avg"], optimizer.bases_of(param, group), slice(None))
-            optimizer.update_low_rank(param, group, low_rank)
+            new = projected_back(state["exp_avg"], target_of(optimizer, param).bases(), slice(None))
+            target_of(optimizer, param).update(low_rank)
         if due and step > 0:
             found.append(torch.cosine_similarity(old.flatten(), new.flatten(), dim=0).item())
     assert len(found) == 6

@@ -19,8 +19,9 @@ from transformers.optimization import Adafactor
 from hf_galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 from hf_galore.config import PROJ_TYPES, ProjType
 from hf_galore.lowrank.refresh import align_signs
-from hf_galore.optim import classes as optimizers
-from hf_galore.rules.update import Codebooks
+from hf_galore.rules import adam_8bit
+from hf_galore.rules.adam_8bit import Codebooks
+from tests.support.helpers import target_of
 from tests.support.reference import ReferenceGaLore
 
 pytestmark = pytest.mark.arithmetic
@@ -293,12 +294,12 @@ def test_a_step_neither_synchronises_nor_clones_a_weight(
     def meta_codebooks(device: torch.device) -> Codebooks:
         return Codebooks(torch.zeros(256, device=device), torch.zeros(256, device=device))
 
-    monkeypatch.setattr(optimizers, "dynamic_codebooks", meta_codebooks)
+    monkeypatch.setattr(adam_8bit, "codebooks", meta_codebooks)
     target, vector = (nn.Parameter(torch.zeros(shape, device="meta", dtype=dtype)) for shape in ((512, 256), (256,)))
     optimizer = cls([{"params": [target], "rank": 32}, {"params": [vector]}])
     for key in ("step", "refreshed_at"):  # not a refresh, which waits for the device once
         optimizer.state[target][key].fill_(1)
-    optimizer.bases_of(target, optimizer.param_groups[0])  # the table of 8-bit codes goes to a device once
+    target_of(optimizer, target).bases()  # the table of 8-bit codes goes to a device once
     for param in (target, vector):
         param.grad = torch.zeros_like(param)
     with Recorder() as recorder:

@@ -681,11 +681,11 @@ def test_a_dry_step_refreshes_nothing(cls: type[Any]) -> None:
     assert_identical(snapshot(net), start)
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-    for target, _ in optimizer.targets():
-        assert optimizer.state[target]["refreshes"] == 0
+    for target in optimizer.targets():
+        assert target.state["refreshes"] == 0
     step(net, optimizer, batches(1)[0])
-    for target, _ in optimizer.targets():
-        assert optimizer.state[target]["refreshes"] == 1
+    for target in optimizer.targets():
+        assert target.state["refreshes"] == 1
 
 
 # ---- gradients that are not finite
@@ -710,7 +710,7 @@ def test_a_bad_micro_batch_skips_its_window(way: str, bad_part: int, first: int)
             assert_identical(after["weights"], before["weights"])
             assert all(state["step"] == number for state in after["state"].values())
         if number == first + 1:
-            assert all(optimizer.state[param]["refreshes"] == 1 + (number > 2) for param, _ in optimizer.targets())
+            assert all(target.state["refreshes"] == 1 + (number > 2) for target in optimizer.targets())
     assert all(param.isfinite().all() for param in net.parameters())
     assert {times for times, _ in optimizer.skipped_updates().values()} == {1}
 

@@ -13,6 +13,8 @@ from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import hf_galore  # noqa: F401  (registers the names that everything here is for)
+from hf_galore.optim.optimizer import GaLoreOptimizer
+from hf_galore.optim.target import Target
 
 PLAIN = ("galore_adamw", "galore_adamw_8bit", "galore_adafactor")
 LAYERWISE = tuple(f"{name}_layerwise" for name in PLAIN)
@@ -113,6 +115,14 @@ def optimizer_of(trainer: Trainer) -> torch.optim.Optimizer:
     optimizer: Any = trainer.optimizer
     inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
     return inner
+
+
+def target_of(optimizer: torch.optim.Optimizer, param: Tensor) -> Target:
+    """The target that a parameter is to a GaLore optimizer."""
+    assert isinstance(optimizer, GaLoreOptimizer)
+    target = optimizer.trained(param)
+    assert isinstance(target, Target)
+    return target
 
 
 def logged(trainer: Trainer, key: str) -> list[float]:

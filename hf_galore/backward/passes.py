@@ -1,0 +1,120 @@
+"""How many backward passes bring a weight gradients, for one micro-batch.
+
+Autograd sums up the uses of a weight within one backward pass. But a reentrant checkpoint runs its segment in a
+function's forward, without a graph, and later in a backward pass of its own.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterable
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .gradient import in_backward
+
+
+class Passes:
+    """The backward passes that are to bring one weight gradients."""
+
+    __slots__ = ("_outside", "_segments")
+
+    def __init__(self) -> None:
+        # Nodes of the reentrant checkpoints that use it, each a pass of its own; they go with their graphs.
+        self._segments: list[Callable[[], Any]] = []
+        self._outside = False  # whether it is used outside of them
+
+    def note_use(self) -> None:
+        """Note a use outside of reentrant checkpoints."""
+        self._outside = True
+
+    def note_segment(self, node: Callable[[], Any]) -> None:
+        """Note a use in a reentrant checkpoint's segment, whose node this refers to."""
+        self._segments.append(node)
+
+    def count(self) -> int:
+        """The number of passes, at least 1."""
+        segments = sum(node() is not None for node in self._segments)
+        return max(1, segments + (segments > 0 and self._outside))
+
+    def forget_gone(self) -> None:
+        """Forget segments whose graphs are gone."""
+        if self._segments:
+            self._segments = [node for node in self._segments if node() is not None]
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._segments.clear()
+        self._outside = False
+
+
+class PassCounter:
+    """A module's forward pre-hook: notes how its parameters are used.
+
+    Args:
+        passes_of: gives the records of those among some parameters that have one; refers weakly to what it needs, as
+            the module's copies have this hook too.
+        module: gives the module that it is for.
+    """
+
+    def __init__(
+        self,
+        passes_of: Callable[[Iterable[Tensor]], list[Passes]],
+        module: Callable[[], nn.Module | None],
+    ) -> None:
+        self._passes_of = passes_of
+        self._module = module
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        # Recomputation during the backward pass is the same run again.
+        if module is not self._module() or in_backward():
+            return
+        passes = self._passes_of(param for param in module._parameters.values() if param is not None)
+        if torch.is_grad_enabled():
+            for record in passes:
+                record.note_use()
+        elif _in_function_forward():
+            node = _present_node()
+            for record in passes:
+                record.note_segment(node)
+
+    def __reduce__(self) -> Any:
+        return PassCounter, (_nothing, _gone)  # weak references cannot be pickled
+
+
+def _nothing(params: Iterable[Tensor]) -> list[Passes]:
+    return []
+
+
+def _gone() -> None:
+    """Return what a dead weak reference returns."""
+
+
+def _in_function_forward() -> bool:
+    """Whether this is the forward of an autograd function, which, unlike no_grad, turns off forward-mode gradients."""
+    return not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+def _present_node() -> Callable[[], Any]:
+    """A weak reference to the node of the autograd function whose forward this is.
+
+    It goes with its graph: at once where somebody's no_grad makes none. One that cannot be found stays for the window.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "forward" and code.co_varnames[:1] == ("ctx",):
+            try:
+                return weakref.ref(frame.f_locals["ctx"])
+            except TypeError:
+                break
+        frame = frame.f_back
+    return _a_node
+
+
+def _a_node() -> bool:
+    return True

@@ -1,0 +1,272 @@
+"""What the backward passes of one optimizer step bring for one parameter, and what is done with it.
+
+===============================  ===================================================
+situation                        what happens to a target's low-rank gradient R
+===============================  ===================================================
+layerwise, one micro-batch,      the weight is updated at once; `.grad` says that the
+nothing held on request          gradient has been used
+accumulation window              R of the micro-batches adds up (projection is linear)
+`hold_gradients` (clipping)      R is held
+weight used by several           R of the segments adds up
+reentrant checkpoints
+not layerwise                    R is held (there is only a projected backward)
+===============================  ===================================================
+
+The basis is fixed within a window. A refresh that is due happens at its first micro-batch whose gradient is not zero,
+from that micro-batch's whole gradient, which autograd builds for that one layer; the projected backward serves the
+others. Of a backward pass whose gradients are dropped (`.grad = None`) before `step()`, nothing stays, nor does a
+refresh.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, cast
+
+import torch
+from accelerate.state import GradientState
+from torch import Tensor
+
+from ..log import logger
+from ..lowrank.projection import Bases, FactoredGradient, norm_of, project
+from .gradient import LowRankGradient, UncommittedRefresh, UsedGradient
+from .passes import Passes
+
+if TYPE_CHECKING:
+    from ..optim.bases import Before
+    from ..optim.target import Target, Trained
+
+
+@dataclasses.dataclass
+class Mode:
+    """What holds for all windows of a model."""
+
+    layerwise: bool
+    """Whether weights are updated during the backward pass."""
+    projected_backward: bool
+    """Whether linear targets compute R without building their gradient."""
+    hold_gradients: bool
+    """Whether layerwise keeps R until `step()`."""
+    accumulating: bool = False
+    """Whether the present window has more than one micro-batch."""
+    said_dropped: bool = False
+
+    def must_hold(self) -> bool:
+        """Whether gradients are kept until `step()`."""
+        # accelerate knows whether this micro-batch closes the window; the last of several holds as the others did.
+        self.accumulating = self.accumulating or not GradientState().sync_gradients
+        return not self.layerwise or self.hold_gradients or self.accumulating
+
+
+class Window:
+    """One parameter's part in the present step.
+
+    Args:
+        trained: the parameter.
+        mode: of the hooks.
+    """
+
+    def __init__(self, trained: Trained, mode: Mode) -> None:
+        self.trained = trained
+        self.param = trained.param
+        self.passes = Passes()
+        self._mode = mode
+        self._shared = False  # whether several modules or functions have used the weight in one backward pass
+        self._used: UsedGradient | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._filled = False  # whether a low-rank gradient was left in `.grad`
+        self._before: Before | None = None  # the basis before this window's refresh
+        self._updated = False
+        self._norm: Tensor | None = None  # of the gradient that the weight was updated with
+
+    @property
+    def target(self) -> Target:
+        """The parameter, which is a target."""
+        return cast("Target", self.trained)
+
+    # ---- what others ask
+
+    @property
+    def has_updated(self) -> bool:
+        """Whether the backward pass has updated the weight."""
+        return isinstance(self.param.grad, UsedGradient)
+
+    @property
+    def norm(self) -> Tensor | None:
+        """The norm of the gradient that the weight was updated with, if it was."""
+        return self._norm if self._updated else None
+
+    @property
+    def before(self) -> Before | None:
+        """The basis before the refresh of this window, where there was one and its gradient has not been dropped."""
+        self.look()
+        return self._before
+
+    @property
+    def was_dropped(self) -> bool:
+        """Whether somebody has dropped or replaced the gradient that the weight was updated with."""
+        return self._updated and (not isinstance(self.param.grad, UsedGradient) or self.param.grad.was_zeroed)
+
+    # ---- its beginning and end
+
+    def start(self) -> None:
+        """Begin the next window."""
+        if isinstance(self.param.grad, UsedGradient):
+            self.param.grad = None
+        self._forget()
+        self.passes.clear()
+
+    def drop(self) -> None:
+        """Forget what the backward passes brought; a forward pass may have begun the next."""
+        if isinstance(self.param.grad, (LowRankGradient, UsedGradient)):
+            self.param.grad = None
+        self.look()
+        self._forget()
+        self.passes.forget_gone()
+
+    def look(self) -> None:
+        """Look whether somebody has dropped what was left in `.grad`, and take back what came of it."""
+        gradient = self.param.grad
+        if self._updated:
+            if self.was_dropped:
+                self._say_dropped()
+                self._forget()
+        elif self._filled and (not isinstance(gradient, LowRankGradient) or gradient.is_zero):
+            if self._before is not None:
+                self.target.take_back(self._before)
+            self._forget()
+
+    def _say_dropped(self) -> None:
+        if not self._mode.said_dropped:
+            self._mode.said_dropped = True
+            logger.warning(
+                "The gradients of a backward pass were dropped, but a layerwise optimizer had updated weights with "
+                "them already (%s for one), and these stay. To be able to drop them make the optimizer with "
+                "hold_gradients=True (with a Trainer: max_grad_norm above 0). This is said once.",
+                self.trained.name,
+            )
+
+    # ---- what a linear layer's backward brings
+
+    def gradient_of(self, output_gradient: Tensor, inputs: Tensor) -> Tensor | None:
+        """The low-rank gradient from δ (T × m) and X (T × n) of one use of a target; `None` where G is needed."""
+        if self._needs_whole():
+            return None
+        weight, target = self.param, self.target
+        factors = FactoredGradient(output_gradient, inputs)
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            if not self._refresh_due():
+                low_rank = project(factors, target.bases())
+                return LowRankGradient(weight, low_rank.to(weight.dtype), target.version)
+            # With several uses each would be a refresh, and none that of the sum.
+            if self._shared or self.passes.count() > 1 or not target.cheaper_from_factors(len(inputs)):
+                return None
+            made = target.new_basis(factors)
+            low_rank = made.low_rank.to(weight.dtype)
+            if not made.usable:
+                return LowRankGradient(weight, low_rank, target.version, is_zero=made.is_zero, is_lost=not made.is_zero)
+            uncommitted = UncommittedRefresh(made, lambda: self._whole(factors))
+            return LowRankGradient(weight, low_rank, target.new_version(), uncommitted=uncommitted)
+
+    def _whole(self, factors: FactoredGradient) -> Tensor:
+        self._shared = True
+        return (factors.output_gradient.mT @ factors.inputs).to(self.param.dtype)
+
+    def _needs_whole(self) -> bool:
+        """Whether somebody else needs the gradient as it is: a hook on the weight, or one that is there already."""
+        weight = self.param
+        return bool(weight._backward_hooks) or not (
+            weight.grad is None or isinstance(weight.grad, (LowRankGradient, UsedGradient))
+        )
+
+    def bases_for_rows(self) -> Bases | None:
+        """The bases that rows of a gradient can be projected with by themselves; `None` where autograd has to build it.
+
+        Only a projection of the right side takes rows by themselves, and only between refreshes.
+        """
+        if not self._mode.projected_backward or not self.trained.projected or self.target.side != "right":
+            return None
+        if self._needs_whole() or self._refresh_due():
+            return None
+        return self.target.bases()
+
+    def of_rows(self, low_rank: Tensor) -> LowRankGradient:
+        """The low-rank gradient whose rows were projected with `bases_for_rows`."""
+        return LowRankGradient(self.param, low_rank, self.target.version)
+
+    # ---- what autograd brings
+
+    def receive(self) -> None:
+        """Use the gradient that autograd has put into `.grad`."""
+        param = self.param
+        # With create_graph=True the gradient is part of a graph that is still needed, as it is.
+        if param.grad is None or torch.is_grad_enabled():
+            return
+        # Backward may run inside somebody's autocast; the update's precision is its own business.
+        with torch.no_grad(), torch.autocast(param.device.type, enabled=False):
+            self.look()
+            if isinstance(param.grad, UsedGradient):
+                param.grad = param.grad.addend
+            if self.trained.projected:
+                self._receive_target()
+            elif not self._must_hold():
+                assert param.grad is not None
+                self._norm = norm_of(param.grad)
+                self.trained.step(param.grad)
+                self._leave_used()
+
+    def _receive_target(self) -> None:
+        param, target = self.param, self.target
+        gradient = param.grad
+        assert gradient is not None
+        if not isinstance(gradient, LowRankGradient) or gradient.addend is not None:
+            if self.passes.count() > 1 and self._refresh_due():
+                return  # it is that of one segment only: step() takes the basis from the sum
+            whole = gradient.addend if isinstance(gradient, LowRankGradient) else gradient
+            assert whole is not None
+            param.grad = gradient = None
+            gradient = self._project(whole)
+            del whole
+        elif gradient.uncommitted is not None:
+            made, gradient.uncommitted = gradient.uncommitted.made, None
+            self._before = target.use_basis(made, gradient.basis, keep=self._must_hold())
+        if self._must_hold():
+            self._filled = True
+            if param.grad is not gradient:
+                param.grad = gradient
+            return
+        param.grad = None
+        low_rank_norm = norm_of(gradient.low_rank)
+        self._norm = low_rank_norm if gradient.norm_of_whole is None else gradient.norm_of_whole
+        target.update(gradient.low_rank, low_rank_norm, before=self._before)
+        self._before = None
+        self._leave_used()
+
+    def _project(self, whole: Tensor) -> LowRankGradient:
+        """The low-rank gradient of G, with a new basis from it where that is due."""
+        param, target = self.param, self.target
+        # With a projected backward the others' norms are those of R: be consistent.
+        norm = None if self._mode.projected_backward else norm_of(whole)
+        if not self._refresh_due():
+            return LowRankGradient(param, project(whole, target.bases()), target.version, norm=norm)
+        made = target.new_basis(whole)
+        if made.usable:
+            self._before = target.use_basis(made, target.new_version(), keep=self._must_hold())
+        is_lost = not (made.usable or made.is_zero)
+        return LowRankGradient(param, made.low_rank, target.version, norm=norm, is_zero=made.is_zero, is_lost=is_lost)
+
+    def _leave_used(self) -> None:
+        param, used = self.param, self._used
+        self._updated = True
+        if used is None or used.device != param.device or used.dtype != param.dtype or used.shape != param.shape:
+            used = self._used = UsedGradient(param, self.trained.name)
+        used.start(self._norm)
+        param.grad = used
+
+    def _must_hold(self) -> bool:
+        return self._mode.must_hold() or self.passes.count() > 1
+
+    def _refresh_due(self) -> bool:
+        return self.before is None and self.target.due()

@@ -1,0 +1,477 @@
+"""One parameter of an optimizer: a target, which is projected, or one that trains full-rank.
+
+What follows from options and shape is worked out here, once, and is never in the state.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from ..backward.gradient import BasisVersion
+from ..lowrank.nonfinite import known_skip, skip_unless_finite
+from ..lowrank.projection import (
+    Bases,
+    Gradient,
+    add_projected_back_,
+    basis_shapes,
+    low_rank_shape,
+    norm_of,
+    project,
+    projected_back,
+    side_of,
+)
+from ..lowrank.refresh import bases_of_lower_rank, figures_of, new_bases, products
+from ..lowrank.rotation import rotation_between
+from ..lowrank.rounding import add_rounded_, decay_unless, generator_for
+from ..lowrank.schedule import NEVER, next_gap_factor, next_refresh, phase_of, refreshes_by
+from ..rules import Rule
+from .bases import (
+    BasisLayout,
+    Before,
+    NewBasis,
+    State,
+    before_refresh,
+    count_refresh,
+    new_counters,
+    refreshed_at,
+    take_back,
+)
+from .groups import Group, check_unchanged, is_target
+from .report import Journal, Refresh, Stopwatch
+
+
+class Owner(Protocol):
+    """What a parameter needs of its optimizer, whose groups are replaced by loading, and whose state anybody may."""
+
+    param_groups: list[dict[str, Any]]
+    state: Any
+    journal: Journal
+
+    def name_of(self, param: Tensor) -> str:
+        """The name of a parameter."""
+
+    def targets(self) -> Sequence[Target]:
+        """All parameters that are projected."""
+
+
+class Trained:
+    """What a target and a full-rank parameter have in common.
+
+    Args:
+        owner: the optimizer; referred to weakly.
+        param: the parameter.
+        group_index: of its group.
+        index: of the parameter in the optimizer.
+        rule: turns its gradients into directions.
+    """
+
+    def __init__(self, owner: Owner, param: Tensor, group_index: int, index: int, rule: Rule) -> None:
+        self.param = param
+        self.index = index
+        self._owner = weakref.ref(owner)
+        self._group_index = group_index
+        self._rule = rule
+        self._derive()
+
+    projected = False
+    """Whether it is a target."""
+    moment_keys: tuple[str, ...]
+    """The keys of the state that hold its moments."""
+    basis_keys: tuple[str, ...] = ()
+    """The keys of the state that hold its bases."""
+
+    def _derive(self) -> None:
+        """Work out what follows from the options and the shape."""
+        self._shape = self.param.shape
+        shape, group = self._shape_of_gradient(), self.group
+        self.rule = self._rule.for_shape(shape, group)
+        self._moments = self.rule.moments(shape, self.param.dtype, group)
+        self.moment_keys = tuple(self._moments)
+
+    def _shape_of_gradient(self) -> tuple[int, ...]:
+        """The shape of the gradient that its moments are of."""
+        return tuple(self._shape)
+
+    @property
+    def owner(self) -> Owner:
+        """The optimizer.
+
+        Raises:
+            RuntimeError: it is gone.
+        """
+        owner = self._owner()
+        if owner is None:
+            raise RuntimeError("The optimizer of this parameter is gone. Set what is left in .grad to None.")
+        return owner
+
+    @property
+    def name(self) -> str:
+        """Its name in the model, or words for it where none is known."""
+        return self.owner.name_of(self.param)
+
+    @property
+    def group(self) -> Group:
+        """Its parameter group, which schedulers move and loading replaces."""
+        return self.owner.param_groups[self._group_index]
+
+    @property
+    def present_state(self) -> State:
+        """What the optimizer keeps of it; empty where that is yet to be made."""
+        return cast("State", self.owner.state[self.param])
+
+    @property
+    def state(self) -> State:
+        """What the optimizer keeps of it; made where there is none.
+
+        Raises:
+            ValueError: the parameter has another shape than when the optimizer was made.
+        """
+        states = self.owner.state
+        state = cast("State", states[self.param])
+        if not state:  # frozen when the optimizer was made, or forgotten on purpose
+            self._derive()
+            state = states[self.param] = self.new_state(self.param)
+        elif self.param.shape != self._shape:
+            check_unchanged(self.name, self.param.shape, state, self.made_now().new_state(self.param))
+        return state
+
+    def made_now(self) -> Trained:
+        """What this would be if it were made now: of the shape and the options that the parameter has now."""
+        return make(self.owner, self.param, self._group_index, self.index, self._rule)
+
+    def new_state(self, like: Tensor) -> State:
+        """A state before the first step, on the device of `like`."""
+        moments = {key: like.new_zeros(moment.shape, dtype=moment.dtype) for key, moment in self._moments.items()}
+        return {"step": torch.tensor(0.0), **moments}
+
+    def moments(self) -> State:
+        """Its moments, on its device: the model may have been moved since."""
+        state = self.state
+        self._place(state, self.moment_keys)
+        return {key: state[key] for key in self.moment_keys}
+
+    def _place(self, state: State, keys: tuple[str, ...], dtype: torch.dtype | None = None) -> None:
+        """Move what the state has under these keys to the parameter, and cast it."""
+        device = self.param.device
+        for key in keys:
+            value = state[key]
+            if value.device != device or (dtype is not None and value.dtype != dtype):
+                state[key] = value.to(device, dtype)
+
+    # ---- the update
+
+    def step(self, gradient: Tensor) -> None:
+        """One optimizer step from the gradient, which is left as it is.
+
+        Raises:
+            RuntimeError: the gradient is sparse.
+        """
+        if gradient.is_sparse:
+            raise RuntimeError(
+                f"GaLore cannot use sparse gradients, but that of {self.name} is. Build the embedding with "
+                "sparse=False."
+            )
+        self._step(gradient)
+
+    def _step(self, gradient: Tensor) -> None:
+        raise NotImplementedError
+
+    def _begin(self, state: State, skip: Tensor, known: bool | None) -> int | None:
+        """Count an update, unless it is skipped because the gradient is not finite.
+
+        Args:
+            skip: as `skip_unless_finite` gives it.
+            known: as `known_skip` gives it: on a GPU only the device knows, and what was counted is taken back when
+                the host reads it.
+
+        Returns:
+            The number of the update, from 1; `None` where the host knows that it is skipped.
+        """
+        step = int(state["step"].item()) + 1
+        if known is None:
+            self.owner.journal.skipped.note(self.param, skip, step)
+        elif known:
+            self.owner.journal.skipped.note_known(self.param, step)
+            return None
+        # Out of place: under fake tensors the value of a CPU scalar survives that, and not `+=`.
+        state["step"] = state["step"] + 1
+        return step
+
+    def _rounds_stochastically(self, group: Group) -> bool:
+        return bool(group.get("stochastic_rounding")) and self.param.dtype == torch.bfloat16
+
+    def _add_rounded(
+        self, group: Group, update: Callable[[slice], Tensor], alpha: float, step: int, skip: Tensor
+    ) -> None:
+        """Add an update in one rounding with the decay: stochastically if the group says so, else to the nearest."""
+        generator = None
+        if self._rounds_stochastically(group):
+            generator = generator_for(self.param.device, group["rounding_seed"], self.index, step)
+        add_rounded_(self.param, update, alpha=alpha, decay=_decay(group), skip=skip, generator=generator)
+
+
+class FullRank(Trained):
+    """A parameter that trains as it would without GaLore."""
+
+    def _step(self, gradient: Tensor) -> None:
+        state, group, param = self.state, self.group, self.param
+        skip = skip_unless_finite(norm_of(gradient))
+        step = self._begin(state, skip, known_skip(skip))
+        if step is None:
+            return
+        moments = self.moments()
+        to_nearest = param.is_contiguous() and not self._rounds_stochastically(group)
+        if to_nearest and self.rule.update_(param, gradient, moments, group, step, skip):
+            return
+        direction, factor = self.rule.direction(gradient, moments, group, step, skip)
+        rows = direction.reshape(-1) if direction.ndim == 0 else direction
+        self._add_rounded(group, rows.__getitem__, -factor, step, skip)
+
+
+class Target(Trained):
+    """A matrix W (m × n) that is projected: its moments are those of R, its low-rank gradient.
+
+    What hooks and steps do with it is: `due()`, `project(gradient)`, `update(R)`.
+    """
+
+    projected = True
+
+    def __init__(self, owner: Owner, param: Tensor, group_index: int, index: int, rule: Rule) -> None:
+        super().__init__(owner, param, group_index, index, rule)
+        self._phase: int | None = None
+        self.refresh_asked = False
+        """Whether the next step is to refresh the basis whatever its turn."""
+        self._version: BasisVersion | None = None
+
+    def _derive(self) -> None:
+        group, shape = self.group, self.param.shape
+        self.rank: int = group["rank"]
+        self.side = side_of(shape, group["proj_type"])
+        self._shapes = basis_shapes(shape, self.side, self.rank)
+        self._layout = BasisLayout(self._shapes, group["proj_bits"])
+        self.basis_keys = self._layout.keys
+        super()._derive()
+
+    def _shape_of_gradient(self) -> tuple[int, ...]:
+        return low_rank_shape(self._shape, self.side, self.rank)
+
+    def new_state(self, like: Tensor) -> State:
+        """A state before the first refresh, on the device of `like`."""
+        state = super().new_state(like)
+        counters = new_counters(self.group["lazy_refresh"])
+        return {"step": state.pop("step"), **counters, **self._layout.empty(like), **state}
+
+    # ---- the basis
+
+    @property
+    def phase(self) -> int:
+        """The step of the gap at which it refreshes, spread over the optimizer's targets that are staggered."""
+        if self._phase is None:
+            staggered = [target for target in self.owner.targets() if target.group["stagger"]]
+            turn = next((turn for turn, target in enumerate(staggered) if target is self), None)
+            self._phase = 0 if turn is None else phase_of(turn, len(staggered), self.group["update_proj_gap"])
+        return self._phase
+
+    def forget_phase(self) -> None:
+        """Let the phase be worked out anew: there are other targets beside it."""
+        self._phase = None
+
+    def refresh_counts(self) -> tuple[int, int | None]:
+        """How many refreshes there were, and with `lazy_refresh` how many it has saved."""
+        state, group = self.state, self.group
+        done = int(state["refreshes"].item())
+        if not group["lazy_refresh"]:
+            return done, None
+        return done, refreshes_by(int(state["step"].item()), group["update_proj_gap"], self.phase) - done
+
+    def due(self) -> bool:
+        """Whether the next step is one with a new basis: the first, and every `update_proj_gap`-th."""
+        if self.refresh_asked:
+            return True
+        state = self.state
+        factor = int(state["gap_factor"].item()) if "gap_factor" in state else 1
+        due_at = next_refresh(refreshed_at(state), self.group["update_proj_gap"], self.phase, factor)
+        return int(state["step"].item()) >= due_at
+
+    def bases(self) -> Bases:
+        """The present bases, in the weight's dtype; zeros before the first refresh."""
+        return self._layout.read(self._with_placed_bases(), self.param.dtype)
+
+    def _with_placed_bases(self) -> State:
+        """The state, with its bases where the weight is: with 16 bits they have its dtype."""
+        state = self.state
+        self._place(state, self.basis_keys, self.param.dtype if self._layout.bits == 16 else None)
+        return state
+
+    @property
+    def version(self) -> BasisVersion:
+        """What low-rank gradients in the present basis have in common."""
+        if self._version is None:
+            self._version = self.new_version()
+        return self._version
+
+    def new_version(self) -> BasisVersion:
+        """What low-rank gradients in a basis that is to come will have in common."""
+        me, name = weakref.ref(self), self.name
+
+        def low_rank(gradient: Tensor) -> Tensor:
+            target = me()
+            if target is None:
+                raise RuntimeError(f"The optimizer of the low-rank gradient in {name}.grad is gone: set it to None.")
+            return project(gradient, target.bases())
+
+        return BasisVersion(name, low_rank)
+
+    def cheaper_from_factors(self, tokens: int) -> bool:
+        """Whether a refresh takes fewer multiply-adds from δ and X of `tokens` rows than from G = δᵀX."""
+        method = self.group["refresh"]
+        if method == "svd":
+            return False
+        m, n = self.param.shape
+        narrow = products((m, n), self.rank, self.side, method) + 1  # and R
+        return bool(narrow * tokens * self.rank * (m + n) < tokens * m * n + narrow * self.rank * m * n)
+
+    @torch.no_grad()
+    def project(self, gradient: Gradient, *, refresh: bool = False) -> Tensor:
+        """The low-rank gradient R, with new bases from this gradient where `refresh` says so.
+
+        A gradient that is zero or not finite makes no basis: the refresh stays due. R is NaN of one that is not finite.
+        """
+        if not refresh:
+            return project(gradient, self.bases())
+        made = self.new_basis(gradient)
+        if made.usable:
+            self._carry_moments(self.use_basis(made, self.new_version(), keep=False))
+        return made.low_rank
+
+    @torch.no_grad()
+    def new_basis(self, gradient: Gradient) -> NewBasis:
+        """Bases from a gradient, and its low-rank gradient in them. Changes nothing; waits for the device once."""
+        watch = Stopwatch(self.param.device)
+        method = self.group["refresh"]
+        old = None if refreshed_at(self.state) == NEVER else self.bases()
+        computed = new_bases(gradient, self.side, self.rank, method, old)
+        kept, low_rank, (norm, energy, shared, full) = self._figures(gradient, computed, old)
+        if not full and 0 < norm < math.inf:
+            # Rare, so that it may wait once more; and it takes no more memory than the first time.
+            del kept, low_rank
+            computed = bases_of_lower_rank(gradient, self.side, self.rank, method, computed)
+            kept, low_rank, (norm, energy, shared, _) = self._figures(gradient, computed, old)
+        if norm == 0:
+            low_rank.zero_()
+        elif not math.isfinite(norm):
+            low_rank.fill_(math.nan)  # an infinite element may meet a zero of the basis
+        watch.stop()
+        return NewBasis(kept, low_rank, norm, energy, shared, watch)
+
+    def _figures(self, gradient: Gradient, computed: Bases, old: Bases | None) -> tuple[State, Tensor, list[float]]:
+        """New bases as they are kept, the gradient in them, and what there is to know of the refresh."""
+        kept = self._layout.kept(computed, self.param.dtype)
+        new = self._layout.read(kept, self.param.dtype)
+        low_rank = project(gradient, new)
+        figures = figures_of(gradient, low_rank, new, old, computed)
+        # The one time that a refresh waits for the device.
+        return kept, low_rank, [value.item() for value in figures.cpu().unbind()]
+
+    @torch.no_grad()
+    def use_basis(self, made: NewBasis, version: BasisVersion, *, keep: bool) -> Before:
+        """Set the bases that the target has from now on.
+
+        Args:
+            made: usable.
+            version: of the new bases.
+            keep: whether the refresh may be taken back.
+
+        Returns:
+            What `update` needs for the first update in the new bases, and `take_back`.
+        """
+        state, group = self._with_placed_bases(), self.group
+        before = before_refresh(state, self.basis_keys, keep=keep or group["moments"] == "rotate")
+        count_refresh(state, int(state["step"].item()))
+        for key, value in made.kept.items():
+            state[key].copy_(value)
+        if "gap_factor" in state and before.had_basis:
+            chance = max(self.rank / shape[0] for shape in self._shapes if shape is not None)
+            factor = next_gap_factor(int(state["gap_factor"].item()), made.overlap, chance)
+            state["gap_factor"] = torch.tensor(float(factor))
+        self._version = version
+        overlap = made.overlap if before.had_basis else None
+        self.owner.journal.refreshes.add(Refresh(made.captured_energy, overlap, made.watch))
+        return before
+
+    @torch.no_grad()
+    def take_back(self, before: Before) -> None:
+        """Set the bases that it had before a refresh whose gradient was dropped."""
+        take_back(self.state, before)
+        self._version = None
+
+    def forget_version(self) -> None:
+        """Let low-rank gradients of before be in another basis than those to come: a checkpoint was loaded."""
+        self._version = None
+
+    # ---- the update
+
+    def _step(self, gradient: Tensor) -> None:
+        self.update(self.project(gradient, refresh=self.due()))
+
+    @torch.no_grad()
+    def update(self, low_rank: Tensor, norm: Tensor | None = None, *, before: Before | None = None) -> None:
+        """One optimizer step from the low-rank gradient R, which is left as it is.
+
+        Args:
+            norm: ‖R‖, where it is known already.
+            before: from `use_basis`, where this is the first update after a refresh.
+        """
+        state, group, param = self.state, self.group, self.param
+        skip = skip_unless_finite(norm_of(low_rank) if norm is None else norm)
+        known = known_skip(skip)
+        if before is not None and before.complete and known:
+            self.take_back(before)
+            before = None
+        if before is not None:
+            self._carry_moments(before)
+        step = self._begin(state, skip, known)
+        if step is None:
+            return
+        # Moments that began anew at the last refresh have a bias to correct that is no older.
+        moments_step = step - refreshed_at(state) if group["moments"] == "reset" else step
+        direction, factor = self.rule.direction(low_rank, self.moments(), group, moments_step, skip)
+        bases = self.bases()
+        alpha, decay = -factor * group["scale"], _decay(group)
+        low_precision = param.dtype not in (torch.float32, torch.float64)
+        if self._rounds_stochastically(group) or (low_precision and decay != 1 and known is not False):
+            self._add_rounded(group, functools.partial(projected_back, direction, bases), alpha, step, skip)
+        elif decay == 1 or known is False:
+            add_projected_back_(param, direction, bases, alpha, decay=decay)
+        else:
+            param.mul_(decay_unless(skip, param.dtype, decay))
+            add_projected_back_(param, direction, bases, alpha)
+
+    def _carry_moments(self, before: Before) -> None:
+        """Do to the moments what the option `moments` says, after the basis has changed."""
+        group, step = self.group, int(self.state["step"].item())
+        if not before.had_basis or step == 0:
+            return
+        if group["moments"] == "reset":
+            self.rule.reset_(self.moments())
+        elif group["moments"] == "rotate":
+            old = self._layout.read(before.entries, self.param.dtype)
+            self.rule.rotate_(self.moments(), group, rotation_between(self.bases(), old), step)
+
+
+def make(owner: Owner, param: Tensor, group_index: int, index: int, rule: Rule) -> Trained:
+    """The target or the full-rank parameter that a parameter of a group is."""
+    kind = Target if is_target(param, owner.param_groups[group_index]) else FullRank
+    return kind(owner, param, group_index, index, rule)
+
+
+def _decay(group: Group) -> float:
+    """1 − ηλ."""
+    return 1 - float(group["lr"] * group["weight_decay"])

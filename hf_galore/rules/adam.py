@@ -1,0 +1,115 @@
+"""Adam with moments of at least float32."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from ..integrations.bitsandbytes import AdamStep
+from ..lowrank.rotation import Rotation, rotate_adam
+from .rule import Group, Moment, Moments, Rule, check_betas, check_not_negative, full_precision
+
+
+class Adam(Rule):
+    """N = m̂ / (√v̂ + ε), with m ← β₁m + (1 − β₁)G and v ← β₂v + (1 − β₂)G².
+
+    Source: Adam (Kingma and Ba, 2015, arXiv:1412.6980), algorithm 1; AdamW (arXiv:1711.05101), algorithm 2.
+    """
+
+    defaults: ClassVar[Mapping[str, Any]] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
+    from_arguments: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "betas": ("adam_beta1", "adam_beta2"),
+        "eps": ("adam_epsilon",),
+    }
+
+    def check(self, group: Group) -> None:
+        """Check learning rate, β₁, β₂, ε and weight decay."""
+        check_not_negative(group, "lr", "eps", "weight_decay")
+        check_betas(group)
+
+    def moments(self, shape: tuple[int, ...], dtype: torch.dtype, group: Group) -> dict[str, Moment]:
+        """`exp_avg` and `exp_avg_sq`."""
+        return {key: Moment(shape, full_precision(dtype)) for key in ("exp_avg", "exp_avg_sq")}
+
+    def direction(
+        self, gradient: Tensor, moments: Moments, group: Group, step: int, skip: Tensor
+    ) -> tuple[Tensor, float]:
+        """N, and the learning rate."""
+        now = direction_step(group, step)
+        return adam_direction(gradient, moments["exp_avg"], moments["exp_avg_sq"], now, skip), float(group["lr"])
+
+    def update_(
+        self, weight: Tensor, gradient: Tensor, moments: Moments, group: Group, step: int, skip: Tensor
+    ) -> bool:
+        """Update a weight of the moments' dtype by torch's fused kernel."""
+        if weight.dtype != moments["exp_avg"].dtype:
+            return False
+        now = weight_step(group, step)
+        adam_(weight, gradient.contiguous(), moments["exp_avg"], moments["exp_avg_sq"], now, skip)
+        return True
+
+    def rotate_(self, moments: Moments, group: Group, rotation: Rotation, step: int) -> None:
+        """Carry both moments into the new basis."""
+        exp_avg, exp_avg_sq = moments["exp_avg"], moments["exp_avg_sq"]
+        rotated = rotate_adam(exp_avg, exp_avg_sq, rotation, step=step, betas=group["betas"])
+        for moment, value in zip((exp_avg, exp_avg_sq), rotated, strict=True):
+            moment.copy_(value)
+
+
+def weight_step(group: Group, step: int) -> AdamStep:
+    """Step number `step` of a weight, with the group's learning rate and decay."""
+    return AdamStep(step, group["betas"], group["eps"], float(group["lr"]), group["weight_decay"])
+
+
+def direction_step(group: Group, step: int) -> AdamStep:
+    """The step that turns a zero into N: kernels only know how to move a weight, and 0 − (−1)·N is N."""
+    return AdamStep(step, group["betas"], group["eps"], lr=-1.0, weight_decay=0.0)
+
+
+def adam_(weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, now: AdamStep, skip: Tensor) -> None:
+    """W ← (1 − ηλ)W − ηN in place, N = m̂ / (√v̂ + ε): torch's own fused AdamW on one tensor.
+
+    Args:
+        weight: contiguous, as are the others, which have its dtype and shape.
+        gradient: G.
+        exp_avg: first moment m, updated in place.
+        exp_avg_sq: second moment v, likewise.
+        skip: 0-dimensional float32; at 1 nothing is changed.
+    """
+    adamw(
+        [weight],
+        [gradient],
+        [exp_avg],
+        [exp_avg_sq],
+        [],
+        # It counts on the device and adds 1 itself.
+        [torch.full((), now.step - 1, dtype=torch.float32, device=weight.device)],
+        fused=True,
+        found_inf=skip,
+        amsgrad=False,
+        beta1=now.betas[0],
+        beta2=now.betas[1],
+        lr=now.lr,
+        weight_decay=now.weight_decay,
+        eps=now.eps,
+        maximize=False,
+    )
+
+
+def adam_direction(gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, now: AdamStep, skip: Tensor) -> Tensor:
+    """N = m̂ / (√v̂ + ε), in the moments' dtype; zero where `skip` is 1.
+
+    Args:
+        gradient: G or R, any floating-point dtype.
+        exp_avg: first moment, float32 (float64 for float64 weights), contiguous; updated in place.
+        exp_avg_sq: second moment, likewise.
+        now: from `direction_step`.
+        skip: as in `adam_`.
+    """
+    direction = torch.zeros_like(exp_avg)
+    adam_(direction, gradient.to(exp_avg.dtype).contiguous(), exp_avg, exp_avg_sq, now, skip)
+    return direction

@@ -1,0 +1,239 @@
+"""Adam with both moments in blockwise dynamic 8-bit, by bitsandbytes' kernels for the weight's device.
+
+bitsandbytes' own rules hold: moments of fewer than 4,096 elements stay in 32 bits, and so do those of a group with
+`optim_bits: 32`. Its kernels walk the memory as if it were contiguous, and know no update that is skipped.
+
+Source: 8-bit Optimizers via Block-wise Quantization (Dettmers et al., 2022, arXiv:2110.02861).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..integrations import bitsandbytes as kernels
+from ..integrations.bitsandbytes import AdamStep
+from ..lowrank.nonfinite import known_skip
+from ..lowrank.rotation import Rotation, rotate_adam
+from ..lowrank.rounding import add_rounded_, part_of
+from .adam import Adam, adam_direction, direction_step, weight_step
+from .rule import Group, Moment, Moments, Rule
+
+# bitsandbytes keeps the moments of smaller tensors in 32 bits: they save nothing and hurt most.
+MIN_8BIT_ELEMENTS = 4096
+
+
+class Adam32bit(Adam):
+    """Adam as bitsandbytes' 8-bit optimizer computes it for parameters whose moments stay in 32 bits."""
+
+    defaults: ClassVar[Mapping[str, Any]] = {**Adam.defaults, "optim_bits": 8}
+
+    def check(self, group: Group) -> None:
+        """Check what Adam does, `optim_bits`, and that bitsandbytes is installed."""
+        try:
+            kernels.functional()
+        except ImportError as error:
+            raise ImportError(
+                "8-bit moments need bitsandbytes: pip install bitsandbytes. The 32-bit optimizers work without it."
+            ) from error
+        super().check(group)
+        if group["optim_bits"] not in (8, 32):
+            raise ValueError(f"optim_bits has to be 8 or 32, but is {group['optim_bits']!r}.")
+
+    def check_parameter(self, name: str, param: Tensor) -> None:
+        """Check that the kernels know the weight's dtype."""
+        if param.dtype not in kernels.DTYPES:
+            raise ValueError(
+                f"bitsandbytes trains float32, bfloat16 and float16 weights, but {name} of shape "
+                f"{tuple(param.shape)} is {param.dtype}. Use GaLoreAdamW for it."
+            )
+
+    def update_(
+        self, weight: Tensor, gradient: Tensor, moments: Moments, group: Group, step: int, skip: Tensor
+    ) -> bool:
+        """Update a weight of any dtype by bitsandbytes' fused kernel, with no full-rank temporary."""
+        exp_avg, exp_avg_sq, now = moments["exp_avg"], moments["exp_avg_sq"], weight_step(group, step)
+        if known_skip(skip) is None:
+            adam_in_parts_(weight, gradient, (exp_avg, exp_avg_sq), now, skip)
+        else:
+            # Its kernels ask for a gradient of the weight's dtype.
+            kernels.adam_32bit_(weight, gradient.to(weight.dtype).contiguous(), exp_avg, exp_avg_sq, now)
+        return True
+
+
+class Adam8bit(Adam32bit):
+    """Adam with moments in 8 bits, one float32 scale for each 256 elements."""
+
+    def for_shape(self, shape: tuple[int, ...], group: Group) -> Rule:
+        """This, or 32-bit moments of small tensors and where the group asks for them."""
+        return _IN_32_BITS if group["optim_bits"] == 32 or math.prod(shape) < MIN_8BIT_ELEMENTS else self
+
+    def moments(self, shape: tuple[int, ...], dtype: torch.dtype, group: Group) -> dict[str, Moment]:
+        """Codes of the gradient's shape and the scales of their blocks, for either moment."""
+        scales = (math.ceil(math.prod(shape) / kernels.MOMENT_BLOCK),)
+        found: dict[str, Moment] = {}
+        for key in ("exp_avg", "exp_avg_sq"):
+            found[key] = Moment(shape, torch.uint8)
+            found[f"{key}_absmax"] = Moment(scales, torch.float32)
+        return found
+
+    def direction(
+        self, gradient: Tensor, moments: Moments, group: Group, step: int, skip: Tensor
+    ) -> tuple[Tensor, float]:
+        """N in the gradient's dtype, and the learning rate."""
+        now = direction_step(group, step)
+        return adam_8bit_direction(gradient, QuantizedMoments.of(moments), now, skip), float(group["lr"])
+
+    def update_(
+        self, weight: Tensor, gradient: Tensor, moments: Moments, group: Group, step: int, skip: Tensor
+    ) -> bool:
+        """Update a weight of any dtype by bitsandbytes' fused kernel, with no full-rank temporary."""
+        quantized, now = QuantizedMoments.of(moments), weight_step(group, step)
+        if known_skip(skip) is None:
+            adam_in_parts_(weight, gradient, quantized, now, skip)
+        else:
+            adam_8bit_(weight, gradient, quantized, now)
+        return True
+
+    def rotate_(self, moments: Moments, group: Group, rotation: Rotation, step: int) -> None:
+        """Carry both moments into the new basis, in float32 between their codes."""
+        quantized = QuantizedMoments.of(moments)
+        exp_avg, exp_avg_sq = dequantize_moments(quantized)
+        rotated = rotate_adam(exp_avg, exp_avg_sq, rotation, step=step, betas=group["betas"])
+        quantize_moments_(quantized, *rotated)
+
+
+_IN_32_BITS = Adam32bit()
+
+
+class QuantizedMoments(NamedTuple):
+    """Both moments of Adam in blockwise dynamic 8-bit: codes of the gradient's shape, one scale a block."""
+
+    exp_avg: Tensor  # uint8
+    exp_avg_absmax: Tensor  # float32, one for each 256 elements
+    exp_avg_sq: Tensor
+    exp_avg_sq_absmax: Tensor
+
+    @classmethod
+    def of(cls, moments: Moments) -> QuantizedMoments:
+        """Those among a parameter's moments."""
+        return cls(*(moments[key] for key in cls._fields))
+
+    def in_table(self) -> kernels.Moments8bit:
+        """These with the tables that their codes point into."""
+        return kernels.Moments8bit(*self, *codebooks(self.exp_avg.device))
+
+
+class Codebooks(NamedTuple):
+    """bitsandbytes' dynamic 8-bit codebooks: 256 float32 values each, ascending."""
+
+    signed: Tensor
+    unsigned: Tensor
+
+
+@functools.cache
+def codebooks(device: torch.device) -> Codebooks:
+    """The codebooks of `exp_avg` (signed) and `exp_avg_sq` (unsigned) on `device`; copied there once.
+
+    Source: arXiv:2110.02861, section 1.3.
+    """
+    table = kernels.functional().create_dynamic_map
+    return Codebooks(table(signed=True).to(device), table(signed=False).to(device))
+
+
+def dequantize_moments(moments: QuantizedMoments) -> tuple[Tensor, Tensor]:
+    """Both moments in float32."""
+    tables = codebooks(moments.exp_avg.device)
+
+    def plain(codes: Tensor, absmax: Tensor, table: Tensor) -> Tensor:
+        return kernels.dequantize_8bit(kernels.Quantized(codes, absmax), table, kernels.MOMENT_BLOCK, torch.float32)
+
+    return (
+        plain(moments.exp_avg, moments.exp_avg_absmax, tables.signed),
+        plain(moments.exp_avg_sq, moments.exp_avg_sq_absmax, tables.unsigned),
+    )
+
+
+def quantize_moments_(moments: QuantizedMoments, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
+    """Put float32 moments where the 8-bit ones are."""
+    tables = codebooks(moments.exp_avg.device)
+    for values, codes, absmax, table in (
+        (exp_avg, moments.exp_avg, moments.exp_avg_absmax, tables.signed),
+        (exp_avg_sq, moments.exp_avg_sq, moments.exp_avg_sq_absmax, tables.unsigned),
+    ):
+        new = kernels.quantize_8bit(values.contiguous(), table, kernels.MOMENT_BLOCK)
+        codes.copy_(new.codes)
+        absmax.copy_(new.absmax)
+
+
+def adam_8bit_(weight: Tensor, gradient: Tensor, moments: QuantizedMoments, now: AdamStep) -> None:
+    """W ← (1 − ηλ)W − ηN in place, with moments in 8 bits.
+
+    Args:
+        weight: contiguous, float32, bfloat16 or float16.
+        gradient: same shape; made contiguous and cast to the weight's dtype, as the kernels ask.
+        moments: updated in place.
+    """
+    kernels.adam_8bit_(weight, gradient.to(weight.dtype).contiguous(), moments.in_table(), now)
+
+
+def adam_8bit_direction(gradient: Tensor, moments: QuantizedMoments, now: AdamStep, skip: Tensor) -> Tensor:
+    """N for a gradient with 8-bit moments, in its dtype; zero where `skip` is 1.
+
+    The kernel computes in float32 whatever the dtype, and N is cast to the weight's in any case when it is projected
+    back: float32 copies of it and of the gradient would only take memory.
+
+    Args:
+        now: from `direction_step`.
+    """
+    direction = torch.zeros_like(gradient, memory_format=torch.contiguous_format)
+    # What only the device knows to be skipped is computed, and the moments are put back.
+    before = None if known_skip(skip) is False else [moment.clone() for moment in moments]
+    adam_8bit_(direction, gradient, moments, now)
+    if before is not None:
+        skipped = skip.bool()
+        for moment, old in zip(moments, before, strict=True):
+            torch.where(skipped, old, moment, out=moment)
+        direction.masked_fill_(skipped, 0.0)
+    return direction
+
+
+def adam_in_parts_(
+    weight: Tensor,
+    gradient: Tensor,
+    moments: QuantizedMoments | tuple[Tensor, Tensor],
+    now: AdamStep,
+    skip: Tensor,
+) -> None:
+    """W ← (1 − ηλ)W − ηN in place, rounded once, where only the device knows whether the update is skipped.
+
+    bitsandbytes' kernels would move a weight and its moments in any case, and on a GPU round twice. A part at a time,
+    because what is computed is a copy.
+
+    Args:
+        weight: contiguous.
+        gradient: of its shape.
+        moments: in 8 bits, or m and v in float32; contiguous.
+    """
+    flat, gradients = weight.view(-1), gradient.to(weight.dtype).contiguous().view(-1)
+    size, to_direction = part_of(flat.numel()), now._replace(lr=-1.0, weight_decay=0.0)
+    for start in range(0, flat.numel(), size):
+        part = slice(start, start + size)
+        if isinstance(moments, QuantizedMoments):
+            blocks = slice(start // kernels.MOMENT_BLOCK, (start + size) // kernels.MOMENT_BLOCK)
+            of_part = QuantizedMoments(
+                moments.exp_avg.view(-1)[part],
+                moments.exp_avg_absmax[blocks],
+                moments.exp_avg_sq.view(-1)[part],
+                moments.exp_avg_sq_absmax[blocks],
+            )
+            direction = adam_8bit_direction(gradients[part], of_part, to_direction, skip)
+        else:
+            exp_avg, exp_avg_sq = (moment.view(-1)[part] for moment in moments)
+            direction = adam_direction(gradients[part], exp_avg, exp_avg_sq, to_direction, skip)
+        add_rounded_(flat[part], direction.__getitem__, alpha=-now.lr, decay=1 - now.lr * now.weight_decay, skip=skip)

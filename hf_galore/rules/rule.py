@@ -1,0 +1,127 @@
+"""What an update rule is: the moments that it keeps for a parameter, and the direction that they give."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..lowrank.rotation import Rotation
+
+Group = Mapping[str, Any]
+Moments = Mapping[str, Tensor]
+
+
+class Moment(NamedTuple):
+    """One of the tensors that a rule keeps for a parameter; it starts as zeros."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Rule:
+    """How gradients become the direction that a weight moves in: W ← (1 − ηλ)W − factor · N.
+
+    To a rule a low-rank gradient and a whole one are alike. It has no state: moments are tensors in the optimizer's
+    state, with the keys, shapes and dtypes that the rule says, and options are in the parameter group. `step` counts
+    from 1 and includes the present one. Where `skip` is 1 nothing moves: the moments stay, and N is zero.
+
+    A new rule is a subclass in a file of its own, a row of `hf_galore.rules.RULES`, and a value of the option `rule`.
+    """
+
+    defaults: ClassVar[Mapping[str, Any]]
+    """The options of a parameter group that the rule reads, with their defaults."""
+    from_arguments: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Which of these a Trainer's arguments set: `{"betas": ("adam_beta1", "adam_beta2")}`."""
+
+    def check(self, group: Group) -> None:
+        """Check the rule's options of a parameter group.
+
+        Raises:
+            ValueError: one is out of range.
+            ImportError: the rule needs a library that is not installed.
+        """
+        raise NotImplementedError
+
+    def check_parameter(self, name: str, param: Tensor) -> None:
+        """Check that the rule can train a parameter.
+
+        Raises:
+            ValueError: it cannot.
+        """
+
+    def for_shape(self, shape: tuple[int, ...], group: Group) -> Rule:
+        """The rule for moments of a gradient of `shape`: this one, or another that suits small tensors better."""
+        return self
+
+    def moments(self, shape: tuple[int, ...], dtype: torch.dtype, group: Group) -> dict[str, Moment]:
+        """The moments of a parameter by their keys in the optimizer's state.
+
+        Args:
+            shape: of the gradient: the parameter's, or that of R for a target.
+            dtype: of the parameter.
+            group: the parameter's.
+        """
+        raise NotImplementedError
+
+    def direction(
+        self, gradient: Tensor, moments: Moments, group: Group, step: int, skip: Tensor
+    ) -> tuple[Tensor, float]:
+        """The direction N of the gradient's shape, and the factor that it is subtracted with; updates the moments.
+
+        Args:
+            gradient: G or R, which is left as it is.
+            moments: updated in place.
+            group: the parameter's.
+            step: t ≥ 1, the updates that the moments have had with this one.
+            skip: 0-dimensional float32, 1 or 0.
+        """
+        raise NotImplementedError
+
+    def update_(
+        self, weight: Tensor, gradient: Tensor, moments: Moments, group: Group, step: int, skip: Tensor
+    ) -> bool:
+        """Update a contiguous weight from its whole gradient by a kernel of the rule's own, rounding to the nearest.
+
+        Returns:
+            Whether it did; else the caller takes `direction`.
+        """
+        return False
+
+    def rotate_(self, moments: Moments, group: Group, rotation: Rotation, step: int) -> None:
+        """Carry the moments of a target, which have had `step` ≥ 1 updates, into its new basis, in place."""
+        raise NotImplementedError
+
+    def reset_(self, moments: Moments) -> None:
+        """Start the moments anew, in place."""
+        for moment in moments.values():
+            moment.zero_()
+
+
+def full_precision(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of moments: at least float32, for bfloat16 moments with β₂ = 0.999 would hardly decay."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def check_not_negative(group: Group, *keys: str) -> None:
+    """Check that options are at least 0.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for key in keys:
+        if not group[key] >= 0:
+            raise ValueError(f"{key} has to be at least 0, but is {group[key]!r}.")
+
+
+def check_betas(group: Group) -> None:
+    """Check β₁ and β₂.
+
+    Raises:
+        ValueError: they are not two numbers of at least 0 and below 1.
+    """
+    betas = group["betas"]
+    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+        raise ValueError(f"betas have to be two numbers of at least 0 and below 1, but are {betas!r}.")
