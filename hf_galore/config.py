@@ -19,6 +19,8 @@ Moments = Literal["keep", "rotate", "reset"]
 MOMENTS: tuple[Moments, ...] = get_args(Moments)
 ProjBits = Literal[16, 8, 4]
 PROJ_BITS: tuple[ProjBits, ...] = get_args(ProjBits)
+RuleName = Literal["adam", "adafactor", "lion"]
+RULE_NAMES: tuple[RuleName, ...] = get_args(RuleName)
 EmbeddingBits = Literal[32, 8]
 EMBEDDING_BITS: tuple[EmbeddingBits, ...] = get_args(EmbeddingBits)
 
@@ -59,8 +61,9 @@ def _bool() -> _Option:
     return _Option(_parse_bool, lambda v: isinstance(v, bool), "true or false")
 
 
-def _optional_bool() -> _Option:
-    return _Option(_parse_bool, lambda v: v is None or isinstance(v, bool), "true or false")
+def _or_none(option: _Option) -> _Option:
+    """The option, with `None` for what something else decides."""
+    return dataclasses.replace(option, is_valid=lambda v: v is None or option.is_valid(v))
 
 
 _GROUP_OPTIONS: dict[str, _Option] = {
@@ -73,12 +76,13 @@ _GROUP_OPTIONS: dict[str, _Option] = {
     "lazy_refresh": _bool(),
     "moments": _one_of(MOMENTS),
     "proj_bits": _one_of(PROJ_BITS),
+    "rule": _or_none(_one_of(RULE_NAMES)),
 }
 # These concern the optimizer as a whole.
 _OPTIONS: dict[str, _Option] = {
     **_GROUP_OPTIONS,
     "stochastic_rounding": _bool(),
-    "projected_backward": _optional_bool(),
+    "projected_backward": _or_none(_bool()),
     "embedding_bits": _one_of(EMBEDDING_BITS),
 }
 
@@ -148,6 +152,8 @@ class GaLoreConfig:
         moments: what happens to the moments when the basis changes. `keep` leaves them, as published; `rotate` carries
             them into the new basis; `reset` starts them, and their bias correction, anew.
         proj_bits: bits that an element of a basis is kept in; 16 stands for the weight's own dtype.
+        rule: how low-rank gradients become directions; `None` stands for what the optimizer's name says, which all
+            other parameters follow in any case. Only the 8-bit optimizers' own rule, `adam`, has moments in 8 bits.
         stochastic_rounding: whether updates of bfloat16 weights are rounded up or down at random, without bias, rather
             than to the nearest: small ones would vanish.
         projected_backward: whether linear layers compute the low-rank gradient without the gradient; `None` stands
@@ -169,6 +175,7 @@ class GaLoreConfig:
     lazy_refresh: bool = False
     moments: Moments = "keep"
     proj_bits: ProjBits = 4
+    rule: RuleName | None = None
     stochastic_rounding: bool = False
     projected_backward: bool | None = None
     embedding_bits: EmbeddingBits = 32

@@ -23,7 +23,7 @@ from .window import Mode, Window
 
 if TYPE_CHECKING:
     from ..optim.bases import Before
-    from ..optim.target import Trained
+    from ..optim.trained import Trained
 
 
 class Source(Protocol):

@@ -34,7 +34,8 @@ from .passes import Passes
 
 if TYPE_CHECKING:
     from ..optim.bases import Before
-    from ..optim.target import Target, Trained
+    from ..optim.target import Target
+    from ..optim.trained import Trained
 
 
 @dataclasses.dataclass

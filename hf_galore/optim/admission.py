@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..log import logger
 from ..lowrank.nonfinite import has_numbers
 from ..lowrank.projection import is_projectable, norm_of
-from ..rules import Rule
+from ..rules import Rule, rule_of
 from .groups import Group, is_target
 
 
@@ -42,13 +42,18 @@ def check_parameters(
         _check_dense(module, {id(param) for _, param in named})
 
 
-def check_group(group: Group, rule: Rule, name_of: Callable[[Tensor], str]) -> None:
+def check_group(group: Group, own: Rule, name_of: Callable[[Tensor], str]) -> None:
     """Check the options of a group, and that its parameters can be what it says; say which are too small to project.
+
+    Args:
+        own: the optimizer's rule.
+        name_of: gives the names that messages use.
 
     Raises:
         ValueError: an option is out of range; a parameter is sharded, no matrix where the group has a rank, or of a
             dtype that the rule does not know.
     """
+    rule = rule_of(own, group)
     rule.check(group)
     too_small = []
     for param in group["params"]:
@@ -94,8 +99,8 @@ def check_stochastic_rounding(groups: Iterable[Group]) -> None:
         )
 
 
-def lost_decays(groups: Iterable[Group]) -> int:
-    """How many weights neither their decay nor an update moves by half a unit in the last place."""
+def say_if_decay_is_lost(groups: Iterable[Group]) -> None:
+    """Warn of weights that neither their decay nor an update moves by half a unit in the last place."""
     moves: list[float] = []  # of an element, relative to half a unit in the last place of 1
     sizes: list[Tensor] = []
     for group in groups:
@@ -111,10 +116,14 @@ def lost_decays(groups: Iterable[Group]) -> int:
             moves.append(rate * part / half)
             sample = param.detach().view(-1)[:4096] if param.is_contiguous() else param.detach()
             sizes.append(norm_of(sample) / sample.numel() ** 0.5)
-    if not sizes:
-        return 0
-    measured = torch.stack([size.cpu() for size in sizes]).tolist()
-    return sum(move < size for move, size in zip(moves, measured, strict=True))
+    measured = torch.stack([size.cpu() for size in sizes]).tolist() if sizes else []
+    lost = sum(move < size for move, size in zip(moves, measured, strict=True))
+    if lost:
+        logger.warning(
+            "Weight decay does nothing to %d weight(s) of less than float32: at these learning rates it is rounded "
+            "away, as most of each update is. stochastic_rounding=true keeps both.",
+            lost,
+        )
 
 
 def _check_present(named: list[tuple[str, Tensor]], on_meta: bool) -> None:

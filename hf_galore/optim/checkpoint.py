@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .bases import ON_HOST, Before
+from .bases import ON_HOST
 from .groups import check_plain_state, check_same_names, check_same_options, check_unchanged
-from .target import Trained
+from .trained import Trained
+
+if TYPE_CHECKING:
+    from .optimizer import GaLoreOptimizer
 
 FORMAT_KEY, FORMAT = "hf_galore_format", 1
 """The version of what is saved, which stands beside `state` and `param_groups`; checkpoints without one are of 1."""
@@ -19,34 +23,65 @@ Copy = tuple[Trained, str, Tensor]
 """A parameter, a key of its state, and what to put there."""
 
 
-def without_windows(
-    saved: dict[str, Any], parameters: list[Trained], before: Callable[[Tensor], Before | None]
-) -> None:
-    """Take the refreshes of windows that have not had their step out of a state dict, in place.
+@contextlib.contextmanager
+def saving(optimizer: GaLoreOptimizer) -> Iterator[None]:
+    """Let `state_dict()` of torch's optimizer, within, give what a checkpoint is to have.
 
-    The gradients of a window are not saved, and so its refreshes are to come.
-
-    Args:
-        saved: shares the tensors of the optimizer's state, which stay as they are.
-        parameters: of the optimizer.
-        before: the basis of a parameter before the refresh of its window, where there was one.
+    The gradients of a window that has not had its step are not saved, and so its refreshes are to come: the state is
+    as it was before them.
     """
-    for trained in parameters:
-        undone = before(trained.param)
-        if undone is not None and undone.complete:
-            saved["state"][trained.index] = undone.restored(trained.state)
+
+    def complete(_: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+        saved[FORMAT_KEY] = FORMAT
+        if optimizer.hooks is None:
+            return
+        for trained in optimizer.trained_parameters():
+            before = optimizer.hooks.before(trained.param)
+            if before is not None and before.complete:
+                saved["state"][trained.index] = before.restored(trained.state)
+
+    # The first of the hooks on it: others see what is saved.
+    handle = optimizer.register_state_dict_post_hook(complete, prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
-def checked(
-    cls_name: str, groups: list[dict[str, Any]], saved: Mapping[str, Any], parameter_of: Callable[[Tensor], Trained]
-) -> Iterator[Copy]:
+@contextlib.contextmanager
+def loading(optimizer: GaLoreOptimizer) -> Iterator[None]:
+    """Let `load_state_dict()` of torch's optimizer, within, load bit for bit, and nothing of what does not fit.
+
+    Torch would cast every floating-point tensor to the dtype of its parameter: float32 moments of bfloat16 weights
+    would lose their lower half.
+    """
+    copies: list[Copy] = []
+    state = optimizer.state
+
+    def check(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
+        copies.extend(_checked(optimizer, loaded))
+        return {**loaded, "state": {}}  # what torch would cast
+
+    def fill(_: torch.optim.Optimizer) -> None:
+        optimizer.state = state
+        for target in optimizer.targets():
+            target.forget_version()
+        _fill(copies)
+
+    # Among the hooks of others: theirs before loading change what is checked, and theirs after see it loaded.
+    handles = [
+        optimizer.register_load_state_dict_pre_hook(check),
+        optimizer.register_load_state_dict_post_hook(fill, prepend=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _checked(optimizer: GaLoreOptimizer, saved: Mapping[str, Any]) -> Iterator[Copy]:
     """What a state dict has for each parameter, if all of it is the optimizer's.
-
-    Args:
-        cls_name: the optimizer's.
-        groups: its parameter groups.
-        saved: the state dict.
-        parameter_of: gives what a tensor is to the optimizer.
 
     Raises:
         ValueError: it is not; the message says what differs.
@@ -57,7 +92,7 @@ def checked(
             f"The checkpoint's optimizer state is of format {saved[FORMAT_KEY]}, and this hf_galore reads formats up "
             f"to {FORMAT}: a newer one wrote it. Resume with that, or a newer one still."
         )
-    saved_groups = saved["param_groups"]
+    groups, saved_groups = optimizer.param_groups, saved["param_groups"]
     if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved_groups]:
         raise ValueError(
             "The checkpoint's optimizer state was made for other parameter groups: it has "
@@ -70,8 +105,8 @@ def checked(
         check_same_names(group, saved_group)
         for param, index in zip(group["params"], saved_group["params"], strict=True):
             of_param = saved["state"].get(index, {})
-            trained = parameter_of(param)
-            _check_same_state(cls_name, trained, index, of_param)
+            trained = optimizer.trained(param)
+            _check_same_state(type(optimizer).__name__, trained, index, of_param)
             yield from ((trained, key, value) for key, value in of_param.items())
 
 
@@ -95,7 +130,7 @@ def _check_same_state(cls_name: str, trained: Trained, index: int, saved: Mappin
     )
 
 
-def fill(copies: list[Copy]) -> None:
+def _fill(copies: list[Copy]) -> None:
     """Put what was loaded where the optimizer has it."""
     for trained, key, value in copies:
         current = trained.present_state

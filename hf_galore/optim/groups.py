@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypedDict
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import GROUP_OPTIONS, GaLoreConfig, nearest
 from ..lowrank.projection import is_projectable
 
 Group = dict[str, Any]
 ParamOptions = Mapping[Tensor, Mapping[str, Any]]
+
+
+class GaLoreOptions(TypedDict, total=False):
+    """What every GaLore optimizer takes besides its hyperparameters, all by keyword."""
+
+    param_options: ParamOptions | None
+    """Group entries for single parameters (`{weight: {"rank": 128}}`): a group with such parameters is split. The way
+    to project parameters of groups that somebody else has made."""
+    module: nn.Module | None
+    """The model that the parameters belong to: names them in messages; needed by the options below. (Not called
+    `model`: a Trainer takes that from an optimizer's arguments.)"""
+    layerwise: bool
+    """Whether to update each weight during the backward pass, so that no two gradients are alive at a time."""
+    projected_backward: bool | None
+    """Whether linear layers compute their low-rank gradient without the gradient; by default as `layerwise`."""
+    hold_gradients: bool
+    """Whether layerwise holds low-rank gradients until `step()`, as clipping needs; an accumulation does so itself."""
+    stochastic_rounding: bool
+    """Whether updates of bfloat16 weights are rounded stochastically, from torch's initial seed."""
 
 
 def split_groups(params: Iterable[Any], options: ParamOptions) -> list[dict[str, Any]]:
@@ -33,28 +52,6 @@ def split_groups(params: Iterable[Any], options: ParamOptions) -> list[dict[str,
     if not split:
         raise ValueError("The optimizer was given no parameters.")
     return split
-
-
-def with_names(groups: list[dict[str, Any]], names: Mapping[int, str]) -> list[dict[str, Any]]:
-    """The groups with (name, parameter) pairs, where all names are known: torch keeps them in checkpoints.
-
-    Without them moments could be loaded into other matrices of the same shapes.
-    """
-    params = [entry for group in groups for entry in group["params"]]
-    if not all(isinstance(param, Tensor) and id(param) in names for param in params):
-        return groups
-    return [{**group, "params": [(names[id(param)], param) for param in group["params"]]} for group in groups]
-
-
-def named_entries(
-    groups: Iterable[Mapping[str, Any]], name_of: Callable[[Tensor], str]
-) -> Iterator[tuple[str, Tensor]]:
-    """The parameters of groups as they are given, alone or in pairs with their names, and the names of all."""
-    for group in groups:
-        for entry in group["params"]:
-            name, param = entry if isinstance(entry, tuple) else (None, entry)
-            if isinstance(param, Tensor):
-                yield name or name_of(param), param
 
 
 def is_target(param: Tensor, group: Group) -> bool:

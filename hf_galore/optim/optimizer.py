@@ -7,9 +7,8 @@ is not in it.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable
-from typing import Any, TypedDict, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -17,34 +16,17 @@ from torch import Tensor, nn
 from ..backward.gradient import LowRankGradient, UsedGradient
 from ..backward.hooks import BackwardHooks
 from ..config import GaLoreConfig
-from ..log import logger
 from ..lowrank.projection import norm_of
-from ..rules import RULES
+from ..rules import RULES, options_of
 from . import checkpoint
-from .admission import check_group, check_parameters, check_stochastic_rounding, lost_decays
-from .groups import ParamOptions, check_group_keys, check_options, named_entries, split_groups, with_names
-from .report import Journal, Memory
+from .admission import check_group, check_parameters, check_stochastic_rounding, say_if_decay_is_lost
+from .groups import GaLoreOptions as GaLoreOptions
+from .groups import check_group_keys, check_options, split_groups
+from .names import Names
+from .report import Journal, Memory, figures_of
 from .skipped import Skipped
-from .target import Target, Trained, make
-
-
-class GaLoreOptions(TypedDict, total=False):
-    """What every GaLore optimizer takes besides its hyperparameters, all by keyword."""
-
-    param_options: ParamOptions | None
-    """Group entries for single parameters (`{weight: {"rank": 128}}`): a group with such parameters is split. The way
-    to project parameters of groups that somebody else has made."""
-    module: nn.Module | None
-    """The model that the parameters belong to: names them in messages; needed by the options below. (Not called
-    `model`: a Trainer takes that from an optimizer's arguments.)"""
-    layerwise: bool
-    """Whether to update each weight during the backward pass, so that no two gradients are alive at a time."""
-    projected_backward: bool | None
-    """Whether linear layers compute their low-rank gradient without the gradient; by default as `layerwise`."""
-    hold_gradients: bool
-    """Whether layerwise holds low-rank gradients until `step()`, as clipping needs; an accumulation does so itself."""
-    stochastic_rounding: bool
-    """Whether updates of bfloat16 weights are rounded stochastically, from torch's initial seed."""
+from .target import Target, make
+from .trained import Trained
 
 
 class GaLoreOptimizer(torch.optim.Optimizer):
@@ -62,7 +44,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
     """
 
     _hooks: BackwardHooks | None
-    _owner: weakref.ref[nn.Module] | None  # of the parameters
+    _names: Names
 
     def __init__(self, params: Iterable[Any], rule: str = "adam", **options: Any) -> None:
         if rule not in RULES:
@@ -72,21 +54,18 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         model: nn.Module | None = options.get("module")
         layerwise: bool = options.get("layerwise", False)
         projected_backward: bool | None = options.get("projected_backward")
-        self._init_unsaved(rule)
-        if model is not None:
-            self._owner = weakref.ref(model)
-            self._learn_names(model)
+        self._init_unsaved(rule, model)
         groups = split_groups(params, options.get("param_options") or {})
-        check_parameters(named_entries(groups, self.name_of), model)
+        check_parameters(self._names.of_entries(groups), model)
         defaults = {key: options.get(key, default) for key, default in own.items()}
         if options.get("stochastic_rounding", False):
             # In the groups, so that a resumed run goes on with the numbers of the first.
             defaults.update(stochastic_rounding=True, rounding_seed=torch.initial_seed())
         self._constructing = True
-        super().__init__(with_names(groups, self._names), defaults)
+        super().__init__(self._names.in_groups(groups), defaults)
         self._constructing = False
         check_stochastic_rounding(self.param_groups)
-        self._say_if_decay_is_lost()
+        say_if_decay_is_lost(self.param_groups)
         if projected_backward is None:
             projected_backward = layerwise
         if layerwise or projected_backward:
@@ -103,16 +82,14 @@ class GaLoreOptimizer(torch.optim.Optimizer):
                 hold_gradients=options.get("hold_gradients", False),
             )
 
-    def _init_unsaved(self, rule: str) -> None:
+    def _init_unsaved(self, rule: str, model: nn.Module | None) -> None:
         """Set what is not in `state_dict()`."""
         self.rule = rule
         self.journal = Journal()
         self._hooks = None
         self._constructing = False
-        self._warned_of_skipped = False
-        self._owner = None
-        self._names: dict[int, str] = {}  # of the parameters, by their id
-        self._trained: dict[int, Trained] = {}  # likewise
+        self._names = Names(model)
+        self._trained: dict[int, Trained] = {}  # by the parameter's id
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "rule": self.rule}
@@ -120,7 +97,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_hooks" not in self.__dict__:  # a copy, to which torch's optimizers give groups and state only
-            self._init_unsaved(self.rule)
+            self._init_unsaved(self.rule, None)
 
     # ---- groups
 
@@ -133,17 +110,16 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         check_group_keys(param_group)
         config = GaLoreConfig.from_group(param_group)
         if config is not None:
-            param_group = {**param_group, **config.group_options()}
+            param_group = {**options_of(RULES[self.rule], param_group), **param_group, **config.group_options()}
         if param_group.get("stochastic_rounding", self.defaults.get("stochastic_rounding")):
             param_group = {"rounding_seed": torch.initial_seed(), **param_group}
-        super().add_param_group(self._with_names(param_group))
+        super().add_param_group(self._names.in_group(param_group, self.param_groups))
         group = self.param_groups[-1]
-        for param, name in zip(group["params"], group.get("param_names", ()), strict=False):
-            self._names.setdefault(id(param), name)
+        self._names.learn(group)
         try:
             check_group(group, RULES[self.rule], self.name_of)
             if not self._constructing:
-                check_parameters((self.name_of(param), param) for param in self._params())
+                check_parameters(self._names.of_entries(self.param_groups))
         except ValueError:
             del self.param_groups[-1]
             raise
@@ -153,37 +129,9 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         if self._hooks is not None and self._hooks.attached:
             self._hooks.attach_new()
 
-    def _learn_names(self, model: nn.Module) -> None:
-        self._names.update((id(param), name) for name, param in model.named_parameters())
-
-    def _with_names(self, param_group: dict[str, Any]) -> dict[str, Any]:
-        """A group with names where the others have them: torch asks for all or none."""
-        params = param_group["params"]
-        params = [params] if isinstance(params, Tensor) else list(params)
-        if not any("param_names" in group for group in self.param_groups) or any(isinstance(p, tuple) for p in params):
-            return {**param_group, "params": params}
-        model = None if self._owner is None else self._owner()
-        if model is not None:
-            self._learn_names(model)
-        first = sum(len(group["params"]) for group in self.param_groups)
-        named = [(self._names.get(id(param), f"added.{first + i}"), param) for i, param in enumerate(params)]
-        return {**param_group, "params": named}
-
-    def _say_if_decay_is_lost(self) -> None:
-        lost = lost_decays(self.param_groups)
-        if lost:
-            logger.warning(
-                "Weight decay does nothing to %d weight(s) of less than float32: at these learning rates it is rounded "
-                "away, as most of each update is. stochastic_rounding=true keeps both.",
-                lost,
-            )
-
     def name_of(self, param: Tensor) -> str:
         """The name of a parameter in the model, or words for it where none is known."""
-        return self._names.get(id(param), f"a parameter of shape {tuple(param.shape)}")
-
-    def _params(self) -> list[Tensor]:
-        return [param for group in self.param_groups for param in group["params"]]
+        return self._names.of(param)
 
     # ---- what each parameter is
 
@@ -346,7 +294,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
 
     def _gradients(self) -> list[Tensor]:
         """What `step()` is going to use."""
-        gradients = (param.grad for param in self._params())
+        gradients = (param.grad for group in self.param_groups for param in group["params"])
         return [gradient for gradient in gradients if gradient is not None and not isinstance(gradient, UsedGradient)]
 
     # ---- what it did
@@ -357,13 +305,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         `captured_energy_min`, `captured_energy_median`, `overlap_median` and `refresh_seconds` where there were any;
         always `refreshes`, all of the run, and `refreshes_saved` where `lazy_refresh` is on.
         """
-        figures = self.journal.refreshes.take()
-        counts = [target.refresh_counts() for target in self.targets() if target.present_state]
-        figures["refreshes"] = sum(done for done, _ in counts)
-        saved = [saved for _, saved in counts if saved is not None]
-        if saved:
-            figures["refreshes_saved"] = max(sum(saved), 0)
-        return figures
+        return figures_of(self.journal, self.targets())
 
     def memory(self) -> Memory:
         """The bytes of moments and bases, and how many parameters are targets and how many full-rank."""
@@ -383,36 +325,15 @@ class GaLoreOptimizer(torch.optim.Optimizer):
 
     def warn_of_skipped(self) -> None:
         """Warn, once, if updates were skipped. Waits for the device."""
-        skipped = self.skipped_updates()
-        if self._warned_of_skipped or not skipped:
-            return
-        self._warned_of_skipped = True
-        name, (_, step) = min(skipped.items(), key=lambda item: item[1].first_step)
-        others = f" and {len(skipped) - 1} other(s)" if len(skipped) > 1 else ""
-        logger.warning(
-            "A gradient was NaN or infinite: the update of %s%s was skipped at step %d. This is said once; "
-            "optimizer.skipped_updates() counts.",
-            name,
-            others,
-            step,
-        )
+        self.journal.warn_of(self.skipped_updates())
 
     # ---- saving and loading
 
     def state_dict(self) -> dict[str, Any]:
         """The groups and state, as of torch's optimizers; of backward passes before their step it has nothing."""
 
-        def complete(_: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-            saved[checkpoint.FORMAT_KEY] = checkpoint.FORMAT
-            if self._hooks is not None:
-                checkpoint.without_windows(saved, self.trained_parameters(), self._hooks.before)
-
-        # The first of the hooks on it: others see what is saved.
-        handle = self.register_state_dict_post_hook(complete, prepend=True)
-        try:
+        with checkpoint.saving(self):
             return super().state_dict()
-        finally:
-            handle.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict()` gave, bit for bit, into the tensors that are there.
@@ -424,26 +345,5 @@ class GaLoreOptimizer(torch.optim.Optimizer):
             ValueError: the groups, GaLore's hyperparameters, or keys and shapes of the state are not this
                 optimizer's. Nothing is loaded then.
         """
-        copies: list[checkpoint.Copy] = []
-        state = self.state
-
-        def check(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
-            copies.extend(checkpoint.checked(type(self).__name__, self.param_groups, loaded, self.trained))
-            return {**loaded, "state": {}}  # torch would cast it
-
-        def fill(_: torch.optim.Optimizer) -> None:
-            self.state = state
-            for target in self.targets():
-                target.forget_version()
-            checkpoint.fill(copies)
-
-        # Among the hooks of others: theirs before loading change what is checked, and theirs after see it loaded.
-        handles = [
-            self.register_load_state_dict_pre_hook(check),
-            self.register_load_state_dict_post_hook(fill, prepend=True),
-        ]
-        try:
+        with checkpoint.loading(self):
             super().load_state_dict(state_dict)
-        finally:
-            for handle in handles:
-                handle.remove()

@@ -7,11 +7,13 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .skipped import SkippedUpdates
+from ..log import logger
+from .skipped import Skipped, SkippedUpdates
 
 
 class Stopwatch:
@@ -103,3 +105,41 @@ class Journal:
 
     refreshes: RefreshLog = dataclasses.field(default_factory=RefreshLog)
     skipped: SkippedUpdates = dataclasses.field(default_factory=SkippedUpdates)
+    warned_of_skipped: bool = False
+
+    def warn_of(self, skipped: Mapping[str, Skipped]) -> None:
+        """Warn, once, if updates were skipped."""
+        if self.warned_of_skipped or not skipped:
+            return
+        self.warned_of_skipped = True
+        name, (_, step) = min(skipped.items(), key=lambda item: item[1].first_step)
+        others = f" and {len(skipped) - 1} other(s)" if len(skipped) > 1 else ""
+        logger.warning(
+            "A gradient was NaN or infinite: the update of %s%s was skipped at step %d. This is said once; "
+            "optimizer.skipped_updates() counts.",
+            name,
+            others,
+            step,
+        )
+
+
+class Counting(Protocol):
+    """What a target tells of its refreshes."""
+
+    @property
+    def present_state(self) -> dict[str, Tensor]:
+        """What the optimizer keeps of it; empty where that is yet to be made."""
+
+    def refresh_counts(self) -> tuple[int, int | None]:
+        """How many refreshes there were, and with `lazy_refresh` how many it has saved."""
+
+
+def figures_of(journal: Journal, targets: Sequence[Counting]) -> dict[str, float]:
+    """The figures of the refreshes since the last call, and their counts so far. Waits for the device."""
+    figures = journal.refreshes.take()
+    counts = [target.refresh_counts() for target in targets if target.present_state]
+    figures["refreshes"] = sum(done for done, _ in counts)
+    saved = [saved for _, saved in counts if saved is not None]
+    if saved:
+        figures["refreshes_saved"] = max(sum(saved), 0)
+    return figures

@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from .adafactor import Adafactor
 from .adam import Adam
 from .adam_8bit import Adam8bit
+from .lion import Lion
 from .rule import Rule
 
-__all__ = ["RULES", "Rule"]
+__all__ = ["RULES", "Rule", "options_of", "rule_of"]
 
+# By the names that optimizers have for them. The option `rule` of a group of targets names them by `Rule.option`.
 RULES: dict[str, Rule] = {
     "adam": Adam(),
     "adam_8bit": Adam8bit(),
     "adafactor": Adafactor(),
+    "lion": Lion(),
 }
+
+
+def rule_of(own: Rule, group: Mapping[str, Any]) -> Rule:
+    """The rule of a parameter group.
+
+    Args:
+        own: the optimizer's.
+        group: whose option `rule` may name another.
+    """
+    name = group.get("rule")
+    return own if name is None or name == own.option else RULES[name]
+
+
+def options_of(own: Rule, group: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that the rule of a group has and the optimizer's own has not, or understands otherwise.
+
+    Learning rate, decay and β are the optimizer's, whatever the rule.
+    """
+    rule = rule_of(own, group)
+    shared = {"lr", "weight_decay", "betas"}
+    return {} if rule is own else {key: value for key, value in rule.defaults.items() if key not in shared}

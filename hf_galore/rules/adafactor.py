@@ -19,6 +19,7 @@ class Adafactor(Rule):
     Source: Adafactor (Shazeer and Stern, 2018, arXiv:1804.04235), algorithm 4.
     """
 
+    option = "adafactor"
     defaults: ClassVar[Mapping[str, Any]] = {
         "lr": 1e-3,
         "eps": 1e-30,

@@ -20,6 +20,7 @@ class Adam(Rule):
     Source: Adam (Kingma and Ba, 2015, arXiv:1412.6980), algorithm 1; AdamW (arXiv:1711.05101), algorithm 2.
     """
 
+    option = "adam"
     defaults: ClassVar[Mapping[str, Any]] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
     from_arguments: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "betas": ("adam_beta1", "adam_beta2"),

@@ -31,6 +31,8 @@ class Rule:
     A new rule is a subclass in a file of its own, a row of `hf_galore.rules.RULES`, and a value of the option `rule`.
     """
 
+    option: ClassVar[str]
+    """What the option `rule` calls it."""
     defaults: ClassVar[Mapping[str, Any]]
     """The options of a parameter group that the rule reads, with their defaults."""
     from_arguments: ClassVar[Mapping[str, tuple[str, ...]]] = {}

@@ -1,0 +1,217 @@
+"""One parameter of an optimizer, and what it is where it trains full-rank.
+
+What follows from options and shape is worked out here, once, and is never in the state.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from ..lowrank.nonfinite import known_skip, skip_unless_finite
+from ..lowrank.projection import norm_of
+from ..lowrank.rounding import add_rounded_, generator_for
+from ..rules import Rule
+from .bases import State
+from .groups import Group, check_unchanged
+from .report import Journal
+
+if TYPE_CHECKING:
+    from .target import Target
+
+
+class Owner(Protocol):
+    """What a parameter needs of its optimizer, whose groups are replaced by loading, and whose state anybody may."""
+
+    param_groups: list[dict[str, Any]]
+    state: Any
+    journal: Journal
+
+    def name_of(self, param: Tensor) -> str:
+        """The name of a parameter."""
+
+    def targets(self) -> Sequence[Target]:
+        """All parameters that are projected."""
+
+
+class Trained:
+    """What a target and a full-rank parameter have in common.
+
+    Args:
+        owner: the optimizer; referred to weakly.
+        param: the parameter.
+        group_index: of its group.
+        index: of the parameter in the optimizer.
+        rule: turns its gradients into directions.
+    """
+
+    def __init__(self, owner: Owner, param: Tensor, group_index: int, index: int, rule: Rule) -> None:
+        self.param = param
+        self.index = index
+        self._owner = weakref.ref(owner)
+        self._group_index = group_index
+        self._rule = rule
+        self._derive()
+
+    projected = False
+    """Whether it is a target."""
+    moment_keys: tuple[str, ...]
+    """The keys of the state that hold its moments."""
+    basis_keys: tuple[str, ...] = ()
+    """The keys of the state that hold its bases."""
+
+    def _derive(self) -> None:
+        """Work out what follows from the options and the shape."""
+        self._shape = self.param.shape
+        shape, group = self._shape_of_gradient(), self.group
+        self.rule = self._rule.for_shape(shape, group)
+        self._moments = self.rule.moments(shape, self.param.dtype, group)
+        self.moment_keys = tuple(self._moments)
+
+    def _shape_of_gradient(self) -> tuple[int, ...]:
+        """The shape of the gradient that its moments are of."""
+        return tuple(self._shape)
+
+    @property
+    def owner(self) -> Owner:
+        """The optimizer.
+
+        Raises:
+            RuntimeError: it is gone.
+        """
+        owner = self._owner()
+        if owner is None:
+            raise RuntimeError("The optimizer of this parameter is gone. Set what is left in .grad to None.")
+        return owner
+
+    @property
+    def name(self) -> str:
+        """Its name in the model, or words for it where none is known."""
+        return self.owner.name_of(self.param)
+
+    @property
+    def group(self) -> Group:
+        """Its parameter group, which schedulers move and loading replaces."""
+        return self.owner.param_groups[self._group_index]
+
+    @property
+    def present_state(self) -> State:
+        """What the optimizer keeps of it; empty where that is yet to be made."""
+        return cast("State", self.owner.state[self.param])
+
+    @property
+    def state(self) -> State:
+        """What the optimizer keeps of it; made where there is none.
+
+        Raises:
+            ValueError: the parameter has another shape than when the optimizer was made.
+        """
+        states = self.owner.state
+        state = cast("State", states[self.param])
+        if not state:  # frozen when the optimizer was made, or forgotten on purpose
+            self._derive()
+            state = states[self.param] = self.new_state(self.param)
+        elif self.param.shape != self._shape:
+            check_unchanged(self.name, self.param.shape, state, self.made_now().new_state(self.param))
+        return state
+
+    def made_now(self) -> Trained:
+        """What this would be if it were made now: of the shape and the options that the parameter has now."""
+        return type(self)(self.owner, self.param, self._group_index, self.index, self._rule)
+
+    def new_state(self, like: Tensor) -> State:
+        """A state before the first step, on the device of `like`."""
+        moments = {key: like.new_zeros(moment.shape, dtype=moment.dtype) for key, moment in self._moments.items()}
+        return {"step": torch.tensor(0.0), **moments}
+
+    def moments(self) -> State:
+        """Its moments, on its device: the model may have been moved since."""
+        state = self.state
+        self._place(state, self.moment_keys)
+        return {key: state[key] for key in self.moment_keys}
+
+    def _place(self, state: State, keys: tuple[str, ...], dtype: torch.dtype | None = None) -> None:
+        """Move what the state has under these keys to the parameter, and cast it."""
+        device = self.param.device
+        for key in keys:
+            value = state[key]
+            if value.device != device or (dtype is not None and value.dtype != dtype):
+                state[key] = value.to(device, dtype)
+
+    # ---- the update
+
+    def step(self, gradient: Tensor) -> None:
+        """One optimizer step from the gradient, which is left as it is.
+
+        Raises:
+            RuntimeError: the gradient is sparse.
+        """
+        if gradient.is_sparse:
+            raise RuntimeError(
+                f"GaLore cannot use sparse gradients, but that of {self.name} is. Build the embedding with "
+                "sparse=False."
+            )
+        self._step(gradient)
+
+    def _step(self, gradient: Tensor) -> None:
+        raise NotImplementedError
+
+    def _begin(self, state: State, skip: Tensor, known: bool | None) -> int | None:
+        """Count an update, unless it is skipped because the gradient is not finite.
+
+        Args:
+            skip: as `skip_unless_finite` gives it.
+            known: as `known_skip` gives it: on a GPU only the device knows, and what was counted is taken back when
+                the host reads it.
+
+        Returns:
+            The number of the update, from 1; `None` where the host knows that it is skipped.
+        """
+        step = int(state["step"].item()) + 1
+        if known is None:
+            self.owner.journal.skipped.note(self.param, skip, step)
+        elif known:
+            self.owner.journal.skipped.note_known(self.param, step)
+            return None
+        # Out of place: under fake tensors the value of a CPU scalar survives that, and not `+=`.
+        state["step"] = state["step"] + 1
+        return step
+
+    def _rounds_stochastically(self, group: Group) -> bool:
+        return bool(group.get("stochastic_rounding")) and self.param.dtype == torch.bfloat16
+
+    def _add_rounded(
+        self, group: Group, update: Callable[[slice], Tensor], alpha: float, step: int, skip: Tensor
+    ) -> None:
+        """Add an update in one rounding with the decay: stochastically if the group says so, else to the nearest."""
+        generator = None
+        if self._rounds_stochastically(group):
+            generator = generator_for(self.param.device, group["rounding_seed"], self.index, step)
+        add_rounded_(self.param, update, alpha=alpha, decay=decay_of(group), skip=skip, generator=generator)
+
+
+class FullRank(Trained):
+    """A parameter that trains as it would without GaLore."""
+
+    def _step(self, gradient: Tensor) -> None:
+        state, group, param = self.state, self.group, self.param
+        skip = skip_unless_finite(norm_of(gradient))
+        step = self._begin(state, skip, known_skip(skip))
+        if step is None:
+            return
+        moments = self.moments()
+        to_nearest = param.is_contiguous() and not self._rounds_stochastically(group)
+        if to_nearest and self.rule.update_(param, gradient, moments, group, step, skip):
+            return
+        direction, factor = self.rule.direction(gradient, moments, group, step, skip)
+        rows = direction.reshape(-1) if direction.ndim == 0 else direction
+        self._add_rounded(group, rows.__getitem__, -factor, step, skip)
+
+
+def decay_of(group: Group) -> float:
+    """The factor of weight decay, 1 − ηλ."""
+    return 1 - float(group["lr"] * group["weight_decay"])
