@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 ProjType = Literal["std", "reverse_std", "left", "right", "full"]
 PROJ_TYPES: tuple[ProjType, ...] = get_args(ProjType)
-RefreshMethod = Literal["svd", "randomized", "subspace"]
+RefreshMethod = Literal["svd", "randomized", "subspace", "random"]
 REFRESH_METHODS: tuple[RefreshMethod, ...] = get_args(RefreshMethod)
 Moments = Literal["keep", "rotate", "reset"]
 MOMENTS: tuple[Moments, ...] = get_args(Moments)
@@ -141,7 +141,8 @@ class GaLoreConfig:
         proj_type: which side is projected. `std` takes the smaller one, `reverse_std` the larger one,
             `left`, `right` and `full` (both) what they say.
         refresh: how a basis is computed. `svd` takes the full SVD, as published; `randomized` a range finder with
-            oversampling; `subspace` power iterations from the old basis.
+            oversampling; `subspace` power iterations from the old basis; `random` takes random numbers, whatever the
+            gradient (not with `lazy_refresh`).
         stagger: whether the refreshes of the matrices are spread over the gap; or else all fall on one step. The first
             step makes all bases in any case.
         lazy_refresh: whether the gap of a matrix doubles, up to eight times its length, while its subspace is stable.
@@ -156,8 +157,8 @@ class GaLoreConfig:
             bitsandbytes' rule, for stability in long runs; 8 saves 6 bytes a parameter.
 
     Raises:
-        ValueError: a value is of the wrong type or out of range; the message names the key, the value and
-            what is allowed.
+        ValueError: a value is of the wrong type or out of range, or two do not go together; the message names the key,
+            the value and what is allowed.
     """
 
     rank: int = 128
@@ -176,6 +177,12 @@ class GaLoreConfig:
     def __post_init__(self) -> None:
         for key, value in dataclasses.asdict(self).items():
             _check(key, value)
+        if self.refresh == "random" and self.lazy_refresh:
+            others = ", ".join(method for method in REFRESH_METHODS if method != "random")
+            raise ValueError(
+                "GaLore's lazy_refresh=true does nothing with refresh=random: random bases overlap by chance alone, "
+                f"so no subspace ever counts as stable. Set lazy_refresh=false, or refresh to one of {others}."
+            )
 
     @classmethod
     def from_optim_args(cls, optim_args: str | None) -> GaLoreConfig:

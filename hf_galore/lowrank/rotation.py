@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from .projection import Bases
+from .projection import Bases, at_least_float32
 
 
 class Rotation(NamedTuple):
@@ -23,12 +22,11 @@ class Rotation(NamedTuple):
 def rotation_between(new: Bases, old: Bases) -> Rotation:
     """C = P_newᵀP_old for both sides, in float32 (float64 for float64 bases)."""
     return Rotation(
-        *(None if p is None or q is None else _precise(p).mT @ _precise(q) for p, q in zip(new, old, strict=True))
+        *(
+            None if p is None or q is None else p.to(at_least_float32(p.dtype)).mT @ q.to(at_least_float32(q.dtype))
+            for p, q in zip(new, old, strict=True)
+        )
     )
-
-
-def _precise(basis: Tensor) -> Tensor:
-    return basis.to(torch.promote_types(basis.dtype, torch.float32))
 
 
 def rotate(value: Tensor, rotation: Rotation) -> Tensor:
