@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..lowrank.projection import Bases, basis_shapes, side_of
 from ..lowrank.quantize import QuantizedBasis, dequantize_basis, empty_basis, quantize_basis
-from ..lowrank.schedule import NEVER, next_refresh
+from ..lowrank.schedule import NEVER, step_of_next_refresh
 from .groups import Group
 from .report import Stopwatch
 
@@ -150,4 +150,6 @@ def refreshed_at(state: State) -> int:
 def refresh_due(group: Group, state: State, phase: int) -> bool:
     """Whether a target's next step is one with a new basis."""
     factor = int(state["gap_factor"].item()) if "gap_factor" in state else 1
-    return int(state["step"].item()) >= next_refresh(refreshed_at(state), group["update_proj_gap"], phase, factor)
+    return int(state["step"].item()) >= step_of_next_refresh(
+        refreshed_at(state), group["update_proj_gap"], phase, factor
+    )
