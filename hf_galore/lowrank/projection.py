@@ -34,7 +34,7 @@ class Bases(NamedTuple):
 
 
 class FactoredGradient(NamedTuple):
-    """A linear layer's gradient G = δᵀX, m × n, that has not been multiplied out."""
+    """The gradient G = δᵀX of a linear layer's weight, m × n, as its two factors: G itself is never computed."""
 
     output_gradient: Tensor  # δ, T × m
     inputs: Tensor  # X, T × n
@@ -46,12 +46,12 @@ class FactoredGradient(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of both factors."""
+        """The dtype of both factors."""
         return self.output_gradient.dtype
 
     @property
     def device(self) -> torch.device:
-        """That of both factors."""
+        """The device of both factors."""
         return self.output_gradient.device
 
 

@@ -55,6 +55,7 @@ def rotate_variance(value: Tensor, rotation: Rotation) -> Tensor:
 
 
 def _rotate_rows(value: Tensor, squared: Tensor) -> Tensor:
+    """C²x for x of r rows, with the mean of x for the part of a row of C² that is missing to 1."""
     uncovered = (1 - squared.sum(dim=-1, keepdim=True)).clamp_(min=0)
     return squared @ value + uncovered * value.mean(dim=-2, keepdim=True)
 
@@ -68,7 +69,7 @@ def rotate_adam(
 
     Args:
         exp_avg: m, of the low-rank gradient's shape.
-        exp_avg_sq: v, likewise.
+        exp_avg_sq: v, of the same shape.
         step: t ≥ 1, the updates that the moments have had.
 
     Source: LDAdam (Robert et al., 2024, arXiv:2410.16103), section 3.1, which leaves the uncovered part at zero.
@@ -85,7 +86,7 @@ def rotate_factored(row: Tensor, column: Tensor, rotation: Rotation) -> tuple[Te
 
     Args:
         row: means of the rows of R², one for each row.
-        column: likewise of the columns.
+        column: means of the columns of R², one for each column.
     """
     if rotation.left is not None:
         row = _rotate_rows(row.unsqueeze(-1), rotation.left.to(row.dtype).square()).squeeze(-1)
