@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 ProjType = Literal["std", "reverse_std", "left", "right", "full"]
 PROJ_TYPES: tuple[ProjType, ...] = get_args(ProjType)
-RefreshMethod = Literal["svd", "randomized", "subspace"]
+RefreshMethod = Literal["svd", "randomized", "subspace", "random"]
 REFRESH_METHODS: tuple[RefreshMethod, ...] = get_args(RefreshMethod)
 Moments = Literal["keep", "rotate", "reset"]
 MOMENTS: tuple[Moments, ...] = get_args(Moments)
@@ -145,7 +145,8 @@ class GaLoreConfig:
         proj_type: which side is projected. `std` takes the smaller one, `reverse_std` the larger one,
             `left`, `right` and `full` (both) what they say.
         refresh: how a basis is computed. `svd` takes the full SVD, as published; `randomized` a range finder with
-            oversampling; `subspace` power iterations from the old basis.
+            oversampling; `subspace` power iterations from the old basis; `random` takes random numbers, whatever the
+            gradient (not with `lazy_refresh`).
         stagger: whether the refreshes of the matrices are spread over the gap; or else all fall on one step. The first
             step makes all bases in any case.
         lazy_refresh: whether the gap of a matrix doubles, up to eight times its length, while its subspace is stable.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..log import logger
 from ..lowrank.projection import Bases
-from .gradient import LowRankGradient
+from .gradient import HOLD, LowRankGradient
 from .linear import ProjectedLinear, patch_linear, why_not_patchable
 from .passes import PassCounter, Passes
 from .window import Mode, Window
@@ -209,7 +209,7 @@ class BackwardHooks:
                 raise RuntimeError(
                     f"The gradient of {window.trained.name} was dropped or replaced before step(), but the backward "
                     "pass had updated the weight with it already. To look at gradients before they are used, make the "
-                    "layerwise optimizer with hold_gradients=True (with a Trainer: max_grad_norm above 0)."
+                    f"layerwise optimizer with {HOLD}."
                 )
         self.look()
 

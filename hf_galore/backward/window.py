@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..log import logger
 from ..lowrank.projection import Bases, FactoredGradient, norm_of, project
-from .gradient import LowRankGradient, UncommittedRefresh, UsedGradient
+from .gradient import HOLD, LowRankGradient, UncommittedRefresh, UsedGradient
 from .passes import Passes
 
 if TYPE_CHECKING:
@@ -144,9 +144,10 @@ class Window:
             self._mode.said_dropped = True
             logger.warning(
                 "The gradients of a backward pass were dropped, but a layerwise optimizer had updated weights with "
-                "them already (%s for one), and these stay. To be able to drop them make the optimizer with "
-                "hold_gradients=True (with a Trainer: max_grad_norm above 0). This is said once.",
+                "them already (%s for one), and these stay. To be able to drop them make the optimizer with %s. This "
+                "is said once.",
                 self.trained.name,
+                HOLD,
             )
 
     # ---- what a linear layer's backward brings

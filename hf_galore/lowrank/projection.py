@@ -34,7 +34,7 @@ class Bases(NamedTuple):
 
 
 class FactoredGradient(NamedTuple):
-    """A linear layer's gradient G = δᵀX, m × n, that has not been multiplied out."""
+    """The gradient G = δᵀX of a linear layer's weight, m × n, as its two factors: G itself is never computed."""
 
     output_gradient: Tensor  # δ, T × m
     inputs: Tensor  # X, T × n
@@ -46,16 +46,23 @@ class FactoredGradient(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of both factors."""
+        """The dtype of both factors."""
         return self.output_gradient.dtype
 
     @property
     def device(self) -> torch.device:
-        """That of both factors."""
+        """The device of both factors."""
         return self.output_gradient.device
 
 
 Gradient = Tensor | FactoredGradient
+
+
+def transposed(gradient: Gradient) -> Gradient:
+    """Gᵀ, n × m, without copying anything."""
+    if isinstance(gradient, FactoredGradient):
+        return FactoredGradient(gradient.inputs, gradient.output_gradient)
+    return gradient.mT
 
 
 # Where a product is computed in another dtype than the gradient's, so many elements of it are cast at a time: float32
@@ -145,10 +152,21 @@ def low_rank_shape(shape: Sequence[int], side: Side, rank: int) -> tuple[int, in
     return (rank if side != "right" else m, rank if side != "left" else n)
 
 
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to compute in with tensors of `dtype`: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def norm_of(tensor: Tensor) -> Tensor:
     """The Frobenius norm, 0-dimensional and of at least float32."""
-    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=at_least_float32(tensor.dtype))
     return norm
+
+
+def nonzero_columns(basis: Tensor) -> Tensor:
+    """Which columns of a basis stand for a direction, r booleans: the others are zero (see `bases_of_lower_rank`)."""
+    size: Tensor = torch.linalg.vector_norm(basis, dim=0, dtype=at_least_float32(basis.dtype))
+    return size > 0.5
 
 
 def project(gradient: Gradient, bases: Bases, *, out: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Bases in 8 and 4 bits, by bitsandbytes' kernels (`hf_galore.integrations.bitsandbytes`): pure functions on tensors.
+"""How bases are stored: in the weight's dtype, or in 8 and 4 bits. Pure functions on tensors.
 
 =========  ==============================================================  ======================
 proj_bits  what is stored                                                  bits an element
@@ -7,6 +7,9 @@ proj_bits  what is stored                                                  bits 
 8          one of 255 equal steps, one float32 scale for 256 elements      8.125
 4          NormalFloat4, two to a byte, one bfloat16 scale for 64 elements 4.25
 =========  ==============================================================  ======================
+
+8 and 4 bits are computed by bitsandbytes' kernels (`hf_galore.integrations.bitsandbytes`). A new storage is a row of
+`STORAGES`, with a function to quantise and one to dequantise, and its name in `hf_galore.config.ProjBits`.
 
 The entries of an orthonormal basis of many rows are nearly normally distributed. NormalFloat4 is made for that;
 equal steps come closer to it than bitsandbytes' dynamic 8-bit code, which is made for moments that span many orders.
@@ -19,7 +22,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,10 +30,6 @@ from torch import Tensor
 
 from ..config import ProjBits
 from ..integrations import bitsandbytes as kernels
-
-BLOCK_SIZE = {8: 256, 4: 64}  # elements that share a scale
-# What bfloat16 rounds off a scale, 1/512 of it at most, is a fiftieth of what 4 bits round off the elements.
-ABSMAX_DTYPE = {8: torch.float32, 4: torch.bfloat16}
 
 
 class QuantizedBasis(NamedTuple):
@@ -40,19 +39,24 @@ class QuantizedBasis(NamedTuple):
     absmax: Tensor | None
 
 
+class Storage(NamedTuple):
+    """How a basis is stored."""
+
+    empty: Callable[[Sequence[int], Tensor], QuantizedBasis]
+    """Room for a basis of this shape, k × r, on the device of this tensor and, if unquantised, in its dtype."""
+    quantize: Callable[[Tensor, torch.dtype], QuantizedBasis]
+    """A float32 or float64 basis as it is kept for a weight of this dtype."""
+    dequantize: Callable[[QuantizedBasis, Sequence[int], torch.dtype], Tensor]
+    """The basis of this shape that is kept, in this dtype."""
+
+
 def empty_basis(shape: Sequence[int], bits: ProjBits, like: Tensor) -> QuantizedBasis:
     """Room for a basis of `shape` k × r, on the device of `like` and, for 16 bits, in its dtype.
 
     Raises:
         ImportError: bitsandbytes is not installed, for 8 and 4 bits.
     """
-    if bits == 16:
-        return QuantizedBasis(like.new_zeros(tuple(shape)), None)
-    _require_bitsandbytes()  # fail here, not in the first step
-    numel = math.prod(shape)
-    codes = tuple(shape) if bits == 8 else (math.ceil(numel / 2), 1)
-    absmax = like.new_zeros(math.ceil(numel / BLOCK_SIZE[bits]), dtype=ABSMAX_DTYPE[bits])
-    return QuantizedBasis(like.new_zeros(codes, dtype=torch.uint8), absmax)
+    return STORAGES[bits].empty(shape, like)
 
 
 def quantize_basis(basis: Tensor, bits: ProjBits, dtype: torch.dtype) -> QuantizedBasis:
@@ -66,30 +70,79 @@ def quantize_basis(basis: Tensor, bits: ProjBits, dtype: torch.dtype) -> Quantiz
     Raises:
         ImportError: bitsandbytes is not installed, for 8 and 4 bits.
     """
-    if bits == 16:
-        return QuantizedBasis(basis.to(dtype), None)
-    _require_bitsandbytes()
-    basis = basis.to(torch.float32).contiguous()
-    if bits == 8:
-        kept = kernels.quantize_8bit(basis, _equal_steps(basis.device), BLOCK_SIZE[8])
-    else:
-        kept = kernels.quantize_4bit(basis, BLOCK_SIZE[4])
-    return QuantizedBasis(kept.codes, kept.absmax.to(ABSMAX_DTYPE[bits]))
+    return STORAGES[bits].quantize(basis, dtype)
 
 
 def dequantize_basis(kept: QuantizedBasis, shape: Sequence[int], bits: ProjBits, dtype: torch.dtype) -> Tensor:
-    """The basis, of `shape` k × r in `dtype`; for 16 bits the tensor that is kept, cast if need be."""
-    if bits == 16:
-        return kept.codes.to(dtype)
-    assert kept.absmax is not None
-    _require_bitsandbytes()
-    quantized = kernels.Quantized(kept.codes, kept.absmax.float())
-    direct = dtype if dtype in kernels.DTYPES else torch.float32
-    if bits == 8:
-        basis = kernels.dequantize_8bit(quantized, _equal_steps(kept.codes.device), BLOCK_SIZE[8], direct)
-    else:
-        basis = kernels.dequantize_4bit(quantized, BLOCK_SIZE[4], shape, direct)
-    return basis.to(dtype)
+    """The basis, of `shape` k × r in `dtype`; for 16 bits the tensor that is kept, cast if need be.
+
+    Raises:
+        ImportError: bitsandbytes is not installed, for 8 and 4 bits.
+    """
+    return STORAGES[bits].dequantize(kept, shape, dtype)
+
+
+def _in_blocks(
+    quantize_: Callable[[Tensor, int], kernels.Quantized],
+    dequantize_: Callable[[kernels.Quantized, int, Sequence[int], torch.dtype], Tensor],
+    *,
+    block: int,
+    absmax_dtype: torch.dtype,
+    codes_shape: Callable[[Sequence[int]], tuple[int, ...]],
+) -> Storage:
+    """Codes in bytes, with one scale for each block of them.
+
+    Args:
+        quantize_: takes a contiguous float32 basis and the block.
+        dequantize_: takes what that returned, the block, the basis's shape, and one of `kernels.DTYPES`.
+        block: elements that share a scale.
+        absmax_dtype: of the scales.
+        codes_shape: gives the shape of the codes of a basis of a shape.
+    """
+
+    def empty(shape: Sequence[int], like: Tensor) -> QuantizedBasis:
+        _require_bitsandbytes()  # fail here, not in the first step
+        absmax = like.new_zeros(math.ceil(math.prod(shape) / block), dtype=absmax_dtype)
+        return QuantizedBasis(like.new_zeros(codes_shape(shape), dtype=torch.uint8), absmax)
+
+    def quantize(basis: Tensor, dtype: torch.dtype) -> QuantizedBasis:
+        _require_bitsandbytes()
+        kept = quantize_(basis.to(torch.float32).contiguous(), block)
+        return QuantizedBasis(kept.codes, kept.absmax.to(absmax_dtype))
+
+    def dequantize(kept: QuantizedBasis, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        assert kept.absmax is not None
+        _require_bitsandbytes()
+        direct = dtype if dtype in kernels.DTYPES else torch.float32
+        return dequantize_(kernels.Quantized(kept.codes, kept.absmax.float()), block, shape, direct).to(dtype)
+
+    return Storage(empty, quantize, dequantize)
+
+
+def _quantize_8bit(basis: Tensor, block: int) -> kernels.Quantized:
+    return kernels.quantize_8bit(basis, _equal_steps(basis.device), block)
+
+
+def _dequantize_8bit(kept: kernels.Quantized, block: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return kernels.dequantize_8bit(kept, _equal_steps(kept.codes.device), block, dtype)
+
+
+STORAGES: dict[ProjBits, Storage] = {
+    16: Storage(  # the basis itself
+        empty=lambda shape, like: QuantizedBasis(like.new_zeros(tuple(shape)), None),
+        quantize=lambda basis, dtype: QuantizedBasis(basis.to(dtype), None),
+        dequantize=lambda kept, shape, dtype: kept.codes.to(dtype),
+    ),
+    8: _in_blocks(_quantize_8bit, _dequantize_8bit, block=256, absmax_dtype=torch.float32, codes_shape=tuple),
+    4: _in_blocks(
+        kernels.quantize_4bit,
+        kernels.dequantize_4bit,
+        block=64,
+        # What bfloat16 rounds off a scale, 1/512 of it at most, is a fiftieth of what 4 bits round off the elements.
+        absmax_dtype=torch.bfloat16,
+        codes_shape=lambda shape: (math.ceil(math.prod(shape) / 2), 1),  # two to a byte
+    ),
+}
 
 
 @functools.cache

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from .projection import Bases
+from .projection import Bases, at_least_float32
 
 
 class Rotation(NamedTuple):
@@ -23,12 +22,11 @@ class Rotation(NamedTuple):
 def rotation_between(new: Bases, old: Bases) -> Rotation:
     """C = P_newᵀP_old for both sides, in float32 (float64 for float64 bases)."""
     return Rotation(
-        *(None if p is None or q is None else _precise(p).mT @ _precise(q) for p, q in zip(new, old, strict=True))
+        *(
+            None if p is None or q is None else p.to(at_least_float32(p.dtype)).mT @ q.to(at_least_float32(q.dtype))
+            for p, q in zip(new, old, strict=True)
+        )
     )
-
-
-def _precise(basis: Tensor) -> Tensor:
-    return basis.to(torch.promote_types(basis.dtype, torch.float32))
 
 
 def rotate(value: Tensor, rotation: Rotation) -> Tensor:
@@ -57,6 +55,7 @@ def rotate_variance(value: Tensor, rotation: Rotation) -> Tensor:
 
 
 def _rotate_rows(value: Tensor, squared: Tensor) -> Tensor:
+    """C²x for x of r rows, with the mean of x for the part of a row of C² that is missing to 1."""
     uncovered = (1 - squared.sum(dim=-1, keepdim=True)).clamp_(min=0)
     return squared @ value + uncovered * value.mean(dim=-2, keepdim=True)
 
@@ -70,7 +69,7 @@ def rotate_adam(
 
     Args:
         exp_avg: m, of the low-rank gradient's shape.
-        exp_avg_sq: v, likewise.
+        exp_avg_sq: v, of the same shape.
         step: t ≥ 1, the updates that the moments have had.
 
     Source: LDAdam (Robert et al., 2024, arXiv:2410.16103), section 3.1, which leaves the uncovered part at zero.
@@ -87,7 +86,7 @@ def rotate_factored(row: Tensor, column: Tensor, rotation: Rotation) -> tuple[Te
 
     Args:
         row: means of the rows of R², one for each row.
-        column: likewise of the columns.
+        column: means of the columns of R², one for each column.
     """
     if rotation.left is not None:
         row = _rotate_rows(row.unsqueeze(-1), rotation.left.to(row.dtype).square()).squeeze(-1)

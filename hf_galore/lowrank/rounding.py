@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from .nonfinite import known_skip
+from .projection import at_least_float32
+from .seeds import mixed_seed
 
 # Rows are taken in chunks of about this many elements: float32 copies and random bits of a whole 7B output head would
 # need a gigabyte.
@@ -29,9 +31,7 @@ def generator_for(device: torch.device, seed: int, index: int, step: int) -> tor
         index: of the parameter in its optimizer.
         step: of the update.
     """
-    # Three numbers into one that no other three give in practice; manual_seed takes 64 bits.
-    mixed = ((seed * 0x9E3779B97F4A7C15 + index) * 0xBF58476D1CE4E5B9 + step) * 0x94D049BB133111EB
-    return torch.Generator(device).manual_seed((mixed ^ (mixed >> 31)) & (2**63 - 1))
+    return torch.Generator(device).manual_seed(mixed_seed(seed, index, step))
 
 
 def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
@@ -71,7 +71,7 @@ def add_rounded_(
     """
     weight = weight.reshape(-1) if weight.ndim == 0 else weight  # a view
     factor = decay if skip is None else decay_unless(skip, weight.dtype, decay)
-    precise = torch.promote_types(weight.dtype, torch.float32)
+    precise = at_least_float32(weight.dtype)
     if weight.dtype == precise:
         if decay != 1:
             weight.mul_(factor)
@@ -93,4 +93,4 @@ def decay_unless(skip: Tensor, dtype: torch.dtype, decay: float) -> Tensor | flo
     """The decay, or 1 where `skip` is 1: a number if the host knows, else on the device, precise enough for `dtype`."""
     if decay == 1 or known_skip(skip) is False:
         return decay
-    return 1 - (1 - decay) * (1 - skip.to(torch.promote_types(dtype, torch.float32)))
+    return 1 - (1 - decay) * (1 - skip.to(at_least_float32(dtype)))

@@ -19,7 +19,7 @@ def phase_of(index: int, count: int, gap: int) -> int:
     return index * gap // count
 
 
-def next_refresh(refreshed_at: int, gap: int, phase: int, gap_factor: int) -> int:
+def step_of_next_refresh(refreshed_at: int, gap: int, phase: int, gap_factor: int) -> int:
     """The step at which a target refreshes next: the first after `refreshed_at` in its phase, lazily some gaps later.
 
     Args:

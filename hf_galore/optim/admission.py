@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..log import logger
+from ..lowrank.methods import METHODS
 from ..lowrank.nonfinite import has_numbers
 from ..lowrank.projection import is_projectable, norm_of
 from ..rules import Rule, rule_of
@@ -55,6 +56,12 @@ def check_group(group: Group, own: Rule, name_of: Callable[[Tensor], str]) -> No
     """
     rule = rule_of(own, group)
     rule.check(group)
+    if group.get("lazy_refresh") and not METHODS[group["refresh"]].by_gradient:
+        others = ", ".join(name for name, method in METHODS.items() if method.by_gradient)
+        raise ValueError(
+            f"GaLore's lazy_refresh=true does nothing with refresh={group['refresh']}: random bases overlap by chance "
+            f"alone, so no subspace ever counts as stable. Set lazy_refresh=false, or refresh to one of {others}."
+        )
     too_small = []
     for param in group["params"]:
         if _is_dtensor(param):

@@ -6,9 +6,11 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
+import torch
 from torch import Tensor, nn
 
 from ..config import GROUP_OPTIONS, GaLoreConfig, nearest
+from ..lowrank.methods import METHODS
 from ..lowrank.projection import is_projectable
 
 Group = dict[str, Any]
@@ -52,6 +54,18 @@ def split_groups(params: Iterable[Any], options: ParamOptions) -> list[dict[str,
     if not split:
         raise ValueError("The optimizer was given no parameters.")
     return split
+
+
+def with_seeds(group: dict[str, Any]) -> dict[str, Any]:
+    """A group with the seeds of the random numbers that its options ask for: torch's initial seed, if it has none.
+
+    They are in the group so that a resumed run goes on with the numbers of the first.
+    """
+    asked = {
+        "rounding_seed": bool(group.get("stochastic_rounding")),
+        "basis_seed": "refresh" in group and not METHODS[group["refresh"]].by_gradient,
+    }
+    return {**{key: torch.initial_seed() for key, needed in asked.items() if needed}, **group}
 
 
 def is_target(param: Tensor, group: Group) -> bool:

@@ -21,7 +21,7 @@ from ..rules import RULES, options_of
 from . import checkpoint
 from .admission import check_group, check_parameters, check_stochastic_rounding, say_if_decay_is_lost
 from .groups import GaLoreOptions as GaLoreOptions
-from .groups import check_group_keys, check_options, split_groups
+from .groups import check_group_keys, check_options, split_groups, with_seeds
 from .names import Names
 from .report import Journal, Memory, figures_of
 from .skipped import Skipped
@@ -59,8 +59,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         check_parameters(self._names.of_entries(groups), model)
         defaults = {key: options.get(key, default) for key, default in own.items()}
         if options.get("stochastic_rounding", False):
-            # In the groups, so that a resumed run goes on with the numbers of the first.
-            defaults.update(stochastic_rounding=True, rounding_seed=torch.initial_seed())
+            defaults["stochastic_rounding"] = True
         self._constructing = True
         super().__init__(self._names.in_groups(groups), defaults)
         self._constructing = False
@@ -111,8 +110,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         config = GaLoreConfig.from_group(param_group)
         if config is not None:
             param_group = {**options_of(RULES[self.rule], param_group), **param_group, **config.group_options()}
-        if param_group.get("stochastic_rounding", self.defaults.get("stochastic_rounding")):
-            param_group = {"rounding_seed": torch.initial_seed(), **param_group}
+        param_group = with_seeds({**self.defaults, **param_group})
         super().add_param_group(self._names.in_group(param_group, self.param_groups))
         group = self.param_groups[-1]
         self._names.learn(group)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backward.gradient import BasisVersion
+from ..lowrank.methods import METHODS
 from ..lowrank.nonfinite import known_skip, skip_unless_finite
 from ..lowrank.projection import (
     Bases,
@@ -22,10 +23,11 @@ from ..lowrank.projection import (
     projected_back,
     side_of,
 )
-from ..lowrank.refresh import bases_of_lower_rank, figures_of, new_bases, products
+from ..lowrank.refresh import bases_of_lower_rank, cheaper_from_factors, figures_of, new_bases
 from ..lowrank.rotation import rotation_between
 from ..lowrank.rounding import decay_unless
-from ..lowrank.schedule import NEVER, next_gap_factor, next_refresh, phase_of, refreshes_by
+from ..lowrank.schedule import NEVER, next_gap_factor, phase_of, refreshes_by, step_of_next_refresh
+from ..lowrank.seeds import basis_seed
 from ..rules import Rule, rule_of
 from .bases import (
     BasisLayout,
@@ -105,7 +107,7 @@ class Target(Trained):
             return True
         state = self.state
         factor = int(state["gap_factor"].item()) if "gap_factor" in state else 1
-        due_at = next_refresh(refreshed_at(state), self.group["update_proj_gap"], self.phase, factor)
+        due_at = step_of_next_refresh(refreshed_at(state), self.group["update_proj_gap"], self.phase, factor)
         return int(state["step"].item()) >= due_at
 
     def bases(self) -> Bases:
@@ -139,12 +141,7 @@ class Target(Trained):
 
     def cheaper_from_factors(self, tokens: int) -> bool:
         """Whether a refresh takes fewer multiply-adds from δ and X of `tokens` rows than from G = δᵀX."""
-        method = self.group["refresh"]
-        if method == "svd":
-            return False
-        m, n = self.param.shape
-        narrow = products((m, n), self.rank, self.side, method) + 1  # and R
-        return bool(narrow * tokens * self.rank * (m + n) < tokens * m * n + narrow * self.rank * m * n)
+        return cheaper_from_factors(self.param.shape, self.rank, self.side, self.group["refresh"], tokens)
 
     @torch.no_grad()
     def project(self, gradient: Gradient, *, refresh: bool = False) -> Tensor:
@@ -163,11 +160,12 @@ class Target(Trained):
     def new_basis(self, gradient: Gradient) -> NewBasis:
         """Bases from a gradient, and its low-rank gradient in them. Changes nothing; waits for the device once."""
         watch = Stopwatch(self.param.device)
-        method = self.group["refresh"]
-        old = None if refreshed_at(self.state) == NEVER else self.bases()
-        computed = new_bases(gradient, self.side, self.rank, method, old)
+        state, method = self.state, self.group["refresh"]
+        old = None if refreshed_at(state) == NEVER else self.bases()
+        seed = basis_seed(self.group.get("basis_seed", 0), self.index, int(state["refreshes"].item()))
+        computed = new_bases(gradient, self.side, self.rank, method, old, seed=seed)
         kept, low_rank, (norm, energy, shared, full) = self._figures(gradient, computed, old)
-        if not full and 0 < norm < math.inf:
+        if not full and 0 < norm < math.inf and METHODS[method].by_gradient:
             # Rare, so that it may wait once more; and it takes no more memory than the first time.
             del kept, low_rank
             computed = bases_of_lower_rank(gradient, self.side, self.rank, method, computed)
@@ -227,15 +225,27 @@ class Target(Trained):
     # ---- the update
 
     def _step(self, gradient: Tensor) -> None:
-        self.update(self.project(gradient, refresh=self.due()))
+        if self.due():
+            self.update(self.project(gradient, refresh=True))
+        else:
+            bases = self.bases()
+            self.update(project(gradient, bases), bases=bases)
 
     @torch.no_grad()
-    def update(self, low_rank: Tensor, norm: Tensor | None = None, *, before: Before | None = None) -> None:
+    def update(
+        self,
+        low_rank: Tensor,
+        norm: Tensor | None = None,
+        *,
+        before: Before | None = None,
+        bases: Bases | None = None,
+    ) -> None:
         """One optimizer step from the low-rank gradient R, which is left as it is.
 
         Args:
             norm: ‖R‖, where it is known already.
             before: from `use_basis`, where this is the first update after a refresh.
+            bases: `bases()`, where they are at hand: quantised ones take time to read.
         """
         state, group, param = self.state, self.group, self.param
         skip = skip_unless_finite(norm_of(low_rank) if norm is None else norm)
@@ -251,7 +261,7 @@ class Target(Trained):
         # Moments that began anew at the last refresh have a bias to correct that is no older.
         moments_step = step - refreshed_at(state) if group["moments"] == "reset" else step
         direction, factor = self.rule.direction(low_rank, self.moments(), group, moments_step, skip)
-        bases = self.bases()
+        bases = self.bases() if bases is None else bases
         alpha, decay = -factor * group["scale"], decay_of(group)
         low_precision = param.dtype not in (torch.float32, torch.float64)
         if self._rounds_stochastically(group) or (low_precision and decay != 1 and known is not False):

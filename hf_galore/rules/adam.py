@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from ..integrations.bitsandbytes import AdamStep
 from ..lowrank.rotation import Rotation, rotate_adam
@@ -72,32 +71,34 @@ def direction_step(group: Group, step: int) -> AdamStep:
 
 
 def adam_(weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, now: AdamStep, skip: Tensor) -> None:
-    """W ← (1 − ηλ)W − ηN in place, N = m̂ / (√v̂ + ε): torch's own fused AdamW on one tensor.
+    """W ← (1 − ηλ)W − ηN in place, N = m̂ / (√v̂ + ε): the kernel of torch's own fused AdamW, on one tensor.
 
     Args:
         weight: contiguous, as are the others, which have its dtype and shape.
         gradient: G.
         exp_avg: first moment m, updated in place.
         exp_avg_sq: second moment v, likewise.
+        now: the step's number and options.
         skip: 0-dimensional float32; at 1 nothing is changed.
     """
-    adamw(
+    # The kernel itself: what torch.optim.adamw does before it (sorting lists by device and dtype, counting steps on the
+    # device) takes the host longer than a small matrix takes the processor.
+    torch._fused_adamw_(
         [weight],
         [gradient],
         [exp_avg],
         [exp_avg_sq],
         [],
-        # It counts on the device and adds 1 itself.
-        [torch.full((), now.step - 1, dtype=torch.float32, device=weight.device)],
-        fused=True,
-        found_inf=skip,
-        amsgrad=False,
+        [torch.full((), now.step, dtype=torch.float32, device=weight.device)],
+        lr=now.lr,
         beta1=now.betas[0],
         beta2=now.betas[1],
-        lr=now.lr,
         weight_decay=now.weight_decay,
         eps=now.eps,
+        amsgrad=False,
         maximize=False,
+        grad_scale=None,
+        found_inf=skip,
     )
 
 

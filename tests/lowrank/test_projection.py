@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from hf_galore.config import PROJ_TYPES, ProjType
 from hf_galore.lowrank import projection
+from hf_galore.lowrank.methods import svd_bases
 from hf_galore.lowrank.projection import (
     Bases,
     FactoredGradient,
@@ -22,7 +23,7 @@ from hf_galore.lowrank.projection import (
     times,
     transposed_times,
 )
-from hf_galore.lowrank.refresh import align_signs, svd_bases
+from hf_galore.lowrank.refresh import align_signs
 
 pytestmark = pytest.mark.arithmetic
 

@@ -20,9 +20,9 @@ from hf_galore.lowrank.schedule import (
     NEVER,
     STABLE_OVERLAP,
     next_gap_factor,
-    next_refresh,
     phase_of,
     refreshes_by,
+    step_of_next_refresh,
 )
 from hf_galore.optim.optimizer import GaLoreOptimizer
 from tests.support.helpers import copied
@@ -36,7 +36,7 @@ def schedule(gap: int, phase: int, gap_factor: int = 1) -> Iterator[int]:
     """The steps at which a target refreshes, one after the other."""
     at = NEVER
     while True:
-        at = next_refresh(at, gap, phase, gap_factor)
+        at = step_of_next_refresh(at, gap, phase, gap_factor)
         yield at
 
 
@@ -81,16 +81,16 @@ def test_the_next_refresh_is_in_phase_and_after_that_many_gaps(
 ) -> None:
     """Wherever the last one was: one that was put off, or came with a first gradient that was zero, costs no phase."""
     phase = data.draw(st.integers(0, gap - 1))
-    step = next_refresh(refreshed_at, gap, phase, gap_factor)
+    step = step_of_next_refresh(refreshed_at, gap, phase, gap_factor)
     assert step % gap == phase
     assert (gap_factor - 1) * gap < step - refreshed_at <= gap_factor * gap
-    following = next_refresh(step, gap, phase, gap_factor)
+    following = step_of_next_refresh(step, gap, phase, gap_factor)
     assert following - step == gap_factor * gap
 
 
 @given(gap=GAPS, gap_factor=FACTORS, data=st.data())
 def test_the_first_refresh_is_at_once(gap: int, gap_factor: int, data: st.DataObject) -> None:
-    assert next_refresh(NEVER, gap, data.draw(st.integers(0, gap - 1)), gap_factor) == 0
+    assert step_of_next_refresh(NEVER, gap, data.draw(st.integers(0, gap - 1)), gap_factor) == 0
 
 
 def test_a_stable_subspace_doubles_the_gap_up_to_eight_times() -> None:

@@ -1,0 +1,261 @@
+"""The refresh methods: functions that compute new bases from a gradient, and a row of `METHODS` for each of them.
+
+A new method is a function and a row here, and its name in `hf_galore.config.RefreshMethod`.
+
+Pure functions on tensors, which read nothing back from the device. (Inside torch, on a GPU, `svd` and the small `eigh`
+of `randomized` do.) All arithmetic is float32 (float64 for float64 gradients) whatever the gradient's dtype is. A
+gradient that is not finite gives bases that are orthonormal and mean nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import RefreshMethod
+from .projection import (
+    Bases,
+    Gradient,
+    Side,
+    at_least_float32,
+    basis_shapes,
+    nonzero_columns,
+    norm_of,
+    times,
+    transposed,
+    transposed_times,
+)
+
+# Columns of the range finder beyond the rank: what Halko et al. advise (section 4.2).
+OVERSAMPLING = 10
+# Power iterations of the range finder, which starts from nothing: two serve flat spectra too.
+RANDOMIZED_ITERATIONS = 2
+# Directions with less than this share of the mean energy in the span are left where the old basis has them: rounding
+# decides where they point, and that a run and its repetition differ there would show for the rest of both.
+ENERGY_FLOOR = 1e-3
+TINY = torch.finfo(torch.float32).tiny
+# Added where everything else is about 1, so that a zero gradient gives the old basis back.
+_NEGLIGIBLE = 1e-20
+
+
+class Method(NamedTuple):
+    """What a refresh method is."""
+
+    new_bases: Callable[[Gradient, Side, int, Bases | None, int], Bases]
+    """Takes the gradient, the side, the rank, the old bases if there are any, and a seed."""
+    products: Callable[[tuple[int, int], int, Side], int]
+    """How many products of an m × n gradient with r columns (or a few more) a refresh with an old basis takes."""
+    from_factors: bool = True
+    """Whether a `FactoredGradient` will do."""
+    aligns_signs: bool = True
+    """Whether the columns are to be turned to the side of the old ones: they have no sign of their own."""
+    by_gradient: bool = True
+    """Whether the columns are directions of the gradient, so that those beyond its rank hold nothing but rounding."""
+    repeats: int = 0
+    """Refreshes more, each from the bases of the last, after which nothing of the old basis is left in the directions
+    of a gradient of less than rank r."""
+
+
+def svd_bases(gradient: Gradient, side: Side, rank: int, old: Bases | None = None, seed: int = 0) -> Bases:
+    """The leading singular vectors of G, from a full SVD: the published refresh.
+
+    Args:
+        gradient: G, not its factors.
+        side: which bases to return.
+        rank: r, below min(m, n).
+        old: not used.
+        seed: not used.
+
+    Source: GaLore (Zhao et al., 2024, arXiv:2403.03507), section 4.1, equation 12.
+    """
+    assert isinstance(gradient, Tensor)
+    matrix = scale_(gradient.to(at_least_float32(gradient.dtype), copy=True))
+    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+    # Slices are views that would keep the whole of U or Vh alive: the bases are copied out.
+    return Bases(
+        left=u[:, :rank].clone() if side != "right" else None,
+        right=vh[:rank].mT.clone() if side != "left" else None,
+    )
+
+
+def randomized_bases(gradient: Gradient, side: Side, rank: int, old: Bases | None = None, seed: int = 0) -> Bases:
+    """The leading singular vectors of G, approximately, from nothing but products with it.
+
+    A range finder with oversampling and power iterations, and the singular vectors of G within that range. The random
+    start is the same at every refresh, and on every process.
+
+    Args:
+        gradient: G, or its factors.
+        side: which bases to return.
+        rank: r, below min(m, n).
+        old: not used.
+        seed: not used.
+
+    Source: Halko, Martinsson and Tropp (2011, arXiv:0909.4061), algorithms 4.4 and 5.1.
+    """
+    if side == "right":
+        return _swapped(randomized_bases(transposed(gradient), "left", rank))
+    m, n = gradient.shape
+    size = min(rank + OVERSAMPLING, m, n)
+    sketch = times(gradient, gaussian(n, size, gradient))
+    for _ in range(RANDOMIZED_ITERATIONS):
+        within = _orthonormal(transposed_times(gradient, _orthonormal(sketch)))
+        sketch = times(gradient, within)
+    range_basis = _orthonormal(sketch)
+    within = scale_(transposed_times(gradient, range_basis))  # n × size, the transpose of G within its range
+    # Its right singular vectors from a small symmetric matrix: an SVD of n × size would cost more than all the rest.
+    _, vectors = torch.linalg.eigh(within.mT @ within)
+    vectors = vectors.flip(-1)[:, :rank]
+    left = range_basis @ vectors
+    return Bases(left, _orthonormal(within @ vectors) if side == "full" else None)
+
+
+def subspace_bases(gradient: Gradient, side: Side, rank: int, old: Bases | None = None, seed: int = 0) -> Bases:
+    """The leading left or right singular space of G, by block power iteration from the old basis.
+
+    P ← orth(G(GᵀP)), started from the old basis; from Gaussian columns, and with one iteration more, where there is
+    none. A zero gradient returns what it started from.
+
+    Args:
+        gradient: G, or its factors.
+        side: which bases to return.
+        rank: r, below min(m, n).
+        old: the old bases, whose columns of zeros are started from random ones; `None` if there are none.
+        seed: not used.
+
+    Source: Golub and Van Loan, Matrix Computations, section 8.2.4 (orthogonal iteration).
+    """
+    return _iterated(gradient, side, rank, None if old is None else _completed(old, gradient))
+
+
+def random_bases(gradient: Gradient, side: Side, rank: int, old: Bases | None = None, seed: int = 0) -> Bases:
+    """Random bases that have nothing to do with G: uniform on the Stiefel manifold, the two sides independent.
+
+    P is orth(Z) for a Gaussian Z, with the signs that make the diagonal of R in Z = PR positive.
+
+    Args:
+        gradient: gives the shape, the device and the dtype; its values are not looked at.
+        side: which bases to return.
+        rank: r, below min(m, n).
+        old: not used.
+        seed: from 0 to 2⁶³ − 1; the same seed gives the same bases on every device of one kind.
+
+    Sources: GoLore (He et al., 2024, arXiv:2410.11289); APOLLO (Zhu et al., 2024, arXiv:2412.05270), with Gaussian
+    columns that are not orthonormal; Mezzadri (2007, arXiv:math-ph/0609050) for the signs.
+    """
+    generator = torch.Generator(gradient.device).manual_seed(seed)
+    dtype = at_least_float32(gradient.dtype)
+    return Bases(
+        *(
+            None
+            if shape is None
+            else _orthonormal(torch.randn(shape, generator=generator, dtype=dtype, device=gradient.device))
+            for shape in basis_shapes(gradient.shape, side, rank)
+        )
+    )
+
+
+def power_iterations(shape: tuple[int, int], rank: int) -> int:
+    """How many power iterations a refresh takes: 2, or 1 where the rank is above a sixth of the smaller side.
+
+    For `subspace`, chosen by `tests/benchmarks/refresh.py`: a low rank asks for a second iteration, and its iterations
+    are cheap. More capture hardly more, and do not make the model learn better (`tests/benchmarks/quality.py`).
+    """
+    return 2 if 6 * rank <= min(shape) else 1
+
+
+METHODS: dict[RefreshMethod, Method] = {
+    "svd": Method(svd_bases, lambda shape, rank, side: 0, from_factors=False),
+    "randomized": Method(randomized_bases, lambda shape, rank, side: 2 * RANDOMIZED_ITERATIONS + 2),
+    "subspace": Method(
+        subspace_bases,
+        lambda shape, rank, side: 2 * power_iterations(shape, rank) + (side == "full"),
+        aligns_signs=False,  # its columns come from the old ones
+        repeats=2,
+    ),
+    "random": Method(random_bases, lambda shape, rank, side: 0, aligns_signs=False, by_gradient=False),
+}
+
+
+def gaussian(rows: int, columns: int, gradient: Gradient) -> Tensor:
+    """The same Gaussian numbers of variance 1 / rows every time, without touching anybody's random state."""
+    generator = torch.Generator(gradient.device).manual_seed(0)
+    size, dtype = (rows, columns), at_least_float32(gradient.dtype)
+    sample: Tensor = torch.randn(size, generator=generator, dtype=dtype, device=gradient.device)
+    return sample / math.sqrt(rows)
+
+
+def scale_(matrix: Tensor) -> Tensor:
+    """The matrix scaled in place to a largest element of 1, and finite: no factorisation may see what is not."""
+    return matrix.div_(_largest(matrix)).nan_to_num_(0.0, 0.0, 0.0)
+
+
+def _iterated(gradient: Gradient, side: Side, rank: int, old: Bases | None) -> Bases:
+    """`subspace_bases` from old bases without columns of zeros, in the dtype of the arithmetic."""
+    if side == "right":
+        return _swapped(_iterated(transposed(gradient), "left", rank, None if old is None else _swapped(old)))
+    m, n = gradient.shape
+    old_left, old_right = old or (None, None)
+    basis = gaussian(m, rank, gradient) if old_left is None else old_left
+    for _ in range(power_iterations((m, n), rank) + (old_left is None)):
+        basis = _power_iteration(gradient, basis)
+    if side == "left":
+        return Bases(basis, None)
+    start = gaussian(n, rank, gradient) if old_right is None else old_right
+    within = scale_(transposed_times(gradient, basis))
+    size = (within.square().sum() / rank).sqrt()
+    return Bases(basis, _orthonormal(within + (ENERGY_FLOOR * size + _NEGLIGIBLE) * start))
+
+
+def _power_iteration(gradient: Gradient, basis: Tensor) -> Tensor:
+    within = transposed_times(gradient, basis)
+    largest = _largest(within)  # squares of 1e-30 are 0, and of 1e30 infinite
+    within.div_(largest)
+    floor = ENERGY_FLOOR * norm_of(within).square() / basis.shape[1]
+    # In place throughout: at 4096 × 1024 the temporaries would take a tenth of the time.
+    return _orthonormal(times(gradient, within).div_(largest).addcmul_(basis, floor + _NEGLIGIBLE))
+
+
+def _completed(old: Bases, gradient: Gradient) -> Bases:
+    """The old bases with random numbers in place of their columns of zeros, which nothing would grow from."""
+    dtype = at_least_float32(gradient.dtype)
+    return Bases(
+        *(
+            None
+            if basis is None
+            else torch.where(nonzero_columns(basis), basis.to(dtype), _uniform(basis.shape, gradient))
+            for basis in old
+        )
+    )
+
+
+def _uniform(shape: Sequence[int], gradient: Gradient) -> Tensor:
+    """Uniform numbers of the variance that `gaussian` has, the same every time: quicker to make."""
+    generator = torch.Generator(gradient.device).manual_seed(1)
+    dtype = at_least_float32(gradient.dtype)
+    sample: Tensor = torch.rand(tuple(shape), generator=generator, dtype=dtype, device=gradient.device)
+    return sample.sub_(0.5).mul_((12 / shape[0]) ** 0.5)
+
+
+def _orthonormal(matrix: Tensor) -> Tensor:
+    """Orthonormal columns with the span of `matrix`, by Householder QR, each on the side of the column it came from.
+
+    Continuous in `matrix`, as QR without a fixed sign is not. The matrix is overwritten.
+    """
+    q: Tensor
+    q, r = torch.linalg.qr(scale_(matrix))  # as fast as a Cholesky QR run twice, and it never fails
+    return q.mul_(torch.where(r.diagonal() < 0, -1.0, 1.0))
+
+
+def _largest(matrix: Tensor) -> Tensor:
+    """The largest magnitude, 0-dimensional and above 0."""
+    low, high = matrix.aminmax()
+    return torch.maximum(-low, high).clamp_min(TINY)
+
+
+def _swapped(bases: Bases) -> Bases:
+    return Bases(bases.right, bases.left)

@@ -1,0 +1,24 @@
+"""The seeds of a run's random numbers: functions of the run's own seed, so that nothing has to be saved.
+
+The same run, its repetition, its resumption and each of its processes have the same.
+"""
+
+from __future__ import annotations
+
+
+def mixed_seed(seed: int, index: int, number: int) -> int:
+    """Three numbers in one of 63 bits that no other three give in practice, for `torch.Generator.manual_seed`."""
+    mixed = ((seed * 0x9E3779B97F4A7C15 + index) * 0xBF58476D1CE4E5B9 + number) * 0x94D049BB133111EB
+    return (mixed ^ (mixed >> 31)) & (2**63 - 1)
+
+
+def basis_seed(seed: int, index: int, refreshes: int) -> int:
+    """The seed of a target's next random bases.
+
+    Args:
+        seed: of the run.
+        index: of the target in its optimizer, 0 or more.
+        refreshes: that the target has behind it.
+    """
+    # Negative: an update that is rounded stochastically (`rounding.generator_for`) has other numbers, then.
+    return mixed_seed(seed, -1 - index, refreshes)
