@@ -111,7 +111,7 @@ def test_a_basis_comes_back_as_on_the_cpu(bits: ProjBits) -> None:
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_without_a_rank_it_is_torchs_fused_adamw(weight_decay: float) -> None:
-    weights = [nn.Parameter(normal(257, 129).to(DEVICE)) for _ in range(2)]
+    weights = [nn.Parameter(normal(257, 129).to(DEVICE, copy=True)) for _ in range(2)]
     options: dict[str, Any] = {"lr": 1e-2, "weight_decay": weight_decay}
     optimizers = (GaLoreAdamW([weights[0]], **options), torch.optim.AdamW([weights[1]], fused=True, **options))
     start = weights[1].detach().clone()
@@ -143,7 +143,7 @@ def test_the_32_bit_kernel_is_adamw(dtype: torch.dtype) -> None:
 def test_without_a_rank_8_bits_are_bitsandbytes_own(dtype: torch.dtype) -> None:
     steps, shape = 10, (256, 260)
     start = normal(*shape).to(dtype)
-    on_card, theirs, on_cpu = (nn.Parameter(start.to(device)) for device in (DEVICE, DEVICE, CPU))
+    on_card, theirs, on_cpu = (nn.Parameter(start.to(device, copy=True)) for device in (DEVICE, DEVICE, CPU))
     optimizers: dict[nn.Parameter, torch.optim.Optimizer] = {
         on_card: GaLoreAdamW8bit([on_card], lr=1e-2, weight_decay=0.0),
         theirs: AdamW8bit([theirs], lr=1e-2, weight_decay=0.0),

@@ -91,8 +91,9 @@ def test_micro_batches_add_up_to_their_batch() -> None:
             projected_backward=True,
         )
         for step in range(3):
-            # All micro-batches of the first step are alike, or else their first would give another basis than all.
-            ids = tokens(model, 1, 32).repeat(8, 1) if step == 0 else tokens(model, 8, 32, seed=step)
+            # All micro-batches of the first step are alike, or else their first would give another basis than all. They
+            # have more tokens than the rank: a gradient of lower rank gets a basis with columns of zeros.
+            ids = tokens(model, 1, 128).repeat(8, 1) if step == 0 else tokens(model, 8, 128, seed=step)
             for part in ids.chunk(parts):
                 (model(input_ids=part, labels=part).loss / parts).backward()
             optimizer.step()
