@@ -1,6 +1,7 @@
 # Each target makes its own virtual environment where there is none: nothing has to be installed first.
 #   make quickstart   train a small chat model with GaLore and talk to it
 #   make test         run the tests
+#   make test-gpu     run the tests of what only a graphics card can show
 #   make lint         ruff and mypy
 #   make notebooks    execute the notebooks in place, for the outputs that are committed
 
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 # One that has run out of tests takes some of another: those that plan recipes of 7B models take long.
 WORKERS ?= auto
 
-.PHONY: quickstart notebooks test lint format clean
+.PHONY: quickstart notebooks test test-gpu lint format clean
 
 $(VENV)/pyvenv.cfg:
 	$(PYTHON) -m venv $(VENV)
@@ -31,7 +32,11 @@ notebooks: $(VENV)/installed-dev
 	$(BIN)/python -m tests.support.notebooks
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not gpu"
+
+# One process: a card of 24 GB has room for one.
+test-gpu: $(VENV)/installed-dev
+	$(BIN)/python -m pytest tests/gpu --durations 10
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

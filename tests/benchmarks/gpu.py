@@ -1,0 +1,432 @@
+"""What a card makes of GaLore at 7B's shapes, side by side with AdamW8bit: times, launches, memory, as text and JSON.
+
+    python -m tests.benchmarks.gpu                    # all tables, of as many layers as the card holds
+    python -m tests.benchmarks.gpu --layers 8 --only steps
+    HF_GALORE_CARD=cpu python -m tests.benchmarks.gpu # small sizes on a CPU, to try it out
+
+Weights and tokens are random. `outside`: what of the card is taken beside what torch's allocator reserves. `card`: what
+it copies and multiplies, for comparison. `steps`: training steps of a Llama with Llama-2-7B's layers, 16 sequences of
+256 tokens, activations checkpointed, rank 1024, refreshes spread over 200 steps, no decay, as in the recipes. Both of
+the others build every gradient before their step; the published GaLore is spared its SVDs, which take minutes.
+`recipe`: the 7B recipe itself, in a process of its own, under the memory of a card of 24 GB. `refresh`: new bases of
+one matrix, by the card's own clock, and what orthonormalises them. `launches`: kernels a layer in a steady step.
+`host`: the same step of narrow layers, so that the time is the host's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import hf_galore
+from hf_galore.lowrank.projection import Side, side_of
+from hf_galore.lowrank.quantize import dequantize_basis, quantize_basis
+from hf_galore.lowrank.refresh import new_bases
+from hf_galore.optim import GaLoreAdamW8bit
+from tests.support.card import (
+    CAP,
+    DEVICE,
+    GIB,
+    ON_CARD,
+    RECIPE,
+    ROOT,
+    SMALL,
+    SMALL_RANK,
+    llama,
+    options_of,
+    seconds_of,
+    sized,
+    targets,
+    tokens,
+)
+
+TABLES = ("outside", "card", "steps", "recipe", "refresh", "launches", "host")
+RANK = sized(1024, SMALL_RANK)
+ROWS, LENGTH = sized((16, 256), (2, 16))
+MATRICES: tuple[tuple[int, int], ...] = sized(((4096, 4096), (11008, 4096), (4096, 11008)), ((64, 64), (256, 64)))
+# What AdamW8bit takes of a layer of 202 million weights: them, their gradients and moments.
+LAYER_BYTES = 202e6 * 6
+NEVER = 10**6
+
+Build = Callable[[nn.Module], torch.optim.Optimizer]
+
+
+def adamw_8bit(model: nn.Module) -> torch.optim.Optimizer:
+    from bitsandbytes.optim.adamw import AdamW8bit
+
+    return cast("torch.optim.Optimizer", AdamW8bit(model.parameters(), lr=1e-5, weight_decay=0.0))
+
+
+def galore(
+    layerwise: bool = True, rank: int = RANK, gap: int = 200, weight_decay: float = 0.0, **options: Any
+) -> Build:
+    def build(model: nn.Module) -> torch.optim.Optimizer:
+        return GaLoreAdamW8bit(
+            model.parameters(),
+            lr=1e-5,
+            weight_decay=weight_decay,
+            param_options=options_of(model, rank, update_proj_gap=gap, scale=2.0),
+            module=model,
+            layerwise=layerwise,
+            **options,
+        )
+
+    return build
+
+
+def published(model: nn.Module) -> torch.optim.Optimizer:
+    import galore_torch
+
+    projected = targets(model)
+    chosen = set(map(id, projected))
+    groups = [
+        {"params": [param for param in model.parameters() if id(param) not in chosen]},
+        {"params": projected, "rank": RANK, "update_proj_gap": NEVER, "scale": 2.0, "proj_type": "std"},
+    ]
+    return cast("torch.optim.Optimizer", galore_torch.GaLoreAdamW8bit(groups, lr=1e-5, weight_decay=0.0))
+
+
+@contextlib.contextmanager
+def any_bases() -> Iterator[None]:
+    """Random matrices instead of SVDs: which they are makes no difference to the time of a step."""
+
+    def svd(matrix: Tensor, full_matrices: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        (m, n), size = matrix.shape, min(matrix.shape)
+        left, right = (torch.randn(*shape, device=matrix.device) * size**-0.5 for shape in ((m, size), (size, n)))
+        return left, torch.ones(size, device=matrix.device), right
+
+    original, torch.linalg.svd = torch.linalg.svd, svd
+    try:
+        yield
+    finally:
+        torch.linalg.svd = original
+
+
+CONTENDERS: dict[str, Build] = {
+    "bitsandbytes AdamW8bit": adamw_8bit,
+    "GaLoreAdamW8bit, layerwise": galore(),
+    "GaLoreAdamW8bit, layerwise, decayed": galore(weight_decay=0.01),
+    "GaLoreAdamW8bit, layerwise, clipped": galore(hold_gradients=True),
+    "galore_torch AdamW8bit, without SVDs": published,
+}
+
+
+class Training:
+    """A model and its optimizer, and a step of both."""
+
+    def __init__(self, layers: int, build: Build, rows: int = ROWS, length: int = LENGTH, **overrides: Any) -> None:
+        self.model = llama(layers, **overrides)
+        self.model.gradient_checkpointing_enable()
+        self.model.train()
+        self.ids = tokens(self.model, rows, length)
+        self.optimizer = build(self.model)
+
+    def step(self, clip: float | None = None) -> None:
+        self.model(input_ids=self.ids, labels=self.ids).loss.backward()
+        if clip is not None:
+            cast("Any", self.optimizer).clip_grad_norm_(clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.model.zero_grad()  # where the optimizer has none of its parameters
+
+
+def freed() -> None:
+    gc.collect()
+    if ON_CARD:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def milliseconds(function: Callable[[], object], rounds: int = 10) -> float:
+    """The median time on the device, after a warm-up."""
+    function()
+    times = []
+    for _ in range(rounds):
+        if not ON_CARD:
+            times.append(seconds_of(function) * 1000)
+            continue
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+# ---- the tables
+
+
+def outside(args: argparse.Namespace) -> dict[str, Any]:
+    """MiB that are there after each, in this process if the card is ours alone."""
+    if not ON_CARD:
+        return {}
+    found = {}
+    matrix = torch.randn(1024, 256, device=DEVICE)
+    for name, function in {
+        "CUDA's context": lambda: None,
+        "and cuBLAS": lambda: matrix.mT @ matrix,
+        "and cuSOLVER's QR": lambda: torch.linalg.qr(matrix),
+    }.items():
+        seconds = seconds_of(function)
+        free, total = torch.cuda.mem_get_info()
+        found[f"{name}, MiB"] = (total - free - torch.cuda.memory_reserved()) / 2**20
+        found[f"{name}, s at first"] = seconds
+    return found
+
+
+def card(args: argparse.Namespace) -> dict[str, Any]:
+    size = sized(8192, 256)
+    a, b = (torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    block = torch.empty(sized(2**30, 2**20), dtype=torch.uint8, device=DEVICE)
+    other = torch.empty_like(block)
+    return {
+        "copy, GB/s": 2 * block.numel() / milliseconds(lambda: other.copy_(block)) / 1e6,
+        "bf16 product, TFLOP/s": 2 * size**3 / milliseconds(lambda: a @ b) / 1e9,
+        "float32 product, TFLOP/s": 2 * size**3 / milliseconds(lambda: a.float() @ b.float(), 3) / 1e9,
+    }
+
+
+def steps(args: argparse.Namespace) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, build in CONTENDERS.items():
+        if name.startswith("galore_torch") and not ON_CARD:
+            continue  # it waits for a card by name
+        freed()
+        try:
+            with any_bases() if name.startswith("galore_torch") else contextlib.nullcontext():
+                found[name] = steps_of(args, build, 1.0 if "clipped" in name else None)
+        except torch.OutOfMemoryError:
+            found[name] = {"s/step": None}
+        freed()
+    baseline = found["bitsandbytes AdamW8bit"]["s/step"]
+    for row in found.values():
+        row["× AdamW8bit"] = None if None in (row["s/step"], baseline) else row["s/step"] / baseline
+    return found
+
+
+def steps_of(args: argparse.Namespace, build: Build, clip: float | None) -> dict[str, Any]:
+    training = Training(args.layers, build)
+    first = seconds_of(lambda: training.step(clip))
+    for _ in range(2):
+        training.step(clip)
+    times = [seconds_of(lambda: training.step(clip)) for _ in range(args.rounds)]
+    middle = statistics.median(times)
+    return {
+        "s/step": middle,
+        "mean": statistics.fmean(times),
+        "fastest": min(times),
+        "slowest": max(times),
+        "first": first,
+        "tokens/s": training.ids.numel() / middle,
+        "allocated GiB": torch.cuda.max_memory_allocated() / GIB if ON_CARD else None,
+        "reserved GiB": torch.cuda.max_memory_reserved() / GIB if ON_CARD else None,
+        "layers": args.layers,
+    }
+
+
+def cholesky_qr_twice(matrix: Tensor) -> Tensor:
+    for _ in range(2):
+        upper = torch.linalg.cholesky_ex(matrix.mT @ matrix, upper=True)[0]
+        matrix = torch.linalg.solve_triangular(upper, matrix, upper=True, left=False)
+    return matrix
+
+
+def refresh(args: argparse.Namespace) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for shape in MATRICES:
+        gradient = torch.randn(shape, device=DEVICE).bfloat16()
+        side: Side = side_of(shape, "std")
+        old = new_bases(gradient, side, RANK, "subspace", None)
+        basis = old.left if old.left is not None else old.right
+        assert basis is not None
+        kept = quantize_basis(basis, 4, torch.bfloat16)
+        found[f"refresh {shape[0]} × {shape[1]}, ms"] = milliseconds(
+            lambda gradient=gradient, side=side, old=old: new_bases(gradient, side, RANK, "subspace", old)  # type: ignore[misc]
+        )
+        found[f"basis of {shape[0]} × {shape[1]} out of 4 bits, ms"] = milliseconds(
+            lambda kept=kept, shape=tuple(basis.shape): dequantize_basis(kept, shape, 4, torch.bfloat16)  # type: ignore[misc]
+        )
+    tall = torch.randn(MATRICES[0][0], RANK, device=DEVICE)
+    found["QR, ms"] = milliseconds(lambda: torch.linalg.qr(tall))
+    found["Cholesky QR twice, ms"] = milliseconds(lambda: cholesky_qr_twice(tall))
+    found["4 bits of a basis, ms"] = milliseconds(lambda: quantize_basis(tall, 4, torch.bfloat16))
+    q = cholesky_qr_twice(tall)
+    found["Cholesky QR twice, ‖QᵀQ − I‖ max"] = (q.mT @ q - torch.eye(RANK, device=DEVICE)).abs().max().item()
+    square = torch.randn(MATRICES[0], device=DEVICE)
+    found["full SVD, ms"] = seconds_of(lambda: torch.linalg.svd(square, full_matrices=False)) * 1000
+    return found
+
+
+def launches(args: argparse.Namespace) -> dict[str, Any]:
+    """Of a layer: the difference between models of two and of one."""
+    found: dict[str, Any] = {}
+    contenders: dict[str, Build] = {
+        "no optimizer": lambda model: torch.optim.SGD([nn.Parameter(torch.zeros(1, device=DEVICE))]),
+        "bitsandbytes AdamW8bit": adamw_8bit,
+        "GaLoreAdamW8bit, layerwise": galore(gap=NEVER),
+        "GaLoreAdamW8bit, layerwise, decayed": galore(gap=NEVER, weight_decay=0.01),
+        "GaLoreAdamW8bit, plain": galore(layerwise=False, gap=NEVER),
+    }
+    for name, build in contenders.items():
+        counted = []
+        for layers in (1, 2):
+            freed()
+            training = Training(layers, build)
+            for _ in range(2):
+                training.step()
+            counted.append(counted_kernels(training))
+            del training
+        found[name] = {
+            "launches a layer": counted[1][0] - counted[0][0],
+            "device ms a layer": counted[1][1] - counted[0][1],
+        }
+    return found
+
+
+def counted_kernels(training: Training) -> tuple[int, float]:
+    """The kernels of one step, copies and fills included, and their time on the device."""
+    from torch.profiler import ProfilerActivity, profile
+
+    activity = ProfilerActivity.CUDA if ON_CARD else ProfilerActivity.CPU
+    with profile(activities=[activity]) as profiler:
+        seconds_of(training.step)
+    kernels = [event for event in profiler.events() or () if "cuda" in str(event.device_type).lower() or not ON_CARD]
+    return len(kernels), sum(event.device_time_total for event in kernels) / 1000
+
+
+def host(args: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds a layer where the device has next to nothing to do."""
+    narrow = {**SMALL, "hidden_size": 256, "intermediate_size": 688}
+    found: dict[str, Any] = {}
+    for name, build in {
+        "bitsandbytes AdamW8bit": adamw_8bit,
+        "GaLoreAdamW8bit, layerwise": galore(rank=64, gap=NEVER),
+        "GaLoreAdamW8bit, layerwise, decayed": galore(rank=64, gap=NEVER, weight_decay=0.01),
+    }.items():
+        freed()
+        middle = []
+        for layers in (4, 12):
+            training = Training(layers, build, rows=1, length=16, **narrow)
+            for _ in range(3):
+                training.step()
+            middle.append(statistics.median(seconds_of(training.step) for _ in range(args.rounds)))
+        found[name] = {"host ms a layer": (middle[1] - middle[0]) / 8 * 1000}
+    return found
+
+
+def recipe(args: argparse.Namespace) -> dict[str, Any]:
+    command = [sys.executable, "-m", "tests.support.card_run", "--layers", str(args.layers), "--steps", "8"]
+    environment = {**os.environ, "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    command += ["--cap", str(CAP / GIB)]
+    free, total = torch.cuda.mem_get_info() if ON_CARD else (0, 0)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"failed": done.stderr[-2000:]}
+    figures = json.loads(done.stdout.splitlines()[-1])
+    middle = statistics.median(figures["seconds"][2:])
+    found = {
+        "first step, s": figures["seconds"][0],
+        "s/step": middle,
+        "tokens/s": figures["tokens_per_step"] / middle,
+        "refreshes, s": sum(figures["refresh_seconds"]),
+        "warnings": figures["warnings"],
+    }
+    if ON_CARD:
+        plan = hf_galore.plan(RECIPE, layers=args.layers)
+        found.update({f"{key} GiB": figures[key] / GIB for key in ("allocated", "reserved", "resident")})
+        found["outside torch GiB"] = (figures["outside_torch"] - (total - free)) / GIB
+        found["planned GiB"] = max(plan.phase_peaks[phase] for phase in ("forward", "backward", "update")) / GIB
+        found["allocated / planned"] = found["allocated GiB"] / found["planned GiB"]
+        found["reserved / planned"] = found["reserved GiB"] / found["planned GiB"]
+    return found
+
+
+# ---- what is printed
+
+
+def versions() -> dict[str, Any]:
+    from importlib.metadata import version
+
+    found: dict[str, Any] = {
+        "card": torch.cuda.get_device_name() if ON_CARD else platform.machine(),
+        "memory GiB": torch.cuda.get_device_properties(0).total_memory / GIB if ON_CARD else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "transformers": transformers.__version__,
+        "hf_galore": hf_galore.__version__,
+    }
+    for name in ("bitsandbytes", "trl", "accelerate", "triton"):
+        with contextlib.suppress(ModuleNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return "" if value is None else str(value)
+
+
+def print_table(title: str, figures: dict[str, Any], console: Console) -> None:
+    if figures and all(isinstance(row, dict) for row in figures.values()):
+        columns = list(dict.fromkeys(key for row in figures.values() for key in row))
+        table = Table("", *columns, title=title)
+        for name, row in figures.items():
+            table.add_row(name, *(shown(row.get(column)) for column in columns))
+    else:
+        table = Table("", "", title=title)
+        for name, value in figures.items():
+            table.add_row(name, shown(value))
+    console.print(table)
+
+
+def layers_that_fit() -> int:
+    """As many of 32 as AdamW8bit, with 8 GiB for the rest, has room for."""
+    if not ON_CARD:
+        return 2
+    return max(1, min(32, int((torch.cuda.mem_get_info()[0] - 8 * GIB) / LAYER_BYTES)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, help="default: as many of 32 as fit with AdamW8bit")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--only", nargs="+", choices=TABLES, default=TABLES)
+    parser.add_argument("--json", type=Path, help="a file for the figures")
+    args = parser.parse_args()
+    args.layers = layers_that_fit() if args.layers is None else args.layers
+    console = Console(width=150)
+    figures: dict[str, Any] = {"versions": versions()}
+    print_table("versions", figures["versions"], console)
+    functions = {table.__name__: table for table in (outside, card, steps, recipe, refresh, launches, host)}
+    for name in (name for name in TABLES if name in args.only):
+        freed()
+        try:
+            figures[name] = functions[name](args)
+        except Exception as error:  # one table less is no reason to lose the others
+            figures[name] = {"failed": f"{type(error).__name__}: {error}"}
+        print_table(name, figures[name], console)
+        if args.json is not None:
+            args.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
