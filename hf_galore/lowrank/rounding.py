@@ -89,6 +89,14 @@ def add_rounded_(
         weight[rows] = values if generator is None else round_stochastically(values, generator)
 
 
+def is_identity(dtype: torch.dtype, decay: float) -> bool:
+    """Whether any weight, multiplied by the decay and rounded to the nearest, is the weight again.
+
+    It is where the decay takes less than half the distance from a power of 2 to its lower neighbour: a quarter of ε.
+    """
+    return 0 <= 1 - decay < torch.finfo(dtype).eps / 4
+
+
 def decay_unless(skip: Tensor, dtype: torch.dtype, decay: float) -> Tensor | float:
     """The decay, or 1 where `skip` is 1: a number if the host knows, else on the device, precise enough for `dtype`."""
     if decay == 1 or known_skip(skip) is False:

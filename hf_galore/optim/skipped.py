@@ -54,13 +54,19 @@ class SkippedUpdates:
     def read(self) -> dict[Tensor, int]:
         """The updates that were skipped since the last time but counted as made, by parameter. Waits for devices."""
         found = {}
-        for param, (times, first_step) in self._records.items():
-            count = int(times.item()) if has_numbers(times) else 0
-            if count:
-                found[param] = count
-                self.note_known(param, int(first_step.item()), count)
-                times.zero_()
-                first_step.fill_(_NEVER)
+        on_devices: dict[torch.device, dict[Tensor, tuple[Tensor, Tensor]]] = {}
+        for param, record in self._records.items():
+            if has_numbers(record[0]):
+                on_devices.setdefault(record[0].device, {})[param] = record
+        for records in on_devices.values():
+            # Of all parameters in one: each read of its own would wait for the device again.
+            numbers = torch.stack([number for record in records.values() for number in record]).view(-1, 2).tolist()
+            for (param, (times, first_step)), (count, first) in zip(records.items(), numbers, strict=True):
+                if count:
+                    found[param] = int(count)
+                    self.note_known(param, int(first), int(count))
+                    times.zero_()
+                    first_step.fill_(_NEVER)
         return found
 
     def known(self) -> dict[Tensor, Skipped]:

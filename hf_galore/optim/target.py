@@ -25,7 +25,7 @@ from ..lowrank.projection import (
 )
 from ..lowrank.refresh import bases_of_lower_rank, cheaper_from_factors, figures_of, new_bases
 from ..lowrank.rotation import rotation_between
-from ..lowrank.rounding import decay_unless
+from ..lowrank.rounding import decay_unless, is_identity
 from ..lowrank.schedule import NEVER, next_gap_factor, phase_of, refreshes_by, step_of_next_refresh
 from ..lowrank.seeds import basis_seed
 from ..rules import Rule, rule_of
@@ -263,11 +263,13 @@ class Target(Trained):
         direction, factor = self.rule.direction(low_rank, self.moments(), group, moments_step, skip)
         bases = self.bases() if bases is None else bases
         alpha, decay = -factor * group["scale"], decay_of(group)
-        low_precision = param.dtype not in (torch.float32, torch.float64)
-        if self._rounds_stochastically(group) or (low_precision and decay != 1 and known is not False):
+        if self._rounds_stochastically(group):
             self._add_rounded(group, functools.partial(projected_back, direction, bases), alpha, step, skip)
-        elif decay == 1 or known is False:
+        elif known is False or is_identity(param.dtype, decay):
+            # Where only the device knows that the update is skipped, N is zero, and the decay alone changes nothing.
             add_projected_back_(param, direction, bases, alpha, decay=decay)
+        elif param.dtype not in (torch.float32, torch.float64):
+            self._add_rounded(group, functools.partial(projected_back, direction, bases), alpha, step, skip)
         else:
             param.mul_(decay_unless(skip, param.dtype, decay))
             add_projected_back_(param, direction, bases, alpha)

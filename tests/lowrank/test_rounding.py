@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 from hf_galore.lowrank import rounding
-from hf_galore.lowrank.rounding import add_rounded_, generator_for, round_stochastically
+from hf_galore.lowrank.rounding import add_rounded_, generator_for, is_identity, round_stochastically
 from tests.support.helpers import copied
 
 pytestmark = pytest.mark.arithmetic
@@ -421,3 +421,18 @@ def test_a_group_may_round_stochastically() -> None:
     assert len(weights[1].unique()) == 1
     with pytest.raises(ValueError, match="stochastic_rounding is for bfloat16"):
         GaLoreAdamW([{"params": [nn.Parameter(torch.ones(4, 4))], "stochastic_rounding": True}])
+
+
+# ---- decay that rounding takes away
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_decay_is_the_identity_for_every_weight_or_not_for_all(dtype: torch.dtype) -> None:
+    weights = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    weights = weights[weights.isfinite() & (weights.abs() >= torch.finfo(dtype).smallest_normal)]
+    limit = torch.finfo(dtype).eps / 4
+    for lost in (0.0, limit / 100, 0.999 * limit, limit, 1.1 * limit, 0.1):
+        same = torch.equal((weights.double() * (1 - lost)).to(dtype), weights)
+        assert is_identity(dtype, 1 - lost) <= same
+        assert is_identity(dtype, 1 - lost) == (lost < limit)
+    assert not torch.equal((weights.double() * (1 - 1.1 * limit)).to(dtype), weights)
