@@ -6,7 +6,8 @@ Importing the package registers its optimizers under the `galore_*` names of `Tr
 from typing import TYPE_CHECKING, Any
 
 from .config import GaLoreConfig
-from .integrations.trainer import GaLoreCallback, register, unregister
+from .integrations.callback import GaLoreCallback
+from .integrations.trainer import register, unregister
 from .optim.classes import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 
 if TYPE_CHECKING:
