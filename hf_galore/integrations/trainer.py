@@ -40,6 +40,7 @@ __all__ = [
     "PATCHED",
     "GaLoreCallback",
     "galore_optimizer",
+    "is_registered",
     "moved_internals",
     "optim_name",
     "register",
@@ -62,36 +63,6 @@ PATCHED: dict[str, str] = {
 
 _originals: dict[str, Any] = {}
 _registering = threading.Lock()
-
-
-def register() -> None:
-    """Make the `galore_*` names of `TrainingArguments.optim` mean these optimizers. Once or many times alike.
-
-    Raises:
-        ImportError: this transformers has changed what is replaced; the message names it.
-    """
-    replacements = {
-        "get_optimizer_cls_and_kwargs": staticmethod(_get_optimizer_cls_and_kwargs),
-        "create_optimizer": _create_optimizer,
-        "_inner_training_loop": _inner_training_loop,
-        "_prepare_for_training": _prepare_for_training,
-        "_load_optimizer_and_scheduler": _load_optimizer_and_scheduler,
-        "_clip_grad_norm": _clip_grad_norm,
-        "_get_grad_norm": _get_grad_norm,
-        "log": _log,
-    }
-    with _registering:
-        if _originals:
-            return
-        missing = moved_internals()
-        if missing:
-            raise ImportError(
-                f"hf_galore cannot register with transformers {transformers.__version__}: {'; '.join(missing)}. "
-                "Install a transformers that hf_galore's requirements name, or a newer hf_galore."
-            )
-        for name, replacement in replacements.items():
-            _originals[name] = inspect.getattr_static(Trainer, name)
-            setattr(Trainer, name, replacement)
 
 
 def unregister() -> None:
@@ -282,3 +253,39 @@ def _log(self: Trainer, logs: dict[str, float], start_time: float | None = None)
 def _uses_galore(trainer: Trainer) -> bool:
     made_elsewhere = trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None
     return not made_elsewhere and optim_name(trainer.args) in KINDS
+
+
+def is_registered() -> bool:
+    """Whether the `galore_*` names mean these optimizers at present."""
+    return bool(_originals)
+
+
+# The last thing in this file: where it is there, all that it needs is (`hf_galore.registering`).
+def register() -> None:
+    """Make the `galore_*` names of `TrainingArguments.optim` mean these optimizers. Once or many times alike.
+
+    Raises:
+        ImportError: this transformers has changed what is replaced; the message names it.
+    """
+    replacements = {
+        "get_optimizer_cls_and_kwargs": staticmethod(_get_optimizer_cls_and_kwargs),
+        "create_optimizer": _create_optimizer,
+        "_inner_training_loop": _inner_training_loop,
+        "_prepare_for_training": _prepare_for_training,
+        "_load_optimizer_and_scheduler": _load_optimizer_and_scheduler,
+        "_clip_grad_norm": _clip_grad_norm,
+        "_get_grad_norm": _get_grad_norm,
+        "log": _log,
+    }
+    with _registering:
+        if _originals:
+            return
+        missing = moved_internals()
+        if missing:
+            raise ImportError(
+                f"hf_galore cannot register with transformers {transformers.__version__}: {'; '.join(missing)}. "
+                "Install a transformers that hf_galore's requirements name, or a newer hf_galore."
+            )
+        for name, replacement in replacements.items():
+            _originals[name] = inspect.getattr_static(Trainer, name)
+            setattr(Trainer, name, replacement)
