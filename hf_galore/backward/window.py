@@ -24,9 +24,9 @@ import dataclasses
 from typing import TYPE_CHECKING, cast
 
 import torch
-from accelerate.state import GradientState
 from torch import Tensor
 
+from ..integrations.accelerate import closes_window
 from ..log import logger
 from ..lowrank.projection import Bases, FactoredGradient, norm_of, project
 from .gradient import HOLD, LowRankGradient, UncommittedRefresh, UsedGradient
@@ -54,8 +54,8 @@ class Mode:
 
     def must_hold(self) -> bool:
         """Whether gradients are kept until `step()`."""
-        # accelerate knows whether this micro-batch closes the window; the last of several holds as the others did.
-        self.accumulating = self.accumulating or not GradientState().sync_gradients
+        # The last micro-batch of several holds as the others did.
+        self.accumulating = self.accumulating or not closes_window()
         return not self.layerwise or self.hold_gradients or self.accumulating
 
 

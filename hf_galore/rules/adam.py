@@ -21,10 +21,6 @@ class Adam(Rule):
 
     option = "adam"
     defaults: ClassVar[Mapping[str, Any]] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
-    from_arguments: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "betas": ("adam_beta1", "adam_beta2"),
-        "eps": ("adam_epsilon",),
-    }
 
     def check(self, group: Group) -> None:
         """Check learning rate, β₁, β₂, ε and weight decay."""

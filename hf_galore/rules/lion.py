@@ -23,7 +23,6 @@ class Lion(Rule):
 
     option = "lion"
     defaults: ClassVar[Mapping[str, Any]] = {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0}
-    from_arguments: ClassVar[Mapping[str, tuple[str, ...]]] = {"betas": ("adam_beta1", "adam_beta2")}
 
     def check(self, group: Group) -> None:
         """Check learning rate, β₁, β₂ and weight decay."""

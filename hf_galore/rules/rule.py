@@ -35,8 +35,6 @@ class Rule:
     """What the option `rule` calls it."""
     defaults: ClassVar[Mapping[str, Any]]
     """The options of a parameter group that the rule reads, with their defaults."""
-    from_arguments: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-    """Which of these a Trainer's arguments set: `{"betas": ("adam_beta1", "adam_beta2")}`."""
 
     def check(self, group: Group) -> None:
         """Check the rule's options of a parameter group.
