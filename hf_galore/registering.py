@@ -36,12 +36,12 @@ def register_on_import(spec: ModuleSpec | None) -> None:
         spec: the package's `__spec__`.
 
     Raises:
-        ImportError: as `hf_galore.integrations.trainer.register`, here or where the package is imported later.
+        ImportError: as `hf_galore.integrations.trainer.register`; or else the import that registers later raises it.
     """
     if spec is not None and type(spec) is ModuleSpec and _is_for_submodule(sys._getframe(1).f_back, spec.name):
         spec.__class__ = _Waiting
         __import__(spec.name)
-        if spec.__dict__.pop("wanted", False):
+        if spec.__dict__.pop("asks", False):
             return
         spec.__class__ = ModuleSpec
     _register(__package__)
@@ -80,17 +80,18 @@ class _Waiting(ModuleSpec):
 
     @property
     def _initializing(self) -> bool:
-        loading = bool(self.__dict__.get("_initializing"))
-        if _imports_submodule(sys._getframe(1), self.name):
+        frame, loading = sys._getframe(1), bool(self.__dict__.get("_initializing"))
+        if frame.f_code is register_on_import.__code__:
+            self.__dict__["asks"] = True
+            return loading
+        if _imports_submodule(frame, self.name):
             return loading
         if loading:  # whoever asks waits until it is not: see the setter
             self.__dict__["wanted"] = True
             return True
         try:
             self._make_up()
-        except ImportError as error:
-            if sys.version_info >= (3, 13):
-                raise
+        except BaseException as error:  # noqa: BLE001, RUF100  (an interruption too would be suppressed)
             _raise_in_import_of(self.name, error)
             return True
         return False
@@ -122,8 +123,8 @@ def _imports_submodule(frame: FrameType, package: str) -> bool:
     return False
 
 
-def _raise_in_import_of(package: str, error: ImportError) -> None:
-    """Make the import that asks now raise an error, which CPython before 3.13 suppresses in `_initializing`.
+def _raise_in_import_of(package: str, error: BaseException) -> None:
+    """Make the import that asks now raise an error. In `_initializing` CPython suppresses some, before 3.13 all.
 
     Given the answer that the module is being imported, it calls a function that waits for it, whose errors count.
     """

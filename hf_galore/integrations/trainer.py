@@ -6,10 +6,12 @@ concerns itself with the `galore_*` optimizers only and hands everything else on
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import pickle
 import threading
+from collections.abc import Iterator
 from typing import Any, cast
 
 import transformers
@@ -44,6 +46,7 @@ __all__ = [
     "moved_internals",
     "optim_name",
     "register",
+    "registered",
     "unregister",
 ]
 
@@ -258,6 +261,21 @@ def _uses_galore(trainer: Trainer) -> bool:
 def is_registered() -> bool:
     """Whether the `galore_*` names mean these optimizers at present."""
     return bool(_originals)
+
+
+@contextlib.contextmanager
+def registered() -> Iterator[None]:
+    """Within, the `galore_*` names mean these optimizers; afterwards what they meant before.
+
+    For functions that make a Trainer by such a name, which do not need `import hf_galore` then.
+    """
+    before = is_registered()
+    register()
+    try:
+        yield
+    finally:
+        if not before:
+            unregister()
 
 
 # The last thing in this file: where it is there, all that it needs is (`hf_galore.registering`).

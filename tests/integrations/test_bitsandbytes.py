@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -46,6 +47,52 @@ def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 def dtypes_of(name: str) -> tuple[torch.dtype, ...]:
     return (torch.float32,) if name in FROM_FLOAT32 else DTYPES
+
+
+# ---- what we rely on
+
+# The keywords that `bitsandbytes_calls` gives each function.
+KEYWORDS = {
+    "quantize_4bit": {"blocksize", "quant_type"},
+    "dequantize_4bit": set(),
+    "quantize_blockwise": {"code", "blocksize"},
+    "dequantize_blockwise": set(),
+    "optimizer_update_8bit_blockwise": {
+        *("optimizer_name", "g", "p", "state1", "state2", "beta1", "beta2", "beta3", "alpha", "eps", "step", "lr"),
+        *("qmap1", "qmap2", "absmax1", "absmax2", "weight_decay", "gnorm_scale", "skip_zeros"),
+    },
+    "optimizer_update_32bit": {
+        *("optimizer_name", "g", "p", "state1", "beta1", "eps", "step", "lr", "state2", "beta2", "weight_decay"),
+        *("gnorm_scale", "unorm_vec", "max_unorm", "skip_zeros"),
+    },
+    "QuantState": {"absmax", "shape", "blocksize", "quant_type", "dtype", "code"},
+    "create_linear_map": set(),
+    "create_dynamic_map": {"signed"},
+}
+
+
+@pytest.mark.parametrize("name", KEYWORDS)
+def test_bitsandbytes_is_as_we_need_it(name: str) -> None:
+    """Fails first, and by name, when a new bitsandbytes moves something."""
+    function = getattr(functional, name, None)
+    assert function is not None, f"bitsandbytes.functional.{name} is gone"
+    signature = inspect.signature(function)
+    missing = KEYWORDS[name] - set(signature.parameters)
+    assert not missing, f"bitsandbytes.functional.{name}{signature} takes no {sorted(missing)}"
+    given = KEYWORDS[name] | ({"A", "quant_state"} if name in ("dequantize_4bit", "dequantize_blockwise") else set())
+    given |= {"A"} if name in FROM_FLOAT32 else set()
+    needed = {key for key, value in signature.parameters.items() if value.default is inspect.Parameter.empty}
+    assert needed <= given, f"bitsandbytes.functional.{name}{signature} needs {sorted(needed - given)}"
+
+
+def test_kernels_that_are_checked_are_those_that_are_called() -> None:
+    assert set(NAMES) == set(KEYWORDS) - {"QuantState", "create_linear_map", "create_dynamic_map"}
+
+
+@pytest.mark.parametrize("table", [calls.linear_table(), *calls.dynamic_tables()])
+def test_tables_are_256_ascending_values_up_to_1(table: Tensor) -> None:
+    assert (table.dtype, table.shape, table[-1].item()) == (torch.float32, (256,), 1.0)
+    assert bool((table.diff() > 0).all())
 
 
 # ---- plain torch is what the kernels compute
