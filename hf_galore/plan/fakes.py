@@ -2,7 +2,8 @@
 
 `fake_training()` is the place for all that has to be answered or put aside for that: reads of numbers that are not
 there, weights and checkpoints that are not to be loaded or written, and choices that libraries make by the device.
-What is replaced belongs to transformers, TRL, bitsandbytes and torch; `tests/test_fakes.py` fails where it has moved.
+What is replaced acts on the whole process, other threads too; what belongs to transformers, TRL, PEFT and bitsandbytes
+is in `hf_galore.integrations.stand_ins`.
 """
 
 from __future__ import annotations
@@ -13,11 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, cast
 from unittest import mock
 
-import numpy as np
 import torch
-import transformers.masking_utils
-import transformers.trainer_pt_utils
-from peft import PeftModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -26,9 +23,9 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
-from transformers import AutoConfig, PreTrainedModel
 
 from ..backward.gradient import StandIn
+from ..integrations.stand_ins import without_numbers
 from ..lowrank import nonfinite, quantize
 from ..rules import adam_8bit
 from .shape_cache import ShapeCache
@@ -88,30 +85,15 @@ def fake_training(target: Target) -> Iterator[Fakes]:
     fakes = Fakes(mode)
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
+        enter(without_numbers(packed_indices=fakes.packed_indices, all_true=fakes.all_true, gpu_loss=target == "cuda"))
         for module, name, replacement in (
-            # Weights come from nowhere, and nothing is written.
-            (PreTrainedModel, "from_pretrained", classmethod(_from_config)),
-            (PreTrainedModel, "save_pretrained", _nothing),
-            (PeftModel, "save_pretrained", _nothing),
             (torch, "save", _nothing),
             (nn.Module, "_apply", _apply),
-            # transformers takes a fake for a sign of compilation, for which it makes other masks.
-            (transformers.masking_utils, "is_tracing", lambda tensor=None: False),
-            (transformers.masking_utils, "find_packed_sequence_indices", fakes.packed_indices),
-            (transformers.masking_utils, "fast_all", fakes.all_true),
-            (transformers.trainer_pt_utils, "nested_numpify", _numpify),
             (nn.functional, "scaled_dot_product_attention", _attention),
             # Gradients are finite, which the host of a CPU knows, and that of a GPU does not.
             (nonfinite, "_look", lambda skip: None if target == "cuda" else False),
         ):
             enter(mock.patch.object(module, name, replacement))
-        if target == "cuda":
-            _use_gpu_loss(enter)
-        with contextlib.suppress(ImportError):
-            from bitsandbytes.optim.optimizer import GlobalOptimManager
-
-            # It remembers parameters by their addresses, for good.
-            enter(mock.patch.object(GlobalOptimManager, "_instance", None))
         # Tables of codes are cached for the process: no fake may stay there, and no real one be used.
         for table in (quantize._equal_steps, adam_8bit.codebooks):
             table.cache_clear()
@@ -157,36 +139,8 @@ def _all_of(func: Any, args: Any) -> Tensor:
 # ---- models
 
 
-def _from_config(
-    cls: Any,
-    /,
-    name: Any = None,
-    *args: Any,
-    config: Any = None,
-    dtype: Any = None,
-    attn_implementation: str | None = None,
-    quantization_config: Any = None,
-    **kwargs: Any,
-) -> PreTrainedModel:
-    """Instead of `PreTrainedModel.from_pretrained`: a model of that shape, with no weights behind it."""
-    config = config or AutoConfig.from_pretrained(name)
-    if quantization_config is not None or getattr(config, "quantization_config", None) is not None:
-        raise ValueError("A model with quantized weights (load_in_4bit, load_in_8bit) cannot be planned.")
-    if dtype is None or dtype == "auto":
-        dtype = config.dtype or torch.float32
-    if attn_implementation is not None and attn_implementation.startswith(("flash_attention", "kernels")):
-        attn_implementation = "sdpa"  # which allocates the same
-    model: PreTrainedModel = cls._from_config(
-        config,
-        dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype,
-        **({} if attn_implementation is None else {"attn_implementation": attn_implementation}),
-    )
-    model.eval()
-    return model
-
-
 def _nothing(*args: Any, **kwargs: Any) -> None:
-    """Instead of writing a file, or of a kernel that only fills what is there: neither allocates on the device."""
+    """Instead of writing a file."""
 
 
 def _apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -204,13 +158,6 @@ def _apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True
             if buffer is not None:
                 module._buffers[name] = fn(buffer)
     return self
-
-
-def _numpify(tensors: Any) -> Any:
-    """Instead of `nested_numpify`: ones."""
-    if isinstance(tensors, (list, tuple)):
-        return type(tensors)(map(_numpify, tensors))
-    return np.ones(tuple(tensors.shape), dtype=np.float32)
 
 
 # ---- kernels
@@ -242,28 +189,3 @@ def _attention(
         query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
     )[0]
     return output
-
-
-def _use_gpu_loss(enter: Callable[[Any], Any]) -> None:
-    """Let TRL's loss take its way for GPUs: Triton kernels, which fill tiles in place, and products into float32."""
-    import trl.kernels.chunked_logprob as kernels
-    import trl.trainer.utils
-
-    class Kernel:
-        def __getitem__(self, grid: Any) -> Callable[..., None]:
-            return _nothing
-
-    class Triton:
-        @staticmethod
-        def cdiv(a: int, b: int) -> int:
-            return -(-a // b)
-
-    for module, name, replacement in (
-        (kernels, "_use_triton", lambda device: True),
-        (trl.trainer.utils, "_use_triton", lambda device: True),
-        (kernels, "_forward_kernel", Kernel()),
-        (kernels, "_backward_kernel", Kernel()),
-        (kernels, "_addmm_fp32", _nothing),
-    ):
-        enter(mock.patch.object(module, name, replacement))
-    enter(mock.patch.object(kernels, "triton", Triton, create=True))  # not there where torch comes without Triton

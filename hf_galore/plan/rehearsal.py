@@ -7,6 +7,7 @@ one; after the second, an evaluation where the Trainer has one, and a checkpoint
 from __future__ import annotations
 
 import contextlib
+import functools
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -20,7 +21,8 @@ from torch.utils.data import DataLoader
 from transformers import DefaultFlowCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from ..integrations.trainer import GaLoreCallback, galore_optimizer
+from ..integrations.callback import GaLoreCallback, callbacks_of, galore_optimizer
+from ..integrations.trainer_parts import micro_batches, wrapped_methods
 from ..optim.bases import count_refresh
 from ..optim.optimizer import GaLoreOptimizer
 from .fakes import Fakes
@@ -101,7 +103,7 @@ def _prepare(trainer: Trainer) -> None:
     args.dataloader_pin_memory = False
     args.dataloader_persistent_workers = False
     # No bars, no reports to trackers; a user's own callbacks may do anything.
-    for callback in list(trainer.callback_handler.callbacks):
+    for callback in callbacks_of(trainer):
         if not isinstance(callback, (DefaultFlowCallback, GaLoreCallback)):
             trainer.remove_callback(callback)
 
@@ -122,13 +124,17 @@ class _Rehearsal(TrainerCallback):  # type: ignore[misc, unused-ignore]
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Within, the Trainer's methods tell what they are about."""
-        trainer, training_step = self._trainer, self._trainer.training_step
-        with contextlib.ExitStack() as stack:
-            for name, phase in (("evaluate", EVALUATION), ("_save_checkpoint", SAVING)):
-                method = self._in_phase(phase, getattr(trainer, name))
-                stack.enter_context(mock.patch.object(trainer, name, method))
-            step = self._in_phase(FORWARD, training_step)
-            stack.enter_context(mock.patch.object(trainer, "training_step", lambda *a, **k: self._train(step, *a, **k)))
+
+        def training_step(method: Callable[..., Any]) -> Callable[..., Any]:
+            step = self._in_phase(FORWARD, method)
+            return lambda *args, **kwargs: self._train(step, *args, **kwargs)
+
+        with wrapped_methods(
+            self._trainer,
+            training_step=training_step,
+            evaluate=functools.partial(self._in_phase, EVALUATION),
+            save_checkpoint=functools.partial(self._in_phase, SAVING),
+        ):
             yield
 
     def _after_backward(self) -> None:
@@ -147,7 +153,7 @@ class _Rehearsal(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
     def _train(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._micro_batch += 1
-        last = self._micro_batch == self._trainer.current_gradient_accumulation_steps
+        last = self._micro_batch == micro_batches(self._trainer)
         if self._shorten and self._micro_batch > 1 and not last:
             loss = torch.zeros((), device=self._trainer.args.device)
             self._tracker.label([loss], ACTIVATIONS)  # as that of a micro-batch that is run
