@@ -11,9 +11,10 @@ import pytest
 import yaml
 
 from hf_galore import GaLoreConfig
-from hf_galore.cli import checkpoints, errors, kinds, recipe, sft
-from hf_galore.cli.errors import UserError
 from hf_galore.cli.main import main
+from hf_galore.recipes import checkpoints, errors, kinds, sft, training
+from hf_galore.recipes.errors import UserError
+from hf_galore.recipes.folders import recipes_folder
 from tests.support.commands import write_checkpoint
 
 RUNS_ANYWHERE = {"bf16": False, "use_cpu": True, "report_to": "none"}
@@ -26,8 +27,8 @@ def recipe_in(folder: Path, **settings: Any) -> str:
     return str(path)
 
 
-def parse(*arguments: str) -> recipe.Arguments:
-    return recipe.parse(arguments, "hf-galore sft", "")
+def parse(*arguments: str) -> sft.Arguments:
+    return sft.parse(arguments, "hf-galore sft", "")
 
 
 # ---- spellings
@@ -155,7 +156,7 @@ def test_a_recipe_for_another_command(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_the_quickstarts_recipe_is_its_own() -> None:
-    assert kinds.command_of(recipe.recipes_folder() / kinds.QUICKSTART) == "quickstart"
+    assert kinds.command_of(recipes_folder() / kinds.QUICKSTART) == "quickstart"
     assert kinds.command_for(["--config", kinds.QUICKSTART, "--model_name_or_path", "m"]) == "sft"
 
 
@@ -244,7 +245,7 @@ def test_the_command_to_go_on_with_asks_to_resume_once(
     def interrupted(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sft, "run_sft", interrupted)
+    monkeypatch.setattr(training, "run", interrupted)
     path = recipe_in(tmp_path)
     write_checkpoint(tmp_path / "out" / "checkpoint-4")
     assert main(["sft", "--config", path, *resumed, "--max_steps", "9"]) == 130

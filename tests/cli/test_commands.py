@@ -15,10 +15,11 @@ import yaml
 from safetensors.torch import load_file
 from trl import SFTTrainer
 
-from hf_galore.cli import recipe
-from hf_galore.cli.checkpoints import flaw
-from hf_galore.cli.embedded import CACHE_VARIABLE, Embedded, conversations, embedded, split
 from hf_galore.cli.main import COMMANDS, main
+from hf_galore.recipes import sft
+from hf_galore.recipes.checkpoints import flaw
+from hf_galore.recipes.embedded_model import CACHE_VARIABLE, Embedded, conversations, embedded, split
+from hf_galore.recipes.folders import find_recipe, recipes_folder
 from tests.support.helpers import assert_identical
 
 
@@ -160,7 +161,7 @@ def test_data_without_a_column_to_train_on(
 
 def test_the_command_line_overrides_the_file(settings: dict[str, Any], tmp_path: Path) -> None:
     options = ["--learning_rate", "5e-4", "--optim_args=rank=8", "--output_dir", str(tmp_path / "other")]
-    parsed = recipe.parse(["--config", written(settings, tmp_path), *options], "hf-galore sft", "")
+    parsed = sft.parse(["--config", written(settings, tmp_path), *options], "hf-galore sft", "")
     assert parsed.training.learning_rate == 5e-4
     assert parsed.training.optim_args == "rank=8"
     assert parsed.training.output_dir == str(tmp_path / "other")
@@ -178,7 +179,7 @@ def test_the_command_line_overrides_the_file(settings: dict[str, Any], tmp_path:
 )
 def test_targets_on_the_command_line(given: list[str], expected: Any, settings: dict[str, Any], tmp_path: Path) -> None:
     path = written(settings, tmp_path)
-    parsed = recipe.parse(["--config", path, "--optim_target_modules", *given], "hf-galore sft", "")
+    parsed = sft.parse(["--config", path, "--optim_target_modules", *given], "hf-galore sft", "")
     assert parsed.training.optim_target_modules == expected
 
 
@@ -187,10 +188,10 @@ def test_recipes_of_the_package_are_found_from_any_folder(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    found = recipe.find_recipe(name)
-    assert found == recipe.recipes_folder() / "llama2_7b_oasst2.yaml"
-    parsed = recipe.parse(["--config", name, "--bf16", "false"], "hf-galore sft", "")
-    assert parsed.training.chat_template_path == str(recipe.recipes_folder() / "chatml")
+    found = find_recipe(name)
+    assert found == recipes_folder() / "llama2_7b_oasst2.yaml"
+    parsed = sft.parse(["--config", name, "--bf16", "false"], "hf-galore sft", "")
+    assert parsed.training.chat_template_path == str(recipes_folder() / "chatml")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -20,9 +20,9 @@ import torch
 from lm_eval import __main__ as command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_galore.cli.embedded import CACHE_VARIABLE, Conversation, Embedded, conversations, embedded, split
 from hf_galore.cli.main import main
-from hf_galore.cli.recipe import recipes_folder
+from hf_galore.recipes.embedded_model import CACHE_VARIABLE, Conversation, Embedded, conversations, embedded, split
+from hf_galore.recipes.folders import recipes_folder
 
 TASKS = recipes_folder() / "lm_eval"
 

@@ -20,9 +20,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from hf_galore.cli import plan as command
-from hf_galore.cli import recipe
+from hf_galore.cli import plan_picture
 from hf_galore.cli.main import main
-from hf_galore.plan.planner import CONTEXT_BYTES, FRAGMENTATION, GIB, MemoryPlan, plan
+from hf_galore.plan import plan
+from hf_galore.plan.planner import CONTEXT_BYTES, FRAGMENTATION, GIB, MemoryPlan
+from hf_galore.recipes.any_recipe import Arguments
 from tests.support.planning import llama_folder
 
 # Warnings that Python does not show a person.
@@ -197,7 +199,7 @@ def test_a_person_reads_tables_and_a_verdict(
 
 
 def test_tables_of_a_plan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(command, "plan", lambda *args, **kwargs: a_plan(vram=kwargs["vram"]))
+    monkeypatch.setattr(command, "plan_recipe", lambda *args, **kwargs: a_plan(vram=kwargs["vram"]))
     assert main(["plan", "--model_name_or_path", "[red]m", "--vram", "10.9GiB"]) == 0
     rows = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines()]
     assert ["something", "new", "5.00", "50.0", "%"] in rows
@@ -217,7 +219,7 @@ def test_what_libraries_print_does_not_get_into_the_json(
         sys.stdout.write("chatter")
         return a_plan()
 
-    monkeypatch.setattr(command, "plan", chatty)
+    monkeypatch.setattr(command, "plan_recipe", chatty)
     picture = tmp_path / "memory.png"
     assert main(["plan", "--config", written(settings, tmp_path), "--json", "--plot", str(picture)]) == 0
     shown = capsys.readouterr()
@@ -238,7 +240,7 @@ def test_progress_is_shown_on_a_terminal_only(stream: io.StringIO, monkeypatch: 
             progress("forward", 2)
         return a_plan()
 
-    monkeypatch.setattr(command, "plan", slow)
+    monkeypatch.setattr(command, "plan_recipe", slow)
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setenv("TERM", "xterm")
     assert main(["plan", "--model_name_or_path", "m"]) == 0
@@ -262,7 +264,7 @@ def test_plot_writes_a_picture(
 
 @pytest.mark.parametrize(("suffix", "beginning"), [(".svg", b"<?xml"), (".PDF", b"%PDF")])
 def test_other_kinds_of_picture(suffix: str, beginning: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "plan", lambda *args, **kwargs: a_plan())
+    monkeypatch.setattr(command, "plan_recipe", lambda *args, **kwargs: a_plan())
     picture = tmp_path / f"cost in $ and $$ of a_b{suffix}"
     picture.write_text("an older one")
     assert main(["plan", "--model_name_or_path", "$m_{", "--plot", str(picture)]) == 0
@@ -271,7 +273,7 @@ def test_other_kinds_of_picture(suffix: str, beginning: bytes, tmp_path: Path, m
 
 def test_bars_are_as_long_as_what_they_stand_for() -> None:
     figure = Figure()
-    command._draw(figure, a_plan(vram=16 * GIB), "r.yaml")
+    plan_picture.draw(figure, a_plan(vram=16 * GIB), "r.yaml")
     (axes,) = figure.axes
     drawn = [bar for bar in axes.patches if isinstance(bar, Rectangle)]
     peak = [bar for bar in drawn if bar.get_y() > 0.5]
@@ -308,7 +310,7 @@ def test_a_picture_that_cannot_be_is_found_before_the_plan(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(command, "plan", refuses_to_plan)
+    monkeypatch.setattr(command, "plan_recipe", refuses_to_plan)
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "file.txt").write_text("mine")
     path = written(settings, tmp_path)
@@ -323,7 +325,7 @@ def test_a_picture_where_nothing_can_be_written(
 ) -> None:
     if not Path("/proc/self").exists():
         pytest.skip("/proc is the one folder that not even root can write to")
-    monkeypatch.setattr(command, "plan", refuses_to_plan)
+    monkeypatch.setattr(command, "plan_recipe", refuses_to_plan)
     assert main(["plan", "--config", written(settings, tmp_path), "--plot", "/proc/memory.png"]) == 2
     assert "--plot /proc/memory.png cannot be written" in capsys.readouterr().err
 
@@ -426,7 +428,7 @@ def test_ctrl_c_is_one_line(
     def interrupted(*args: Any, **kwargs: Any) -> MemoryPlan:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "plan", interrupted)
+    monkeypatch.setattr(command, "plan_recipe", interrupted)
     assert main(["plan", "--config", written(settings, tmp_path), "--json"]) == 130
     shown = capsys.readouterr()
     assert shown.err == "\nhf-galore plan: interrupted.\n"
@@ -441,7 +443,7 @@ def test_suggest_gets_the_recipe_with_further_overrides_and_the_card(
 ) -> None:
     calls = []
 
-    def suggest(parse: Callable[[Sequence[str]], recipe.Arguments], vram: int, as_json: bool) -> int:
+    def suggest(parse: Callable[[Sequence[str]], Arguments], vram: int, as_json: bool) -> int:
         lengths = [parse(extra).training.max_length for extra in ([], ["--max_length", "8"])]
         calls.append((lengths, vram, as_json))
         return 1
@@ -449,7 +451,7 @@ def test_suggest_gets_the_recipe_with_further_overrides_and_the_card(
     module = types.ModuleType("hf_galore.cli.suggest")
     monkeypatch.setattr(module, "suggest", suggest, raising=False)
     monkeypatch.setitem(sys.modules, "hf_galore.cli.suggest", module)
-    monkeypatch.setattr(command, "plan", refuses_to_plan)
+    monkeypatch.setattr(command, "plan_recipe", refuses_to_plan)
     path = written(settings, tmp_path)
     arguments = ["plan", "--config", path, "--suggest", "--vram", "24GiB", "--max_length", "16"]
     assert main(arguments) == 1

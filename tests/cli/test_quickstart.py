@@ -13,12 +13,12 @@ from torch import nn
 from trl import SFTTrainer
 
 from hf_galore import GaLoreAdamW
-from hf_galore.cli import embedded as embedded_module
 from hf_galore.cli import quickstart
-from hf_galore.cli.embedded import CACHE_VARIABLE, conversations, embedded, is_asked_in, split
-from hf_galore.cli.errors import UserError
 from hf_galore.cli.main import main
-from hf_galore.cli.run_record import optimizer_bytes
+from hf_galore.recipes import embedded_model
+from hf_galore.recipes.embedded_model import CACHE_VARIABLE, conversations, embedded, is_asked_in, split
+from hf_galore.recipes.errors import UserError
+from hf_galore.recipes.run_record import optimizer_bytes
 
 
 def said(*turns: str) -> list[dict[str, str]]:
@@ -87,14 +87,14 @@ def test_a_failure_leaves_nothing_and_the_slower_of_two_changes_nothing(
         raise RuntimeError("no memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(embedded_module, "_model", fails)
+        patch.setattr(embedded_model, "_model", fails)
         with pytest.raises(RuntimeError):
             embedded()
     assert list(tmp_path.iterdir()) == []
 
     root = embedded().model.parent
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
-    embedded_module._make(root)  # as a second process would that saw no folder a moment ago
+    embedded_model._make(root)  # as a second process would that saw no folder a moment ago
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
     assert list(tmp_path.iterdir()) == [root]
 

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from hf_galore.cli import comparison_figures, runs
 from hf_galore.cli.main import main
+from hf_galore.compare import figures, runs
 from tests.support.written_runs import NAN, Page, a_log, compared, numbers, png_size, write_run, write_state
 
 
 @pytest.fixture(autouse=True)
 def _coarse(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures of few pixels are drawn faster."""
-    monkeypatch.setattr(comparison_figures, "_DPI", 50)
+    monkeypatch.setattr(figures, "_DPI", 50)
 
 
 def test_the_page_has_the_numbers_and_needs_nothing_else(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def test_ten_runs_and_a_legend_that_covers_none(tmp_path: Path, drawn: dict[str, Any]) -> None:
     folders = [write_run(tmp_path / f"_run_{n}_$x$_{'long' * 9}", [4.0 + n, 3.0 + n]) for n in range(10)]
-    comparison_figures.pictures(runs.read_runs(folders))
+    figures.pictures(runs.read_runs(folders))
     figure = drawn["Training loss"]
     axes, legend = figure.axes[0], figure.legends[0]
     labels = [text.get_text() for text in legend.get_texts()]
@@ -162,11 +162,11 @@ def test_ten_runs_and_a_legend_that_covers_none(tmp_path: Path, drawn: dict[str,
 
 def test_axes_are_logarithmic_only_where_curves_lie_far_apart(tmp_path: Path, drawn: dict[str, Any]) -> None:
     near = [write_run(tmp_path / "a", [9.0, 5.0, 4.0]), write_run(tmp_path / "b", [8.0, 4.0, 3.0])]
-    comparison_figures.pictures(runs.read_runs(near))
+    figures.pictures(runs.read_runs(near))
     assert {figure.axes[0].get_yscale() for figure in drawn.values()} == {"linear"}
     drawn.clear()
     far = write_run(tmp_path / "c", [500.0, 400.0, 300.0])
-    comparison_figures.pictures(runs.read_runs([*near, far]))
+    figures.pictures(runs.read_runs([*near, far]))
     assert drawn["Training loss"].axes[0].get_yscale() == "log"
     assert drawn["Learning rate"].axes[0].get_yscale() == "linear"
 
@@ -176,7 +176,7 @@ def test_a_first_step_that_compiles_does_not_flatten_the_others(tmp_path: Path, 
     log = a_log([2.0] * 5)
     log[0]["step_seconds"] = 60.0
     write_state(folder, log, 5)
-    comparison_figures.pictures(runs.read_runs([folder]))
+    figures.pictures(runs.read_runs([folder]))
     (title,) = (title for title in drawn if title.startswith("Step time"))
     assert title == "Step time (highest 60.0, beyond the axis): run"
     bottom, top = drawn[title].axes[0].get_ylim()
@@ -187,7 +187,7 @@ def test_a_first_step_that_compiles_does_not_flatten_the_others(tmp_path: Path, 
 def test_a_noisy_curve_has_its_running_median(tmp_path: Path, drawn: dict[str, Any]) -> None:
     losses = [3.0] * 400
     losses[200] = 90.0
-    comparison_figures.pictures(runs.read_runs([write_run(tmp_path / "run", losses)]))
+    figures.pictures(runs.read_runs([write_run(tmp_path / "run", losses)]))
     (title,) = (title for title in drawn if title.startswith("Training loss"))
     assert title == "Training loss (thick: running median over a 40th of the log): run"
     raw, smooth = (line.get_ydata() for line in drawn[title].axes[0].lines)
@@ -199,12 +199,12 @@ def test_what_was_not_logged_by_step_is_one_level_or_a_bar(tmp_path: Path, drawn
     theirs = tmp_path / "theirs"
     write_state(theirs, a_log([4.0, 2.0], seconds=None, runtime=8.0), 2)
     ours = write_run(tmp_path / "ours")
-    comparison_figures.pictures(runs.read_runs([ours, theirs]))
+    figures.pictures(runs.read_runs([ours, theirs]))
     figure = drawn["Step time"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["ours", "theirs (mean of all its time)"]
     assert [list(line.get_ydata()) for line in figure.axes[0].lines] == [[0.5, 0.5, 0.5], [4.0, 4.0]]
     drawn.clear()
-    comparison_figures.pictures(runs.read_runs([theirs]))
+    figures.pictures(runs.read_runs([theirs]))
     (bar,) = drawn["Step time"].axes[0].patches
     assert bar.get_width() == 4.0
     assert "Peak memory" not in drawn

@@ -15,11 +15,11 @@ import pytest
 import yaml
 
 from hf_galore.cli import sweep
-from hf_galore.cli.embedded import CACHE_VARIABLE, Embedded, embedded
-from hf_galore.cli.errors import Stopped
+from hf_galore.cli.command import Stopped
 from hf_galore.cli.main import main
-from hf_galore.cli.run_record import RUN_FILE, RunFacts
-from hf_galore.cli.sweep import SETTINGS_FILE, plan_sweep
+from hf_galore.compare.sweep import SETTINGS_FILE, plan_sweep
+from hf_galore.recipes.embedded_model import CACHE_VARIABLE, Embedded, embedded
+from hf_galore.recipes.run_record import RUN_FILE, RunFacts
 from tests.support.commands import write_checkpoint
 from tests.support.written_runs import FACTS, Page, write_state
 
@@ -334,7 +334,7 @@ def test_a_run_that_a_signal_ends() -> None:
 def test_stopped_is_raised_and_not_returned(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     trained(monkeypatch, rank_4=130)
     with pytest.raises(Stopped):
-        sweep.run_sweep(plan_sweep(["rank=4"], ["--config", path]), [])
+        sweep.run_sweep(plan_sweep(["rank=4"], ["--config", path]), "hf-galore compare", [])
 
 
 # ---- a real one

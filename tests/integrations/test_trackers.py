@@ -19,10 +19,10 @@ from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations, integration_utils
 from wandb.proto import wandb_internal_pb2
 
-from hf_galore.cli import trackers
-from hf_galore.cli.embedded import CACHE_VARIABLE, conversations, embedded, split
-from hf_galore.cli.errors import UserError
-from hf_galore.cli.trackers import check_trackers
+from hf_galore.recipes import trackers
+from hf_galore.recipes.embedded_model import CACHE_VARIABLE, conversations, embedded, split
+from hf_galore.recipes.errors import UserError
+from hf_galore.recipes.trackers import check_trackers
 
 STEPS = 4
 OPTIM_ARGS = "rank=16, update_proj_gap=2, scale=1"

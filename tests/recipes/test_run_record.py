@@ -12,12 +12,13 @@ import torch
 from huggingface_hub import ModelCard
 
 import hf_galore
-from hf_galore.cli import recipe, training
-from hf_galore.cli.embedded import Embedded
 from hf_galore.cli.main import main
-from hf_galore.cli.run_record import RUN_FILE, RunFacts, peak_memory_bytes
-from hf_galore.cli.sft import RecordedSFTTrainer
+from hf_galore.plan import plan
 from hf_galore.plan.planner import GIB, in_gib
+from hf_galore.recipes import sft, training
+from hf_galore.recipes.embedded_model import Embedded
+from hf_galore.recipes.run_record import RUN_FILE, RunFacts, peak_memory_bytes
+from hf_galore.recipes.sft import RecordedSFTTrainer
 from tests.support.commands import ON_CPU, history, options
 
 ARGS = "rank=16, update_proj_gap=4, scale=1"
@@ -113,7 +114,7 @@ def test_evaluations_and_checkpoints_are_no_part_of_a_steps_time(
 
         return call
 
-    monkeypatch.setattr("hf_galore.cli.run_record.time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr("hf_galore.recipes.run_record.time", SimpleNamespace(perf_counter=lambda: now))
     for name, seconds in (("training_step", 0.05), ("evaluate", 100.0), ("_save_checkpoint", 100.0)):
         monkeypatch.setattr(RecordedSFTTrainer, name, passing(seconds, getattr(RecordedSFTTrainer, name)))
     values = {**settings, "eval_strategy": "steps", "eval_steps": 1, "save_steps": 3, "eval_on_start": "true"}
@@ -172,8 +173,8 @@ def test_what_is_pushed_to_the_hub_says_galore_its_arguments_and_the_plan(
     assert "`galore_adamw_8bit_layerwise`" in section
     assert f"| `optim_args` | `{ARGS}` |" in section
     assert "| `optim_target_modules` | `['attn', 'mlp']` |" in section
-    parsed = recipe.parse(options({k: v for k, v in values.items() if k != "push_to_hub"}), "", "")
-    planned = hf_galore.plan(parsed)
+    parsed = sft.parse(options({k: v for k, v in values.items() if k != "push_to_hub"}), "", "")
+    planned = plan(parsed)
     assert f"a peak of {in_gib(planned.peak_bytes)} in the phase {planned.phase}" in section
 
 
@@ -195,5 +196,5 @@ def test_a_run_that_cannot_be_planned_is_pushed_without_a_plan(
     settings: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     given = {**settings, "push_to_hub": "true", "load_in_4bit": "true", "use_peft": "true"}
-    assert training.plan_for_card(recipe.parse(options(given), "", "")) is None
+    assert training.plan_for_card(sft.parse(options(given), "", "")) is None
     assert "The model card will say nothing of memory: load_in_4bit" in caplog.text

@@ -22,8 +22,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from hf_galore.cli.checkpoints import check_folders, checkpoints_in, flaw
-from hf_galore.cli.run_record import RecordedTrainer
+from hf_galore.recipes.checkpoints import check_folders, checkpoints_in, flaw
+from hf_galore.recipes.run_record import RecordedTrainer
 from tests.support.commands import weights
 from tests.support.helpers import Counting, arguments, assert_identical, tiny_llama
 

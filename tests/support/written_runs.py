@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from hf_galore.cli import runs
-from hf_galore.cli.comparison_tables import as_dict
 from hf_galore.cli.main import main
-from hf_galore.cli.run_record import RUN_FILE, RunFacts
+from hf_galore.compare import runs
+from hf_galore.compare.tables import as_dict
+from hf_galore.recipes.run_record import RUN_FILE, RunFacts
 
 NAN = math.nan
 FACTS = RunFacts(

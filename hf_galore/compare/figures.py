@@ -14,7 +14,6 @@ from matplotlib.figure import Figure  # not pyplot, which would want to know abo
 from matplotlib.ticker import MaxNLocator
 
 from . import colors
-from .comparison_tables import digits, metric_name
 from .runs import (
     HELD_OUT_LOSS,
     MIB,
@@ -26,6 +25,7 @@ from .runs import (
     first_not_finite,
     shared_metrics,
 )
+from .tables import digits, metric_name
 
 # Yellow is hard to see on white. Styles differ too: 28 runs before a pair is repeated, and nobody has to see colours.
 _COLORS = (
@@ -61,7 +61,7 @@ class Picture(NamedTuple):
 
 
 def pictures(runs: Sequence[Run]) -> list[Picture]:
-    """One picture for each quantity that any of `runs` has."""
+    """Draw a picture of each quantity that any of `runs` has."""
     lines = [
         _Lines(TRAINING_LOSS, "training_loss", "Training loss", "loss"),
         _Lines(HELD_OUT_LOSS, "held_out_loss", "Held-out loss", "loss"),
@@ -144,7 +144,7 @@ def _line(axes: Any, series: Series, place: int, window: int, *, marked: bool) -
 
 
 def _running_median(values: Sequence[float], window: int) -> list[float]:
-    """Over `window` values around each, without those that are NaN; NaN stays NaN."""
+    """The median of the `window` values around each, without those that are NaN; NaN stays NaN."""
     half = window // 2
     medians = []
     for place, value in enumerate(values):
@@ -166,7 +166,7 @@ def _label(run: Run, series: Series, whole: bool) -> str:
 
 
 def _scale(axes: Any, found: Sequence[Series], from_zero: bool) -> list[str]:
-    """Set the vertical axis so that all curves can be told apart; what a reader has to know of it."""
+    """Set the vertical axis so that all curves can be told apart; return what a reader has to know of it."""
     finite = [values for values in ([v for _, v in series if math.isfinite(v)] for series in found) if values]
     # Not the lowest or highest: a learning rate begins at 0, and a first step compiles.
     middles = [statistics.median(values) for values in finite]

@@ -1,4 +1,4 @@
-"""Whether the trackers that `report_to` names are there."""
+"""The key `report_to`: whether the trackers that it names are there."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _UNLISTED = ("azure_ml", "flyte")
 
 
 def check_trackers(args: TrainingArguments) -> None:
-    """Find a tracker that is not there before model and data are loaded: the Trainer's error comes after, and is long.
+    """Raise an error for a tracker that is not there: the Trainer's comes after model and data are loaded, and is long.
 
     Raises:
         UserError: `report_to` names what is no tracker, or one that is not installed.

@@ -17,10 +17,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..config import GaLoreConfig
 from ..integrations.trainer import KINDS
 from ..log import logger
-from .checkpoints import checkpoints_in
-from .errors import UserError
-from .run_record import RunFacts
-from .whole_files import cut_off
+from ..recipes.checkpoints import checkpoints_in
+from ..recipes.errors import UserError
+from ..recipes.run_record import RunFacts
+from ..recipes.whole_files import cut_off
 
 MIB = 2**20
 
@@ -53,7 +53,7 @@ class Run:
     """The model's settings where the folder has them; else empty."""
 
     def series(self, key: str) -> Series:
-        """What was logged as `key`: steps and values, in the order of the steps."""
+        """The values that were logged as `key`: pairs of step and value, in the order of the steps."""
         return sorted(((int(entry["step"]), entry[key]) for entry in self.log if key in entry), key=lambda at: at[0])
 
     def last(self, key: str) -> float | None:
@@ -90,7 +90,7 @@ class Run:
 
     @cached_property
     def learning_rate(self) -> float | None:
-        """As it was set; of a run of another program the highest that was logged."""
+        """The learning rate that was set; of a run of another program the highest that was logged."""
         if self.facts is not None:
             return self.facts.learning_rate
         return max(_finite(value for _, value in self.series("learning_rate")), default=None)
@@ -112,7 +112,7 @@ class Run:
 
     @cached_property
     def step_seconds(self) -> float | None:
-        """The median, without evaluations and checkpoints; see `times_whole_training`."""
+        """The median time of a step, without evaluations and checkpoints; see `times_whole_training`."""
         logged = _finite(value for _, value in self.series(STEP_SECONDS))
         if logged:
             return statistics.median(logged)
@@ -121,7 +121,7 @@ class Run:
 
     @cached_property
     def tokens_per_second(self) -> float | None:
-        """The median, without evaluations and checkpoints; see `times_whole_training`."""
+        """The median of the tokens per second, without evaluations and checkpoints; see `times_whole_training`."""
         logged = _finite(value for _, value in self.series(TOKENS_PER_SECOND))
         if logged:
             return statistics.median(logged)
@@ -135,7 +135,10 @@ class Run:
 
     @cached_property
     def training_seconds(self) -> float | None:
-        """With evaluations and checkpoints; `None` too where the run was resumed: the Trainer times the last part."""
+        """The training's time, with evaluations and checkpoints.
+
+        `None` where it is not known: also of a run that was resumed, of which the Trainer times the last part.
+        """
         runtime, steps = self.last("train_runtime"), self.seconds_in_steps
         return None if runtime is None or (steps or 0) > _RESUMED * runtime else runtime
 
@@ -150,12 +153,15 @@ class Run:
 
     @cached_property
     def peak_memory_gib(self) -> float | None:
-        """Of the whole run."""
+        """The peak of the memory over the whole run, in GiB."""
         return max(_finite(value for _, value in self.series(PEAK_MEMORY)), default=None)
 
     @cached_property
     def optimizer_bytes(self) -> int | None:
-        """The optimizer's state; of an unfinished run, or one of another program, what GaLore's callback logged."""
+        """The bytes of the optimizer's state.
+
+        Of an unfinished run, and one of another program, what GaLore's callback logged, if it did.
+        """
         if self.facts is not None and self.facts.optimizer_bytes is not None:
             return self.facts.optimizer_bytes
         moments, bases = self.last("galore/moment_mib"), self.last("galore/basis_mib")

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .errors import UserError
-from .recipe import recipes_folder
+from .folders import recipes_folder
 
 CACHE_VARIABLE = "HF_GALORE_CACHE"
 
@@ -53,14 +53,16 @@ _SEED = 0
 
 
 class Embedded(NamedTuple):
-    """Folders to use as `model_name_or_path` (weights and tokenizer) and `dataset_name` (splits train and test)."""
+    """The folders of the embedded model and of its data."""
 
     model: Path
+    """To use as `model_name_or_path`: weights and tokenizer."""
     data: Path
+    """To use as `dataset_name`: the splits `train` and `test`."""
 
 
 def embedded() -> Embedded:
-    """The embedded model and data, made if they are not there yet.
+    """Return the folders of the embedded model and data, which are made if they are not there yet.
 
     They are kept in the user's cache directory, or below the folder that the environment variable HF_GALORE_CACHE
     names. What they are made from decides the folder's name, so that a change makes new ones.
@@ -111,7 +113,7 @@ def _rename(source: Path, target: Path) -> None:
 
 
 def _fingerprint() -> str:
-    """Changes with the code, the template and the text that model and data are made from."""
+    """A hash of the code, the template and the text that model and data are made from."""
     digest = hashlib.sha256(Path(__file__).read_bytes())
     digest.update(_template().encode())
     for name, text in _corpus():
@@ -129,7 +131,7 @@ def _corpus() -> list[tuple[str, str]]:
 
 
 def conversations() -> list[Conversation]:
-    """The corpus as lists of messages, user and assistant by turns, each conversation once."""
+    """Return the corpus as lists of messages, user and assistant by turns, each conversation once."""
     unique: dict[str, Conversation] = {}
     for name, text in _corpus():
         if name in _LEFT_OUT:
@@ -159,7 +161,7 @@ def _messages(turns: Any, *, several_answers: bool) -> list[Conversation]:
 
 
 def split(every: Sequence[Conversation]) -> tuple[list[Conversation], list[Conversation]]:
-    """Training and held-out conversations. The split is by question: what is asked in one is not asked in the other.
+    """Split conversations into training and held-out ones, so that no question is asked in both.
 
     Every tenth opening question is held out, with all answers to it; so are, of what remains, the conversations in
     which a held-out question comes up later.
@@ -182,7 +184,7 @@ def _asked(conversation: Conversation) -> list[str]:
 
 
 def _normalized(text: str) -> str:
-    """Without case and punctuation: "What is AI?" and "what is ai" are one question."""
+    """The text without case and punctuation: "What is AI?" and "what is ai" are one question."""
     return " ".join("".join(c for c in text.casefold() if c.isalnum() or c.isspace()).split())
 
 

@@ -71,7 +71,7 @@ _METRICS: dict[str, Callable[[EvalPrediction], float]] = {
 
 
 def scorer(names: tuple[str, ...]) -> Callable[[EvalPrediction], Mapping[str, float]]:
-    """What a Trainer takes as `compute_metrics`, for metrics by their names."""
+    """Return what a Trainer takes as `compute_metrics`, for metrics by their names."""
 
     def score(prediction: EvalPrediction) -> Mapping[str, float]:
         return {name: float(_METRICS[name](prediction)) for name in names}

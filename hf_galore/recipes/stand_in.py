@@ -5,26 +5,22 @@ from __future__ import annotations
 import contextlib
 import copy
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import datasets
-import torch
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, Trainer, TrainingArguments
 from trl import ModelConfig, SFTConfig
 
 from ..plan.rehearsal import STEPS
-from . import glue, pretrain, recipe
+from . import glue, pretrain, sft
+from .any_recipe import Arguments
+from .checks import galore_config
 from .errors import UserError
+from .folders import configs_folder, known_models
 from .glue_tasks import REGRESSION, TASKS
-from .kinds import command_for
-from .sft import make_sft_trainer
-from .training import galore_config
-
-Arguments: TypeAlias = recipe.Arguments | pretrain.Arguments | glue.Arguments
-"""Of a recipe of `hf-galore sft`, `pretrain` or `glue`."""
 
 
 class Prepared(NamedTuple):
@@ -53,23 +49,8 @@ class _Model(NamedTuple):
     notes: list[str]
 
 
-def parse(arguments: Sequence[str], prog: str, about: str) -> Arguments:
-    """Read the arguments of whatever command a recipe is for, with its errors; there need not be a GPU.
-
-    Without one transformers refuses bf16, unless it is told that a CPU is meant. That comes last, after what anybody
-    else may have said about `use_cpu`.
-    """
-    command = command_for(arguments)
-    everything = [*arguments, *([] if torch.cuda.is_available() else ["--use_cpu", "true"])]
-    if command == "pretrain":
-        return pretrain.parse(everything, prog, about)
-    if command == "glue":
-        return glue.parse(everything, prog, about)
-    return recipe.parse(everything, prog, about)
-
-
 def prepare(arguments: Arguments, layers: int | None = None) -> Prepared:
-    """A Trainer as the recipe's command would make it, for data of full length.
+    """Prepare the Trainer that the recipe's command would make, for data of full length.
 
     The arguments are changed for that: they are of no use for a training afterwards.
 
@@ -95,7 +76,7 @@ def prepare(arguments: Arguments, layers: int | None = None) -> Prepared:
 
 
 def _language_model_maker(
-    arguments: recipe.Arguments | pretrain.Arguments,
+    arguments: sft.Arguments | pretrain.Arguments,
     model: _Model,
     length: int,
     sizes: tuple[int, int],
@@ -110,7 +91,7 @@ def _language_model_maker(
             config = copy.deepcopy(model.config) if layers is None else _cut(model.config, layers)
             return pretrain.make_pretraining_trainer(config, model.tokenizer, arguments, train, evaluated)
         with _folder_of(model, layers) as name:
-            return make_sft_trainer(name, arguments.training, arguments.model, train, evaluated, model.tokenizer)
+            return sft.make_sft_trainer(name, arguments.training, arguments.model, train, evaluated, model.tokenizer)
 
     return make_trainer
 
@@ -134,7 +115,7 @@ def _glue_maker(
 
 @contextlib.contextmanager
 def _folder_of(model: _Model, layers: int | None) -> Iterator[str]:
-    """Where a model's config is, with so many layers."""
+    """The folder or name of a model's config; with `layers`, of a copy that has so many layers."""
     if layers is None:
         yield model.name
         return
@@ -144,7 +125,7 @@ def _folder_of(model: _Model, layers: int | None) -> Iterator[str]:
 
 
 def _simplify(training: TrainingArguments) -> None:
-    """Put aside what takes no memory on the device, and would want what is not there."""
+    """Switch off what takes no memory on the device, and would need data, a tokenizer or the Hub."""
     training.report_to = []
     training.push_to_hub = False
     if isinstance(training, SFTConfig):
@@ -175,12 +156,6 @@ def shape_of(arguments: Arguments) -> Shape:
     return Shape(text.num_hidden_layers, text.hidden_size)
 
 
-def model_name(arguments: Arguments) -> str | None:
-    """The model's name or folder; of one that is trained from scratch, its config's."""
-    model = arguments.model
-    return model.config_name if isinstance(model, pretrain.PretrainArguments) else model.model_name_or_path
-
-
 def _cut(config: Any, layers: int) -> Any:
     """The config with so many layers."""
     cut = copy.deepcopy(config)
@@ -192,16 +167,16 @@ def _cut(config: Any, layers: int) -> Any:
 
 
 def _find_model(arguments: Arguments) -> _Model:
-    """Where the config is to be read from, and a tokenizer: from this machine, or our own, or else from the Hub."""
+    """Find the config and a tokenizer: on this machine, or among those of hf_galore, or else on the Hub."""
     notes: list[str] = []
-    name = tokenizer_name = model_name(arguments)
+    name = tokenizer_name = arguments.model_name
     key = "model_name_or_path"
     options: dict[str, Any] = {}
     if isinstance(arguments, pretrain.Arguments):
         key, tokenizer_name = "config_name", arguments.model.tokenizer_name
     else:
         options["revision"] = arguments.model.model_revision
-    if isinstance(arguments, recipe.Arguments):
+    if isinstance(arguments, sft.Arguments):
         options["trust_remote_code"] = arguments.training.trust_remote_code
     if name is None:
         raise UserError(f"{key} is missing: give a model's name or folder.")
@@ -222,7 +197,7 @@ def _find_config(key: str, name: str, options: dict[str, Any], notes: list[str])
     try:
         return name, AutoConfig.from_pretrained(name, local_files_only=True, **options)
     except (OSError, ValueError) as error:
-        bundled = recipe.configs_folder() / name
+        bundled = configs_folder() / name
         if (bundled / "config.json").is_file():
             if "/" in name:  # on the Hub there may be another by now
                 notes.append(f"The config of {name} is the one that comes with hf_galore: it is not on this machine.")
@@ -232,7 +207,7 @@ def _find_config(key: str, name: str, options: dict[str, Any], notes: list[str])
     try:
         return name, AutoConfig.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
-        known = ", ".join(recipe.known_models())
+        known = ", ".join(known_models())
         raise UserError(
             f"{key} {name}: its config is neither on this machine nor to be had from the Hub ({error}) nor among those "
             f"that come with hf_galore ({known}). Give a folder with its config.json."
@@ -250,7 +225,7 @@ def _find_tokenizer(name: str, options: dict[str, Any]) -> Any:
 
 
 def _tokenizer(config: Any) -> PreTrainedTokenizerFast:
-    """A tokenizer that nobody asks for tokens: what counts is how many it has, where a template adds some."""
+    """Make a tokenizer with as many tokens as the model has rows: a template may add some to it."""
     size = config.get_text_config().vocab_size
     vocabulary = {f"<{index}>": index for index in range(size)}
     return PreTrainedTokenizerFast(

@@ -1,14 +1,10 @@
-"""A run's folder: whether it can be written to, the checkpoints in it, and how an interrupted run goes on."""
+"""The keys `output_dir` and `resume_from_checkpoint`: the checkpoints in a folder, and which of them are whole."""
 
 from __future__ import annotations
 
 import json
-import shlex
-import tempfile
-from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import NoReturn
 
 from transformers import TrainingArguments
 from transformers.trainer import (
@@ -30,7 +26,8 @@ from transformers.utils import (
 )
 
 from ..log import logger
-from .errors import Stopped, UserError
+from . import writable
+from .errors import UserError
 from .whole_files import cut_off
 
 _RNG_NAME = "rng_state.pth"
@@ -43,25 +40,13 @@ _ENGINES_FOLDERS = ("global_step", "pytorch_model_fsdp", "optimizer_")
 
 
 def check_folders(training_args: TrainingArguments) -> None:
-    """Whether `output_dir` can be written to; and `resume_from_checkpoint` becomes the folder that it means.
+    """Make `output_dir`, and set `resume_from_checkpoint` to the folder that it means, or to `None`.
 
     Raises:
-        UserError: it cannot, or there is no such checkpoint.
+        UserError: it cannot be made or written to, or there is no such checkpoint.
     """
-    _check_writable(Path(training_args.output_dir))
+    writable.check_folder("output_dir", Path(training_args.output_dir), make=True)
     training_args.resume_from_checkpoint = _checkpoint(training_args)
-
-
-def _check_writable(folder: Path) -> None:
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir():
-        raise UserError(f"output_dir {folder} cannot be a folder, because {nearest} is a file. Give another one.")
-    try:  # permissions alone do not say it: file systems have rules of their own
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"output_dir {folder} cannot be written to ({error}). Give another one.") from error
 
 
 def _checkpoint(training_args: TrainingArguments) -> str | None:
@@ -72,10 +57,7 @@ def _checkpoint(training_args: TrainingArguments) -> str | None:
     if str(wanted).lower() == "true":
         last = last_checkpoint(Path(training_args.output_dir))
         if last is None:
-            raise UserError(
-                f"resume_from_checkpoint: there is no complete checkpoint in {training_args.output_dir}. Leave it out "
-                "to start from the beginning, or give the output_dir of the run to continue."
-            )
+            raise no_checkpoint(training_args.output_dir)
         return str(last)
     problem = flaw(Path(wanted))
     if problem is not None:
@@ -86,10 +68,19 @@ def _checkpoint(training_args: TrainingArguments) -> str | None:
     return str(wanted)
 
 
-def last_checkpoint(output_dir: Path) -> Path | None:
-    """The latest whole checkpoint in `output_dir`, `None` where there is none; a line says of each later one why not.
+def no_checkpoint(output_dir: str) -> UserError:
+    """The error that says that a folder holds no checkpoint to go on from."""
+    return UserError(
+        f"resume_from_checkpoint: there is no complete checkpoint in {output_dir}. Leave it out to start from the "
+        "beginning, or give the output_dir of the run to continue."
+    )
 
-    A run that was killed while it saved one leaves a part of it, and so does one that was killed while it deleted one.
+
+def last_checkpoint(output_dir: Path) -> Path | None:
+    """The latest whole checkpoint in `output_dir`; `None` where there is none.
+
+    A warning says of each later checkpoint why it is not whole. A run that was killed while it saved one leaves a part
+    of it, and so does one that was killed while it deleted one.
     """
     for folder in checkpoints_in(output_dir):
         problem = flaw(folder)
@@ -110,10 +101,10 @@ def checkpoints_in(output_dir: Path) -> list[Path]:
 
 
 def flaw(folder: Path) -> str | None:
-    """Why training cannot go on from a checkpoint, with the file's name; `None` where it can.
+    """The reason why training cannot go on from a checkpoint, with the file's name; `None` where it can.
 
-    It can where all is there that a Trainer of this kind writes for it, since what is missing it may do without, and
-    begin with a new optimizer; and where no file is cut off. Tensors are not read: it takes no longer for 13 GB.
+    It can where every file is there that a Trainer of this kind writes, and none is cut off: without one of them a
+    Trainer may begin with a new optimizer and not say so. Tensors are not read: it takes no longer for 13 GB.
     """
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         reason = cut_off(file)
@@ -124,7 +115,7 @@ def flaw(folder: Path) -> str | None:
 
 
 def _missing(folder: Path) -> str | None:
-    """What a checkpoint lacks, to follow "it holds no"."""
+    """The first file that a checkpoint lacks, to follow "it holds no"; `None` where it lacks none."""
     found = {path.name for path in folder.glob("*")}
     if TRAINER_STATE_NAME not in found:
         return str(TRAINER_STATE_NAME)
@@ -144,7 +135,7 @@ def _missing(folder: Path) -> str | None:
 
 
 def _missing_random_states(found: AbstractSet[str]) -> list[str]:
-    """The states of random numbers that are not there, of the one process or of several."""
+    """The files of the random states that are not there, of the one process or of several."""
     if _RNG_NAME in found:
         return []
     numbers = {name.removeprefix(_RNG_PREFIX).removesuffix(".pth") for name in found if name.startswith(_RNG_PREFIX)}
@@ -167,32 +158,3 @@ def _missing_weights(folder: Path, found: AbstractSet[str]) -> list[str]:
     if any(folder.glob("model-*-of-*.safetensors")):
         return [SAFE_WEIGHTS_INDEX_NAME]
     return [ADAPTER_SAFE_WEIGHTS_NAME if ADAPTER_CONFIG_NAME in found else SAFE_WEIGHTS_NAME]
-
-
-def stop(prog: str, arguments: Sequence[str], output_dir: str) -> NoReturn:
-    """After Ctrl-C: say how to go on.
-
-    Args:
-        prog: the command that was stopped.
-        arguments: what it was given.
-        output_dir: where its checkpoints are.
-    """
-    last = last_checkpoint(Path(output_dir))
-    if last is None:
-        raise Stopped(
-            f"interrupted; {output_dir} holds no checkpoint yet, so run the same command again. save_steps says how "
-            "often one is written."
-        ) from None
-    command = _without_resume(arguments)
-    raise Stopped(f"interrupted; go on from {last} with: {prog} {shlex.join(command)} --resume_from_checkpoint")
-
-
-def _without_resume(arguments: Sequence[str]) -> list[str]:
-    kept: list[str] = []
-    skipping = False
-    for item in arguments:
-        if item.startswith("--"):
-            skipping = item.partition("=")[0].replace("-", "_") == "__resume_from_checkpoint"
-        if not skipping:
-            kept.append(item)
-    return kept

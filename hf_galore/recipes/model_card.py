@@ -7,8 +7,8 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 from transformers import TrainingArguments
 
-import hf_galore
-
+from .. import __version__
+from ..config import GaLoreConfig
 from ..integrations.trainer import KINDS, optim_name
 from ..plan.planner import CONTEXT_BYTES, FRAGMENTATION, GIB, MemoryPlan, in_gib
 
@@ -36,12 +36,12 @@ def add_galore(path: Path, args: TrainingArguments, plan: MemoryPlan | None) -> 
 
 
 def _section(optim: str, args: TrainingArguments, plan: MemoryPlan | None) -> str:
-    config = hf_galore.GaLoreConfig.from_optim_args(args.optim_args)
+    config = GaLoreConfig.from_optim_args(args.optim_args)
     lines = [
         "### GaLore",
         "",
         f"All weights were trained by `{optim}` of [hf_galore](https://pypi.org/project/hf-galore/) "
-        f"{hf_galore.__version__}, which keeps Adam's moments in a low-rank projection of the gradient "
+        f"{__version__}, which keeps Adam's moments in a low-rank projection of the gradient "
         "([GaLore](https://huggingface.co/papers/2403.03507)):",
         "",
         "| option | value |",

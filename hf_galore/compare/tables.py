@@ -131,7 +131,7 @@ _TIMES = (
 
 
 def quantities(runs: Sequence[Run]) -> list[Quantity]:
-    """All that is compared of `runs`; of metrics, those that they share."""
+    """The quantities that are compared of `runs`; of metrics, those that all of them have."""
 
     def metric(key: str) -> Quantity:
         return Quantity(key, f"{metric_name(key)}, last", lambda run: run.metrics.get(key), _loss)
@@ -146,7 +146,7 @@ def quantities(runs: Sequence[Run]) -> list[Quantity]:
 
 
 def settings_table(runs: Sequence[Run], *, everything: bool = False) -> Table:
-    """What was asked for.
+    """The table of the runs' settings.
 
     Args:
         runs: the columns.
@@ -169,7 +169,7 @@ def settings_table(runs: Sequence[Run], *, everything: bool = False) -> Table:
 
 
 def results_table(runs: Sequence[Run]) -> Table:
-    """What came of it, with the difference from the first run."""
+    """The table of the runs' results, with the differences from the first run."""
     rows = [_row(quantity, runs) for quantity in quantities(runs)]
     steps = Row("steps", [_steps(run) for run in runs])
     title = "Results" if len(runs) == 1 else f"Results; in brackets the difference from {runs[0].name}"
@@ -177,7 +177,7 @@ def results_table(runs: Sequence[Run]) -> Table:
 
 
 def versions_table(runs: Sequence[Run]) -> Table:
-    """What the runs were made with."""
+    """The table of the versions of libraries that the runs were made with."""
     packages = sorted({package for run in runs if run.facts for package in run.facts.versions})
 
     def version(package: str) -> Callable[[Run], str | None]:
@@ -260,7 +260,7 @@ def _best(values: Sequence[float | None], lower_is_better: bool | None) -> froze
 
 
 def notes(runs: Sequence[Run]) -> list[str]:
-    """What has to be known to read the tables rightly, one sentence or two each."""
+    """Notes that are needed to read the tables rightly, one sentence or two each."""
     found = [_unfinished(run) for run in runs if not run.finished]
     for run in runs:
         if run.facts is None:
@@ -307,7 +307,7 @@ def _unfinished(run: Run) -> str:
 
 
 def as_dict(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """What the tables show, as numbers; `None` for what is not known or is not finite."""
+    """The contents of the tables as numbers; `None` for what is not known or is not finite."""
     return [
         {
             "name": run.name,

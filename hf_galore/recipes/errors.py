@@ -1,11 +1,11 @@
-"""How a command ends early: each is one line on stderr and an exit status, with no traceback."""
+"""Mistakes of the person at the terminal: each is one line, without a traceback; bugs keep theirs."""
 
 from __future__ import annotations
 
 import contextlib
 import linecache
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
@@ -17,10 +17,6 @@ class UserError(ValueError):
         super().__init__(" ".join(message.split()))
 
 
-class Stopped(Exception):  # noqa: N818 - not an error: somebody pressed Ctrl-C
-    """The person stopped the command; the message says how to go on."""
-
-
 @contextlib.contextmanager
 def reporting_errors(output_dir: str) -> Iterator[None]:
     """Turn complaints of libraries about arguments into `UserError`, and leave no empty `output_dir` behind."""
@@ -30,10 +26,15 @@ def reporting_errors(output_dir: str) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            for path in missing:
-                with contextlib.suppress(OSError):  # it is not there, or not empty
-                    path.rmdir()
+            remove_empty(missing)
             raise
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove those of the folders that are there and empty, in the order in which they are given."""
+    for folder in folders:
+        with contextlib.suppress(OSError):  # it is not there, or not empty
+            folder.rmdir()
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import datasets
 
+from .data_loading import load_dataset
 from .errors import UserError
 from .glue_tasks import CLASSIFICATION, REGRESSION, TASKS
 
@@ -31,7 +32,9 @@ class GlueArguments:
             "of the task, if task_name is given). Numbers with a decimal point as labels make it a regression."
         },
     )
-    validation_file: str | None = dataclasses.field(default=None, metadata={"help": "Likewise, to score on."})
+    validation_file: str | None = dataclasses.field(
+        default=None, metadata={"help": "Texts of your own to score on, as those of train_file."}
+    )
     max_length: int = dataclasses.field(default=128, metadata={"help": "Tokens; longer texts are cut."})
     seeds: list[int] | None = dataclasses.field(
         default=None, metadata={"help": "Train once with each of these seeds, and show the mean. Instead of seed."}
@@ -56,7 +59,7 @@ class TextData(NamedTuple):
 
 
 def load_texts(args: GlueArguments) -> TextData:
-    """Load what the arguments name, and find out what its columns are.
+    """Load the texts that the arguments name, and find out what their columns are.
 
     Raises:
         UserError: it is not there, or a split or column is missing.
@@ -97,14 +100,11 @@ def load_texts(args: GlueArguments) -> TextData:
 def _load_task(name: str, task: str) -> Any:
     if Path(name).is_dir():
         return _load_folder(Path(name) / task)
-    try:
-        return datasets.load_dataset(name, task)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"dataset_name {name} cannot be loaded: {error}") from error
+    return load_dataset(f"dataset_name {name}", name, task)
 
 
 def _load_folder(folder: Path) -> Any:
-    """Of files that are named as their splits, as on the Hub: `validation_matched-00000-of-00001.parquet`."""
+    """Load files that are named as their splits, as on the Hub: `validation_matched-00000-of-00001.parquet`."""
     files: dict[str, list[str]] = {}
     kinds = {**_KINDS, ".parquet": "parquet"}
     found = [path for path in sorted(folder.glob("*")) if path.suffix.lower() in kinds]
@@ -116,11 +116,8 @@ def _load_folder(folder: Path) -> Any:
 
 
 def _load_files(kind: str, files: dict[str, list[str]]) -> Any:
-    try:
-        return datasets.load_dataset(kind, data_files=files)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        names = ", ".join(name for of_split in files.values() for name in of_split)
-        raise UserError(f"{names} cannot be loaded: {error.__cause__ or error}") from error
+    names = ", ".join(name for of_split in files.values() for name in of_split)
+    return load_dataset(names, kind, data_files=files)
 
 
 def _file(name: str | None, key: str) -> Path:
@@ -171,7 +168,7 @@ def _labels(train: datasets.Dataset, validation: datasets.Dataset) -> list[str] 
 
 
 def numbered(data: TextData) -> TextData:
-    """With the labels of files as numbers of classes, as GLUE's are."""
+    """Replace the labels of files by the numbers of their classes, as GLUE's are."""
     if data.labels is None or isinstance(data.train.features[LABEL], datasets.ClassLabel):
         return data
     numbers = {label: number for number, label in enumerate(data.labels)}

@@ -25,7 +25,7 @@ POSITION_FILE = "stream_position.json"
 
 
 class Positioned(torch.utils.data.IterableDataset[Any]):
-    """The rows of a stream, without end, with notes of where they were."""
+    """The rows of a stream, repeated without end, with notes of the places of the last of them in the stream."""
 
     def __init__(self, stream: datasets.IterableDataset, rows_per_step: int) -> None:
         self._stream = stream.repeat(None)
@@ -53,7 +53,7 @@ class Positioned(torch.utils.data.IterableDataset[Any]):
 
 
 class StreamPosition(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """Writes the place into each checkpoint, and goes there when a run is resumed."""
+    """Write the place in the stream into each checkpoint."""
 
     def __init__(self, stream: Positioned) -> None:
         self._stream = stream

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
 from trl import ScriptArguments
 
+from .data_loading import load_dataset, split_of
 from .errors import UserError
 
 # What `datasets` reads as tables; a folder without such files is one of texts.
@@ -16,7 +16,7 @@ _TABLES = {".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow"}
 
 
 def load_text(script_args: ScriptArguments, text_field: str, held_out: float, *, evaluate: bool) -> tuple[Any, Any]:
-    """The training and the held-out documents, each a dataset or a stream with a column of text.
+    """Load the training and the held-out documents, each a dataset or a stream with a column of text.
 
     A folder without tables (`.jsonl`, `.parquet`, ...) is read as text: each file in it, or in the folders below it, is
     one document; folders named as the splits are the splits.
@@ -52,21 +52,15 @@ def load_text(script_args: ScriptArguments, text_field: str, held_out: float, *,
 
 def _load(script_args: ScriptArguments) -> Any:
     name, streaming = str(script_args.dataset_name), script_args.dataset_streaming
-    try:
-        if Path(name).is_dir():
-            files = [path for path in _visible_files(Path(name)) if path.name.lower() != "readme.md"]
-            if not files:
-                raise UserError(f"dataset_name {name} is a folder without files.")
-            if _TABLES.isdisjoint(path.suffix.lower() for path in files):
-                return datasets.load_dataset(
-                    "text", data_files=_by_split(Path(name), files), sample_by="document", streaming=streaming
-                )
-        return datasets.load_dataset(name, name=script_args.dataset_config, streaming=streaming)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        cause = error.__cause__ or error.__context__
-        if isinstance(cause, UnicodeDecodeError):
-            error = ValueError(f"it holds a file that is not text in UTF-8 ({cause})")
-        raise UserError(f"dataset_name {name} cannot be loaded: {error}") from error
+    given = f"dataset_name {name}"
+    if Path(name).is_dir():
+        files = [path for path in _visible_files(Path(name)) if path.name.lower() != "readme.md"]
+        if not files:
+            raise UserError(f"{given} is a folder without files.")
+        if _TABLES.isdisjoint(path.suffix.lower() for path in files):
+            by_split = _by_split(Path(name), files)
+            return load_dataset(given, "text", data_files=by_split, sample_by="document", streaming=streaming)
+    return load_dataset(given, name, name=script_args.dataset_config, streaming=streaming)
 
 
 def _visible_files(folder: Path) -> Iterator[Path]:
@@ -86,9 +80,7 @@ def _by_split(folder: Path, files: list[Path]) -> dict[str, list[str]]:
 
 
 def _split(splits: Any, name: str, key: str, text_field: str) -> Any:
-    if name not in splits:
-        raise UserError(f"The dataset has no split {name!r}; it has {', '.join(splits)}. Set {key} to one of them.")
-    split = splits[name]
+    split = split_of(splits, name, key)
     first = next(iter(split), None)
     if first is None:
         raise UserError(f"The dataset's split {name!r} is empty.")

@@ -1,4 +1,4 @@
-"""Files that a run may be killed in the middle of: how to tell that one was, and how to leave none."""
+"""Files that a run may be killed in the middle of writing: how to tell such a file, and how to write none."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LOADED_PREFIXES = ("rng_state", "pytorch_model-")
 
 
 def cut_off(file: Path) -> str | None:
-    """Why a file is not there to its end; `None` where it is, and where its format does not show it.
+    """The reason why a file counts as cut off; `None` where it is whole, or where its format does not show it.
 
     Reads a .json; of tensors, however many, the header or the directory, which has their places in the file. (All of a
     file in the format that torch had before 1.6: it has neither.)
@@ -37,7 +37,7 @@ def cut_off(file: Path) -> str | None:
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write a file that is there to its end whenever it is there: a process may be killed at any time."""
+    """Write a file beside its place and move it there: a process that is killed leaves all of it or nothing."""
     part = file.with_name(f"{file.name}.part")
     part.write_text(text, encoding="utf-8")
     part.replace(file)

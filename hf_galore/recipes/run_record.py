@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..integrations.trainer import optim_name
+from ..integrations.trainer import optim_name, register
 from ..plan.planner import GIB, MemoryPlan
 from .model_card import add_galore
 from .whole_files import write_whole
@@ -29,7 +29,7 @@ _PACKAGES = ("hf-galore", "torch", "transformers", "trl", "bitsandbytes")
 
 @dataclasses.dataclass(frozen=True)
 class RunFacts:
-    """What does not change over a run, and what is known at its end. `None` stands for: not known, or not yet."""
+    """What does not change over a run, and what is known at its end; `None` for what is not known, or not yet."""
 
     command: str
     """`hf-galore sft`, ..."""
@@ -70,7 +70,7 @@ class RunFacts:
             raise ValueError(f"{folder / RUN_FILE} cannot be read: {error}") from error
 
     def write(self, folder: Path) -> None:
-        """Write them into `folder`, which is there."""
+        """Write the facts into a folder, which has to be there."""
         write_whole(folder / RUN_FILE, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
 
@@ -78,11 +78,11 @@ class RecordedTrainer(Trainer):  # type: ignore[misc, unused-ignore]
     """Mixed into a Trainer: its log also has `step_seconds`, `tokens_per_second` and `peak_memory_gib`.
 
     - `step_seconds`: of a step since the last log, with loading the data, without evaluations and checkpoints.
-    - `tokens_per_second`: likewise, where the Trainer counts `num_tokens`, which go on counting in a resumed run.
+    - `tokens_per_second`: in that time, where the Trainer counts `num_tokens`, which go on in a resumed run.
     - `peak_memory_gib`: the most so far; on a GPU of what torch's allocator gave out, else of the process.
 
     From `record()` on: until then, and in a plan, it is the Trainer that it is mixed into. Its model card says how
-    GaLore was used, if it was.
+    GaLore was used, if it was. Every Trainer of a recipe is one, so that this is where the optimizers are registered.
     """
 
     memory_plan: MemoryPlan | None = None
@@ -91,8 +91,21 @@ class RecordedTrainer(Trainer):  # type: ignore[misc, unused-ignore]
     _clock: StepClock | None = None
     _total_train_tokens = 0  # TRL's trainers count them, and begin with none after a resume
 
+    def __init__(self, *, args: TrainingArguments, **others: Any) -> None:
+        register()  # the galore_* names, whatever was imported to get here
+        if args.device.type == "cpu":
+            args.dataloader_pin_memory = False  # there is no device to copy to
+        super().__init__(args=args, **others)
+
     def record(self, command: str, recipe: Path | None, model: str, data: str | None) -> None:
-        """Leave a record of the training to come, of what only its command knows and what the Trainer does."""
+        """Note what the training to come is, and log its time and memory. Nothing is written before it begins.
+
+        Args:
+            command: `hf-galore sft`, ...
+            recipe: its file, if there is one.
+            model: what is trained.
+            data: what it is trained on.
+        """
         args, model_of = self.args, self.model
         adapters = getattr(model_of, "peft_config", {})
         self._facts = RunFacts(
@@ -115,40 +128,42 @@ class RecordedTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         self.add_callback(self._clock)
 
     def begin_record(self) -> None:
-        """When training begins, and not before: a mistake that ends the run leaves nothing."""
+        """Write the record. Called when training begins: a mistake that ends the run before leaves nothing."""
         if self._facts is not None and self.is_world_process_zero():
             self._facts.write(Path(self.args.output_dir))
 
     def save_record(self) -> None:
-        """After the training: the Trainer's log, and how the run ended."""
+        """Write the Trainer's log, and into the record that the run is finished. Called after the training."""
         self.save_state()
         if self._facts is not None and self.is_world_process_zero():
             finished = dataclasses.replace(self._facts, finished=True, optimizer_bytes=optimizer_bytes(self.optimizer))
             finished.write(Path(self.args.output_dir))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The Trainer's, with time and memory."""
+        """Log with time and memory."""
         if self._clock is not None and "loss" in logs:
             logs.update(self._clock.figures(self.state.global_step))
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """The Trainer's. Over an older one of the same step it takes away first what is written last: a run that is
-        killed in between would leave parts of both, which are all whole."""
+        """Save a checkpoint; one of the same step, of an older run, loses first the file that is written last.
+
+        Killed in between, the run would otherwise leave files of both checkpoints, each of them whole.
+        """
         if self.args.should_save:
             folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             Path(self._get_output_dir(trial=trial), folder, TRAINER_STATE_NAME).unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The Trainer's, with how GaLore was used."""
+        """Write the model card, with a section on how GaLore was used."""
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             add_galore(Path(self.args.output_dir) / "README.md", self.args, self.memory_plan)
 
 
 class StepClock(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """Times steps on the host. A log waits for the device, so that between two of them its time is the host's."""
+    """Time steps on the host. A log waits for the device: between two logs the host takes as long as the device."""
 
     def __init__(self, trainer: RecordedTrainer) -> None:
         self._trainer = trainer
@@ -181,7 +196,7 @@ class StepClock(TrainerCallback):  # type: ignore[misc, unused-ignore]
             self._paused_at = time.perf_counter()
 
     def figures(self, step: int) -> dict[str, float]:
-        """Of the steps since the last call, and the peak of memory so far."""
+        """Return time and tokens of the steps since the last call, and the peak of memory so far."""
         figures: dict[str, float] = {}
         now, tokens = time.perf_counter(), self._trainer._total_train_tokens
         if step > self._steps:
@@ -198,7 +213,7 @@ class StepClock(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
 
 def optimizer_bytes(optimizer: Any) -> int:
-    """Bytes of an optimizer's state, of all tensors in it."""
+    """The bytes of all tensors in an optimizer's state."""
     return sum(
         value.numel() * value.element_size()
         for state in optimizer.state.values()

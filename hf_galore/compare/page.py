@@ -7,11 +7,10 @@ import datetime
 from collections.abc import Sequence
 from html import escape
 
-import hf_galore
-
-from .comparison_figures import Picture
-from .comparison_tables import Table, notes, results_table, settings_table, versions_table
+from .. import __version__
+from .figures import Picture
 from .runs import Run
+from .tables import Table, notes, results_table, settings_table, versions_table
 
 PAGE = "index.html"
 
@@ -46,7 +45,7 @@ _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def page(runs: Sequence[Run], drawn: Sequence[Picture]) -> str:
-    """The page: tables, pictures, notes, versions; light or dark as the reader's system is."""
+    """Return the page: tables, pictures, notes, versions; light or dark as the reader's system is."""
     title = f"{runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs compared"
     made = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="minutes")
     parts = [
@@ -61,7 +60,7 @@ def page(runs: Sequence[Run], drawn: Sequence[Picture]) -> str:
         "</head>",
         "<body>",
         f"<h1>{escape(title)}</h1>",
-        f'<p class="about">Made by hf-galore compare {escape(hf_galore.__version__)} on {escape(made)}.</p>',
+        f'<p class="about">Made by hf-galore compare {escape(__version__)} on {escape(made)}.</p>',
         *_table(results_table(runs), kind="numbers"),
         *_notes(notes(runs)),
         *_pictures(drawn),
