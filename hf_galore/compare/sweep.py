@@ -15,14 +15,13 @@ from transformers import TrainingArguments
 
 from ..config import GaLoreConfig, nearest
 from ..integrations.trainer import optim_name
-from ..recipes import any_recipe, sft
+from ..recipes import any_recipe
 from ..recipes.any_recipe import Arguments
 from ..recipes.checkpoints import last_checkpoint
 from ..recipes.checks import galore_config
 from ..recipes.config_file import keys_given, take_config
 from ..recipes.errors import UserError, reporting_complaints
-from ..recipes.folders import recipes_folder
-from ..recipes.kinds import QUICKSTART, command_for
+from ..recipes.kinds import command_for, is_quickstart_recipe
 from ..recipes.run_record import RunFacts
 
 SETTINGS_FILE = "hf_galore_sweep.json"
@@ -46,7 +45,7 @@ class Trial(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """All runs, checked, before any has begun."""
+    """All runs of a sweep, checked."""
 
     output_dir: Path
     trials: list[Trial]
@@ -158,8 +157,7 @@ def _command(parsed: Arguments, arguments: Sequence[str]) -> list[str]:
     """The command that the recipe is for, and its arguments."""
     name, overrides = take_config(arguments)
     command = command_for(arguments)
-    own = recipes_folder() / QUICKSTART
-    if isinstance(parsed, sft.Arguments) and parsed.recipe == own and parsed.model_name is None:
+    if is_quickstart_recipe(parsed.recipe) and parsed.model_name is None:
         return ["quickstart", *overrides]
     return [command, "--config", str(name), *overrides]
 

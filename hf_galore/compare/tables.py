@@ -25,7 +25,7 @@ UNKNOWN = "–"
 
 
 class Row(NamedTuple):
-    """One quantity of all runs."""
+    """A quantity of each run, as text."""
 
     label: str
     cells: list[str]
@@ -34,7 +34,7 @@ class Row(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Runs are columns."""
+    """A table with a column for each run."""
 
     title: str
     names: list[str]

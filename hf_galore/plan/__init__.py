@@ -41,6 +41,9 @@ def plan(
 ) -> MemoryPlan:
     """Find the memory of a training run, without a GPU, weights or data.
 
+    While it runs, functions of torch, transformers and other libraries are replaced for the whole process: let no other
+    thread use them.
+
     Args:
         source: a function that makes the Trainer, or a recipe's file, or what was parsed from one. The function is
             called where tensors are fake: a model that it makes, with or without `from_pretrained`, has no weights.

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .config_file import keys_given, read, take_config
-from .folders import find_recipe
+from .folders import find_recipe, recipes_folder
 
 QUICKSTART = "quickstart.yaml"
 """The recipe of `hf-galore quickstart`, in `recipes_folder()`."""
@@ -25,6 +25,11 @@ def command_of(path: Path) -> str:
     if path.name == QUICKSTART and "model_name_or_path" not in keys:
         return "quickstart"
     return _marked(keys)
+
+
+def is_quickstart_recipe(path: Path | None) -> bool:
+    """Whether a recipe's file is that of `hf-galore quickstart`, which comes with hf_galore."""
+    return path is not None and path.resolve() == (recipes_folder() / QUICKSTART).resolve()
 
 
 def command_for(arguments: Sequence[str]) -> str:

@@ -29,7 +29,7 @@ _PACKAGES = ("hf-galore", "torch", "transformers", "trl", "bitsandbytes")
 
 @dataclasses.dataclass(frozen=True)
 class RunFacts:
-    """What does not change over a run, and what is known at its end; `None` for what is not known, or not yet."""
+    """The facts of a run: its settings, and what is known at its end; `None` for what is not known, or not yet."""
 
     command: str
     """`hf-galore sft`, ..."""

@@ -18,9 +18,11 @@ from ..plan.rehearsal import STEPS
 from . import glue, pretrain, sft
 from .any_recipe import Arguments
 from .checks import galore_config
+from .embedded_model import embedded
 from .errors import UserError
 from .folders import configs_folder, known_models
 from .glue_tasks import REGRESSION, TASKS
+from .kinds import is_quickstart_recipe
 
 
 class Prepared(NamedTuple):
@@ -178,6 +180,8 @@ def _find_model(arguments: Arguments) -> _Model:
         options["revision"] = arguments.model.model_revision
     if isinstance(arguments, sft.Arguments):
         options["trust_remote_code"] = arguments.training.trust_remote_code
+    if name is None and is_quickstart_recipe(arguments.recipe):
+        name = tokenizer_name = str(embedded().model)  # which the quickstart trains
     if name is None:
         raise UserError(f"{key} is missing: give a model's name or folder.")
     place, config = _find_config(key, name, options, notes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import sys
@@ -15,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -25,6 +23,7 @@ from hf_galore.cli.main import main
 from hf_galore.plan import plan
 from hf_galore.plan.planner import CONTEXT_BYTES, FRAGMENTATION, GIB, MemoryPlan
 from hf_galore.recipes.any_recipe import Arguments
+from tests.support.commands import printed_json, write_recipe
 from tests.support.planning import llama_folder
 
 # Warnings that Python does not show a person.
@@ -65,17 +64,12 @@ def settings(model: Path, tmp_path: Path) -> dict[str, Any]:
 
 
 def written(settings: dict[str, Any], folder: Path) -> str:
-    path = folder / "small.yaml"
-    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    return str(path)
+    return write_recipe(folder, settings, "small.yaml")
 
 
 def planned(path: str, *options: str) -> dict[str, Any]:
     """What `--json` prints."""
-    stdout = io.StringIO()
-    with contextlib.redirect_stdout(stdout):
-        assert main(["plan", "--config", path, "--json", *options]) == 0
-    found: dict[str, Any] = json.loads(stdout.getvalue())
+    found: dict[str, Any] = printed_json(["plan", "--config", path, "--json", *options])
     return found
 
 
@@ -158,17 +152,12 @@ def test_the_verdict_is_about_what_is_needed_and_not_only_the_peak(settings: dic
     kib = -(-found["needed_bytes"] // 1024)
     assert planned(path, "--vram", f"{kib}KiB")["fits"] is True
     assert found["peak_bytes"] < (kib - 1) * 1024
-    with contextlib.redirect_stdout(io.StringIO()) as stdout:
-        assert main(["plan", "--config", path, f"--vram={kib - 1}KiB", "--json"]) == 1
-    assert json.loads(stdout.getvalue())["fits"] is False
+    assert printed_json(["plan", "--config", path, f"--vram={kib - 1}KiB", "--json"], status=1)["fits"] is False
 
 
 def test_a_recipe_is_not_needed_where_the_command_line_says_it_all(model: Path, tmp_path: Path) -> None:
-    stdout = io.StringIO()
-    with contextlib.redirect_stdout(stdout):
-        options = ["--model_name_or_path", str(model), "--max_length", "16", "--output_dir", str(tmp_path / "out")]
-        assert main(["plan", "--json", *options]) == 0
-    assert json.loads(stdout.getvalue())["peak_bytes"] > 0
+    options = ["--model_name_or_path", str(model), "--max_length", "16", "--output_dir", str(tmp_path / "out")]
+    assert printed_json(["plan", "--json", *options])["peak_bytes"] > 0
 
 
 # ---- what it prints

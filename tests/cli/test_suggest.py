@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from hf_galore import GaLoreConfig
 from hf_galore.cli.main import main
 from hf_galore.plan.planner import MemoryPlan, needed_bytes
 from hf_galore.recipes import any_recipe, stand_in, suggestions
 from hf_galore.recipes.planning import plan_recipe
+from tests.support.commands import printed_json, write_recipe
 from tests.support.planning import llama_folder
 
 RANKS, BATCHES = (4, 16), (1, 4)
@@ -40,9 +39,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
         "optim_args": "rank=8, update_proj_gap=50, proj_bits=16",
         "output_dir": str(folder / "out"),
     }
-    file = folder / "small.yaml"
-    file.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    return str(file)
+    return write_recipe(folder, settings, "small.yaml")
 
 
 def planned(path: str, rank: int, batch: int, checkpointing: bool) -> MemoryPlan:
@@ -50,12 +47,11 @@ def planned(path: str, rank: int, batch: int, checkpointing: bool) -> MemoryPlan
     return plan_recipe(path, overrides=suggestions.Choice(rank, batch, checkpointing).overrides(config))
 
 
-def test_what_is_suggested_fits_and_nothing_larger_does(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_suggested_fits_and_nothing_larger_does(path: str) -> None:
     # What one of the settings needs, so that some fit and some do not.
     vram = planned(path, 4, 4, True).needed_bytes
     arguments = ["plan", "--config", path, "--suggest", "--json", "--vram", f"{vram / 2**20 + 0.001:.3f}MiB"]
-    assert main(arguments) == 0
-    rows = json.loads(capsys.readouterr().out)
+    rows = printed_json(arguments)
     found = {(row["rank"], row["checkpointing"]): row for row in rows}
     assert found[4, True]["batch"] == 4
     assert (16, False) not in found or found[16, False]["batch"] == 1

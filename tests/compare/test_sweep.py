@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from hf_galore.cli import sweep
 from hf_galore.cli.command import Stopped
@@ -20,7 +19,7 @@ from hf_galore.cli.main import main
 from hf_galore.compare.sweep import SETTINGS_FILE, plan_sweep
 from hf_galore.recipes.embedded_model import CACHE_VARIABLE, Embedded, embedded
 from hf_galore.recipes.run_record import RUN_FILE, RunFacts
-from tests.support.commands import write_checkpoint
+from tests.support.commands import command_line, said_of_mistake, write_checkpoint, write_recipe
 from tests.support.written_runs import FACTS, Page, write_state
 
 SETTINGS: dict[str, Any] = {
@@ -43,9 +42,7 @@ def path(tmp_path: Path) -> str:
 
 
 def written(folder: Path, **changes: Any) -> str:
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump({**SETTINGS, "output_dir": str(folder / "out"), **changes}), encoding="utf-8")
-    return str(path)
+    return write_recipe(folder, {**SETTINGS, "output_dir": str(folder / "out"), **changes})
 
 
 class Trainings:
@@ -56,8 +53,9 @@ class Trainings:
         self.commands: list[Sequence[str]] = []
 
     def __call__(self, command: Sequence[str], to_stderr: bool) -> int:
-        assert command[:3] == [sys.executable, "-m", "hf_galore.cli.main"]
-        self.commands.append(command[3:])
+        start = command_line()
+        assert command[: len(start)] == start
+        self.commands.append(command[len(start) :])
         folder = Path(option(command, "output_dir"))
         status = self.statuses.get(folder.name.replace("-", "_"), 0)
         if status == 0:
@@ -192,8 +190,7 @@ def test_a_mistake_is_found_before_anything_is_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     trainings = trained(monkeypatch)
-    assert main(["compare", *(path if item == "PATH" else item for item in arguments)]) == 2
-    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("hf-galore compare: "))
+    line = said_of_mistake("compare", [path if item == "PATH" else item for item in arguments], capsys)
     assert [word for word in words if word not in line] == []
     assert trainings.commands == []
     assert not (tmp_path / "out").exists()

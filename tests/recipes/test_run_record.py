@@ -10,16 +10,19 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from torch import nn
 
 import hf_galore
+from hf_galore import GaLoreAdamW
 from hf_galore.cli.main import main
 from hf_galore.plan import plan
 from hf_galore.plan.planner import GIB, in_gib
 from hf_galore.recipes import sft, training
 from hf_galore.recipes.embedded_model import Embedded
-from hf_galore.recipes.run_record import RUN_FILE, RunFacts, peak_memory_bytes
+from hf_galore.recipes.run_record import RUN_FILE, RunFacts, optimizer_bytes, peak_memory_bytes
 from hf_galore.recipes.sft import RecordedSFTTrainer
-from tests.support.commands import ON_CPU, history, options
+from tests.support.commands import ON_CPU, history, options, recorded_trainer
+from tests.support.helpers import optimizer_of
 
 ARGS = "rank=16, update_proj_gap=4, scale=1"
 
@@ -94,6 +97,17 @@ def test_facts_of_an_interrupted_run_say_so(
     assert facts.optimizer_bytes is None
 
 
+def test_a_recipes_trainer_registers_the_optimizers_and_pins_no_memory_without_a_device(tmp_path: Path) -> None:
+    hf_galore.unregister()
+    try:
+        trainer = recorded_trainer(tmp_path, "galore_adamw", max_steps=1, dataloader_pin_memory=True)
+        trainer.train()
+    finally:
+        hf_galore.register()
+    assert isinstance(optimizer_of(trainer), GaLoreAdamW)
+    assert trainer.args.dataloader_pin_memory is False
+
+
 def test_a_mistake_leaves_no_record(settings: dict[str, Any], tmp_path: Path) -> None:
     assert main(["sft", *options({**settings, "optim_target_modules": ["atn", "mlp"]})]) == 2
     assert not list(tmp_path.rglob(RUN_FILE))
@@ -140,6 +154,17 @@ def test_the_peak_of_a_process_is_that_of_what_it_held() -> None:
     assert peak_memory_bytes(torch.device("cpu")) > before  # type: ignore[operator]
     del held
     assert peak_memory_bytes(torch.device("cpu")) > before  # type: ignore[operator]
+
+
+def test_bytes_are_those_of_the_optimizers_tensors() -> None:
+    model = nn.Linear(64, 32)
+    model.bias.requires_grad_(False)
+    plain = GaLoreAdamW([model.weight])
+    step = 4  # a float32 scalar for each parameter, and two more for the refreshes of a target
+    assert optimizer_bytes(plain) == 2 * 4 * 64 * 32 + step
+    projected = GaLoreAdamW([{"params": [model.weight], "rank": 4}])
+    basis, moments = 32 * 4 // 2 + 2 * 2, 2 * 4 * 4 * 64  # 4 bits an element, and a scale for 64 of them
+    assert optimizer_bytes(projected) == basis + moments + 3 * step
 
 
 # ---- model cards

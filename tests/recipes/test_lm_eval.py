@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_galore.cli.main import main
 from hf_galore.recipes.embedded_model import CACHE_VARIABLE, Conversation, Embedded, conversations, embedded, split
 from hf_galore.recipes.folders import recipes_folder
+from tests.support.commands import options
 
 TASKS = recipes_folder() / "lm_eval"
 
@@ -65,7 +66,7 @@ def taught(small: Embedded, tmp_path_factory: pytest.TempPathFactory) -> Taught:
         "save_strategy": "no",
         "output_dir": folder / "out",
     }
-    assert main(["sft", *(item for key, value in settings.items() for item in (f"--{key}", str(value)))]) == 0
+    assert main(["sft", *options(settings)]) == 0
     return Taught(folder / "out", data)
 
 
@@ -83,9 +84,9 @@ def scores(small: Embedded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(command, "setup_logging", lambda: None)  # it would keep pytest's stderr for good
 
     def run(model: Path, tasks: Path = TASKS) -> dict[str, Any]:
-        options = f"--model hf --model_args pretrained={model} --apply_chat_template --batch_size 16 --device cpu"
-        options += f" --include_path {tasks} --tasks conversations --output_path {tmp_path / 'results'}"
-        monkeypatch.setattr(sys, "argv", ["lm-eval", "run", *options.split()])
+        arguments = f"--model hf --model_args pretrained={model} --apply_chat_template --batch_size 16 --device cpu"
+        arguments += f" --include_path {tasks} --tasks conversations --output_path {tmp_path / 'results'}"
+        monkeypatch.setattr(sys, "argv", ["lm-eval", "run", *arguments.split()])
         command.cli_evaluate()
         (written,) = (tmp_path / "results").rglob("results_*.json")
         found = json.loads(written.read_text(encoding="utf-8"))

@@ -7,13 +7,11 @@ import os
 import sqlite3
 import struct
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations, integration_utils
@@ -23,6 +21,7 @@ from hf_galore.recipes import trackers
 from hf_galore.recipes.embedded_model import CACHE_VARIABLE, conversations, embedded, split
 from hf_galore.recipes.errors import UserError
 from hf_galore.recipes.trackers import check_trackers
+from tests.support.commands import command_line, write_recipe
 
 STEPS = 4
 OPTIM_ARGS = "rank=16, update_proj_gap=2, scale=1"
@@ -72,11 +71,9 @@ def tracked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tracked:
         "run_name": "tracked",
         "output_dir": str(folder / "out"),
     }
-    recipe = folder / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(settings), encoding="utf-8")
     offline = {"WANDB_MODE": "offline", "WANDB_DIR": str(folder), "TRACKIO_DIR": str(folder / "trackio")}
     subprocess.run(
-        [sys.executable, "-m", "hf_galore.cli.main", "sft", "--config", str(recipe)],
+        command_line("sft", "--config", write_recipe(folder, settings)),
         env={**os.environ, **offline, "OMP_NUM_THREADS": "1"},
         check=True,
     )
