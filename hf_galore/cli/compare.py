@@ -19,7 +19,7 @@ from ..compare.tables import Table, as_dict, notes, results_table, settings_tabl
 from ..config import nearest
 from ..recipes import writable
 from ..recipes.errors import UserError
-from .command import stoppable
+from .interrupts import stoppable
 from .options import take_options
 
 PROG = "hf-galore compare"

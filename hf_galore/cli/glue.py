@@ -13,7 +13,7 @@ from ..recipes.config_file import take_config
 from ..recipes.errors import UserError
 from ..recipes.glue import Arguments, Score
 from ..recipes.glue_tasks import PUBLISHED, PUBLISHED_IN
-from .command import need_recipe, train
+from .training_command import need_recipe, train
 
 PROG = "hf-galore glue"
 ABOUT = """Fine-tune a sequence-classification model on tasks of GLUE, a file for each after --config, or on texts of

@@ -11,7 +11,7 @@ from typing import NoReturn
 import hf_galore
 
 from ..recipes.errors import UserError
-from .command import INTERRUPTED, Stopped
+from .interrupts import INTERRUPTED, Stopped
 
 # Each is a module of this package with `run(arguments) -> exit status`; imported only when it is asked for.
 COMMANDS = {

@@ -20,10 +20,11 @@ from ..recipes.any_recipe import Arguments
 from ..recipes.errors import UserError, reporting_complaints
 from ..recipes.planning import plan_recipe
 from . import plan_picture
-from .command import need_recipe, stoppable
+from .interrupts import stoppable
 from .options import take_options
 from .plan_picture import gib
 from .spinner import spinner
+from .training_command import need_recipe
 
 PROG = "hf-galore plan"
 ABOUT = """Find out how much memory a recipe takes and whether that fits a card, from its real training steps with

@@ -34,7 +34,7 @@ from ..recipes.kinds import QUICKSTART
 from ..recipes.run_record import optimizer_bytes
 from ..recipes.sft import RecordedSFTTrainer
 from ..recipes.training import run_recorded
-from .command import stoppable
+from .interrupts import stoppable
 
 PROG = "hf-galore quickstart"
 ABOUT = """Train a small chat model on this machine, without downloads, and talk to it. It does what

@@ -13,7 +13,7 @@ from ..compare.sweep import SETTINGS_FILE, Sweep, Trial, options_to_go_on
 from ..recipes.errors import remove_empty
 from ..recipes.whole_files import write_whole
 from ..recipes.writable import unwritable_folder
-from .command import INTERRUPTED, Stopped
+from .interrupts import INTERRUPTED, Stopped
 
 _PATIENCE = 20  # seconds that a run has to stop by itself after Ctrl-C, which a terminal sends to it too
 

@@ -5,6 +5,8 @@ Whole runs are in test_commands.py.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,16 @@ from tests.support.commands import recipe_on_cpu, write_checkpoint
 def test_a_recipe_for_another_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sft", "--config", "pretrain/llama_60m_c4.yaml"]) == 2
     assert "there is no option 'config_name'. It is one of hf-galore pretrain." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["main", "compare", "run_script"])
+def test_what_needs_no_recipe_imports_nothing_that_reads_one(module: str) -> None:
+    """TRL and what imports it take seconds: `hf-galore --help` and a comparison do without."""
+    code = f"import sys, hf_galore.cli.{module}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = run.stdout.split()
+    assert "hf_galore" in loaded
+    assert "trl" not in loaded
 
 
 # ---- errors

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from hf_galore.cli import sweep
-from hf_galore.cli.command import Stopped
+from hf_galore.cli.interrupts import Stopped
 from hf_galore.cli.main import main
 from hf_galore.compare.sweep import SETTINGS_FILE, plan_sweep
 from hf_galore.recipes.embedded_model import CACHE_VARIABLE, Embedded, embedded

@@ -1,10 +1,9 @@
-"""What the commands have in common: how one that trains runs, and how a person stops one."""
+"""What the commands that train have in common: a recipe is needed, it is run, and Ctrl-C says how to go on."""
 
 from __future__ import annotations
 
-import contextlib
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..recipes import training
@@ -12,21 +11,7 @@ from ..recipes.any_recipe import Arguments
 from ..recipes.checkpoints import last_checkpoint
 from ..recipes.errors import UserError
 from ..recipes.run_record import RecordedTrainer
-
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
-
-
-class Stopped(Exception):  # noqa: N818 - not an error: somebody pressed Ctrl-C
-    """The person stopped the command; the message says how to go on."""
-
-
-@contextlib.contextmanager
-def stoppable(message: Callable[[], str]) -> Iterator[None]:
-    """Turn Ctrl-C into `Stopped`, with the message that the function returns then."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise Stopped(message()) from None
+from .interrupts import stoppable
 
 
 def need_recipe(arguments: Sequence[str], example: str) -> None:
