@@ -13,9 +13,9 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
 class RecipesHook(BuildHookInterface):  # type: ignore[type-arg]
-    """`recipes/` becomes `hf_galore/recipes/` in a wheel."""
+    """Put `recipes/` into wheels as `hf_galore/recipes/bundled/`: beside the modules that read it, not among them."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Before a build: of `standard` or `editable`."""
         if version == "standard":
-            build_data["force_include"][str(Path(self.root, "recipes"))] = "hf_galore/recipes"
+            build_data["force_include"][str(Path(self.root, "recipes"))] = "hf_galore/recipes/bundled"

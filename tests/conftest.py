@@ -16,7 +16,7 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
-    from hf_galore.cli.embedded import Embedded
+    from hf_galore.recipes.embedded_model import Embedded
 
 # pytest-xdist fills the cores; tests/test_machines.py asks for more.
 torch.set_num_threads(int(os.environ.get("HF_GALORE_TEST_THREADS", "1")))
@@ -41,7 +41,7 @@ def _frozen_imports() -> None:
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Embedded:
     """Folders with the embedded model and its conversations."""
-    from hf_galore.cli.embedded import CACHE_VARIABLE, embedded
+    from hf_galore.recipes.embedded_model import CACHE_VARIABLE, embedded
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))

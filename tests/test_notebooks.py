@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import importlib
 import re
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,11 @@ def kinds(notebook: Any) -> list[list[tuple[str, ...]]]:
     ]
 
 
+def parsed(source: str) -> ast.Module:
+    """The cell without lines that are IPython's."""
+    return ast.parse("\n".join(re.sub(r"^( *)[%!].*", r"\1pass", line) for line in source.splitlines()))
+
+
 def assigned(source: str) -> set[str]:
     """The names in capitals that `source` assigns."""
     targets = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name))
@@ -50,6 +56,19 @@ def assigned(source: str) -> set[str]:
 def test_there_are_notebooks() -> None:
     assert NAMES
     assert [name[:3] for name in NAMES] == [f"{number:02}_" for number in range(1, len(NAMES) + 1)]
+
+
+@every_notebook
+def test_imports_what_is_public(name: str) -> None:
+    """Names that a package lists in its `__all__`, so that a notebook goes on to run when files move."""
+    nodes = [node for cell in code_cells(read(FOLDER / name)) for node in ast.walk(parsed(cell.source))]
+    imported = [node for node in nodes if isinstance(node, ast.ImportFrom) and str(node.module).startswith("hf_galore")]
+    assert any(isinstance(node, ast.Import) and "hf_galore" in {a.name for a in node.names} for node in nodes)
+    for node in imported:
+        package = importlib.import_module(str(node.module))
+        assert package.__spec__ is not None
+        assert package.__spec__.submodule_search_locations is not None, f"{node.module} is a file of a package"
+        assert {alias.name for alias in node.names} <= set(package.__all__)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_galore.cli import recipe
+from hf_galore.recipes import known_recipes
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("hf_galore", "recipes", "tests", "pyproject.toml", "hatch_build.py", "README.md", "CHANGELOG.md", "LICENSE")
@@ -77,7 +77,7 @@ def test_a_wheel_brings_the_recipes_along(checkout: Path, tmp_path: Path) -> Non
     for source in (checkout, unpacked):
         with zipfile.ZipFile(built("wheel", source, tmp_path / "built")) as wheel:
             wheel.extractall(tmp_path / source.name / "installed")
-        assert files_of(tmp_path / source.name / "installed" / "hf_galore" / "recipes") == expected
+        assert files_of(tmp_path / source.name / "installed" / "hf_galore" / "recipes" / "bundled") == expected
 
 
 @pytest.mark.slow
@@ -85,8 +85,8 @@ def test_an_installed_package_finds_them(checkout: Path, tmp_path: Path) -> None
     installed = tmp_path / "installed"
     with zipfile.ZipFile(built("wheel", checkout, tmp_path / "built")) as wheel:
         wheel.extractall(installed)
-    found = "str(recipe.recipes_folder()), recipe.known_recipes()"
-    code = f"import json; from hf_galore.cli import recipe; print(json.dumps([{found}]))"
+    found = "str(recipes_folder()), known_recipes()"
+    code = f"import json; from hf_galore.recipes import *; print(json.dumps([{found}]))"
     run = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
@@ -95,4 +95,4 @@ def test_an_installed_package_finds_them(checkout: Path, tmp_path: Path) -> None
         text=True,
         check=True,
     )
-    assert json.loads(run.stdout) == [str(installed / "hf_galore" / "recipes"), recipe.known_recipes()]
+    assert json.loads(run.stdout) == [str(installed / "hf_galore" / "recipes" / "bundled"), known_recipes()]

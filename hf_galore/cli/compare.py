@@ -12,13 +12,15 @@ import rich.table
 from rich.console import Console
 from rich.text import Text
 
+from ..compare.figures import pictures
+from ..compare.page import PAGE, page
+from ..compare.runs import Run, read_runs
+from ..compare.tables import Table, as_dict, notes, results_table, settings_table
 from ..config import nearest
-from .comparison_figures import pictures
-from .comparison_page import PAGE, page
-from .comparison_tables import Table, as_dict, notes, results_table, settings_table
-from .errors import Stopped, UserError
+from ..recipes import writable
+from ..recipes.errors import UserError
+from .interrupts import stoppable
 from .options import take_options
-from .runs import Run, read_runs
 
 PROG = "hf-galore compare"
 ABOUT = f"""usage: {PROG} RUN [RUN ...] [--output FOLDER] [--names A,B,...] [--json]
@@ -76,10 +78,8 @@ def run(arguments: Sequence[str]) -> int:
     if not {"-h", "--help"}.isdisjoint(arguments):
         print(ABOUT, end="")
         raise SystemExit(0)
-    try:
+    with stoppable(lambda: "interrupted."):
         return _run(arguments)
-    except KeyboardInterrupt:
-        raise Stopped("interrupted.") from None
 
 
 def _run(arguments: Sequence[str]) -> int:
@@ -93,7 +93,7 @@ def _run(arguments: Sequence[str]) -> int:
     folders = _folders(rest)
     output = output or Path(DEFAULT_OUTPUT)
     _check_names(names, len(folders))
-    _check_output(output)
+    writable.check_folder("--output", output)  # now, and not after the runs of a sweep
     _compare(folders, names, output, as_json)
     return 0
 
@@ -106,13 +106,14 @@ def _sweep(
     output: Path | None,
     as_json: bool,
 ) -> int:
-    from .sweep import plan_sweep, run_sweep  # what reads recipes takes seconds to import
+    from ..compare.sweep import plan_sweep  # what reads recipes takes seconds to import
+    from .sweep import run_sweep
 
     sweep = plan_sweep(given, rest)
     output = output or sweep.output_dir / DEFAULT_OUTPUT
     _check_names(names, len(sweep.trials))
-    _check_output(output)
-    status = run_sweep(sweep, arguments, to_stderr=as_json)
+    writable.check_folder("--output", output)  # now, and not after the runs of a sweep
+    status = run_sweep(sweep, PROG, arguments, to_stderr=as_json)
     if status == 0:
         _compare([trial.folder for trial in sweep.trials], names or [t.name for t in sweep.trials], output, as_json)
     return status
@@ -159,27 +160,11 @@ def _check_names(names: Sequence[str] | None, count: int) -> None:
         raise UserError(f"--names calls two runs the same: {', '.join(names)}. Give each its own.")
 
 
-def _check_output(folder: Path) -> None:
-    """Found now, and not after the runs of a sweep."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise UserError(f"--output {folder} cannot be a folder, because {there} is a file. Give another one.")
-    try:  # permissions alone do not say it: file systems have rules of their own
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-
-
-def _unwritable(folder: Path, error: OSError) -> UserError:
-    return UserError(f"--output {folder} cannot be written to ({error}). Give another one.")
-
-
 # ---- what came of it
 
 
 def _write(files: Mapping[str, bytes], folder: Path) -> None:
-    """All files, or on a full disk none."""
+    """Write all files, or none where one of them cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
@@ -188,7 +173,7 @@ def _write(files: Mapping[str, bytes], folder: Path) -> None:
             for name in files:
                 (Path(temporary) / name).replace(folder / name)
     except OSError as error:
-        raise _unwritable(folder, error) from error
+        raise writable.unwritable_folder("--output", folder, error) from error
 
 
 def _show(runs: Sequence[Run]) -> None:
@@ -201,7 +186,7 @@ def _show(runs: Sequence[Run]) -> None:
 
 
 def _parts(table: Table, width: int) -> Iterator[rich.table.Table]:
-    """The table, in as many parts as its columns need to fit `width`."""
+    """Yield the table in as many parts as its columns need to fit `width`."""
     if not table.rows:  # nothing is known of the settings of other programs
         return
     left = max(len(row.label) for row in table.rows) + _BORDERS + 1
@@ -218,7 +203,7 @@ def _parts(table: Table, width: int) -> Iterator[rich.table.Table]:
 
 
 def _widths(table: Table, longest_name: int) -> list[int]:
-    """Of each run's column, with its borders; what a name has more goes into the next line."""
+    """The width of each run's column, with its borders; a longer name goes on in the next line."""
     return [
         _BORDERS + max(min(len(name), longest_name), *(len(row.cells[place]) for row in table.rows))
         for place, name in enumerate(table.names)

@@ -10,7 +10,8 @@ from typing import NoReturn
 
 import hf_galore
 
-from .errors import Stopped, UserError
+from ..recipes.errors import UserError
+from .interrupts import INTERRUPTED, Stopped
 
 # Each is a module of this package with `run(arguments) -> exit status`; imported only when it is asked for.
 COMMANDS = {
@@ -23,7 +24,6 @@ COMMANDS = {
 }
 
 USER_ERROR = 2
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 class _Parser(argparse.ArgumentParser):

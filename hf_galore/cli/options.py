@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from .errors import UserError
+from ..recipes.errors import UserError
 
 
 def take_options(

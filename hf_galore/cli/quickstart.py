@@ -25,12 +25,16 @@ from transformers import (
 )
 from trl import SFTTrainer
 
-from . import recipe
-from .embedded import conversations, embedded, is_asked_in, split
-from .errors import Stopped, UserError
-from .run_record import optimizer_bytes
-from .sft import RecordedSFTTrainer, make_trainer
-from .training import run_recorded
+from ..recipes import sft
+from ..recipes.config_file import key_of
+from ..recipes.embedded_model import conversations, embedded, is_asked_in, split
+from ..recipes.errors import UserError
+from ..recipes.folders import recipes_folder
+from ..recipes.kinds import QUICKSTART
+from ..recipes.run_record import optimizer_bytes
+from ..recipes.sft import RecordedSFTTrainer
+from ..recipes.training import run_recorded
+from .interrupts import stoppable
 
 PROG = "hf-galore quickstart"
 ABOUT = """Train a small chat model on this machine, without downloads, and talk to it. It does what
@@ -59,13 +63,11 @@ def run(arguments: Sequence[str]) -> int:
         Stopped: Ctrl-C.
     """
     for item in arguments:
-        if item.partition("=")[0].lstrip("-").replace("-", "_") in _OWN and item.startswith("--"):
+        if item.startswith("--") and key_of(item) in _OWN:
             raise UserError(f"{item} is not for the quickstart, which makes its own. For yours: hf-galore sft --help.")
     console = Console()
-    try:
+    with stoppable(lambda: f"interrupted; nothing was saved. Run {PROG} again."):
         trainer = _train(arguments, console)
-    except KeyboardInterrupt:
-        raise Stopped(f"interrupted; nothing was saved. Run {PROG} again.") from None
     answers = ask(Path(trainer.args.output_dir), trainer.args.device)
     train, _ = split(conversations())
     console.print(
@@ -79,15 +81,15 @@ def run(arguments: Sequence[str]) -> int:
 def _train(arguments: Sequence[str], console: Console) -> SFTTrainer:
     _hide_progress_of_libraries()
     _limit_threads()
-    config = recipe.recipes_folder() / "quickstart.yaml"
+    config = recipes_folder() / QUICKSTART
     # Parsed without model and data first: a mistake, or --help, is found before anything is made.
-    recipe.parse(["--config", str(config), *arguments], PROG, ABOUT)
+    sft.parse(["--config", str(config), *arguments], PROG, ABOUT)
     made = embedded()
     own = ["--model_name_or_path", str(made.model), "--dataset_name", str(made.data)]
-    parsed = recipe.parse(["--config", str(config), *own, *arguments], PROG, ABOUT)
+    parsed = sft.parse(["--config", str(config), *own, *arguments], PROG, ABOUT)
 
     def make() -> RecordedSFTTrainer:
-        trainer = make_trainer(parsed.script, parsed.training, parsed.model, parsed.dataset)
+        trainer = sft.make_trainer(parsed)
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(LossBar(console))
         return trainer
@@ -97,13 +99,13 @@ def _train(arguments: Sequence[str], console: Console) -> SFTTrainer:
 
 
 def _hide_progress_of_libraries() -> None:
-    """One bar is enough; theirs are for downloads and for models a thousand times as large."""
+    """Switch off the libraries' progress bars: one bar is enough."""
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
 
 
 def _limit_threads() -> None:
-    """One thread, unless OMP_NUM_THREADS asks for more.
+    """Make torch use one thread, unless OMP_NUM_THREADS asks for more.
 
     The matrices are so small that a second thread gains little; and where another program wants the same cores, the
     threads spend their time waiting for each other: six times as long on two busy cores, measured.

@@ -23,7 +23,7 @@ from pathlib import Path
 import hf_galore
 
 from ..config import nearest
-from .errors import UserError
+from ..recipes.errors import UserError
 
 PROG = "python -m hf_galore"
 USER_ERROR = 2

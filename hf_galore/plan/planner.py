@@ -1,10 +1,10 @@
 """Will it fit? The memory of a training run, found without a GPU, weights or data.
 
-Its real steps run with fake tensors:
+The real steps of a Trainer run with fake tensors:
 
-    plan = hf_galore.plan("recipes/llama2_7b_oasst2.yaml")
-    plan = hf_galore.plan(lambda: SFTTrainer("meta-llama/Llama-2-7b-hf", args, train_dataset=data))
-    print(plan)
+    print(plan(lambda: SFTTrainer("meta-llama/Llama-2-7b-hf", args, train_dataset=data)))
+
+Recipes are planned by `hf_galore.recipes.planning`, which makes their Trainers.
 """
 
 from __future__ import annotations
@@ -12,12 +12,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import os
 import re
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import datasets
 import torch
@@ -27,9 +25,6 @@ from transformers import Trainer
 from ..log import logger
 from .fakes import Target, fake_training
 from .rehearsal import Progress, Record, rehearse
-
-if TYPE_CHECKING:
-    from ..cli import stand_in
 
 GIB = 2**30
 
@@ -69,7 +64,7 @@ class MemoryPlan:
 
     @property
     def needed_bytes(self) -> int:
-        """The card that it needs: the peak, fragmentation of the allocator, CUDA's context."""
+        """The memory that a card needs for it: the peak, fragmentation of the allocator, CUDA's context."""
         return needed_bytes(self.peak_bytes)
 
     @property
@@ -78,7 +73,7 @@ class MemoryPlan:
         return None if self.vram_bytes is None else self.needed_bytes <= self.vram_bytes
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The fields, `needed_bytes` and `fits`, for JSON."""
         return {**dataclasses.asdict(self), "needed_bytes": self.needed_bytes, "fits": self.fits}
 
     def __str__(self) -> str:
@@ -91,7 +86,7 @@ class MemoryPlan:
 
 
 def needed_bytes(peak_bytes: int) -> int:
-    """The card that a peak needs: it, fragmentation of the allocator, CUDA's context."""
+    """The memory that a card needs for a peak: with fragmentation of the allocator and CUDA's context."""
     return int(peak_bytes * (1 + FRAGMENTATION)) + CONTEXT_BYTES
 
 
@@ -104,7 +99,7 @@ _UNITS = {"": GIB, "k": 2**10, "m": 2**20, "g": GIB, "t": 2**40}
 
 
 def parse_size(text: str) -> int:
-    """Bytes from `24GiB`, `24GB`, `24G` or `24`: the same, for a card that is sold with 24 GB has 24 GiB.
+    """The bytes of `24GiB`, `24GB`, `24G` or `24`: all the same, since a card that is sold with 24 GB has 24 GiB.
 
     Raises:
         ValueError: it is no size.
@@ -116,54 +111,36 @@ def parse_size(text: str) -> int:
 
 
 def plan(
-    source: Callable[[], Trainer] | stand_in.Arguments | str | os.PathLike[str],
+    make_trainer: Callable[[], Trainer],
     *,
-    overrides: Sequence[str] = (),
     vram: int | None = None,
     target: Target = "cuda",
-    layers: int | None = None,
     progress: Progress | None = None,
 ) -> MemoryPlan:
-    """The memory of a training run, found without a GPU, weights or data.
+    """Find the memory of a training run, without a GPU, weights or data.
+
+    While it runs, functions of torch, transformers and other libraries are replaced for the whole process: let no other
+    thread use them.
 
     Args:
-        source: a recipe's file, or what was parsed from one, or a function that makes the Trainer. That is called
-            where tensors are fake: a model that it makes, with or without `from_pretrained`, has no weights. What was
-            parsed, and the Trainer, are of no use afterwards.
-        overrides: for a recipe's file, `["--key", "value", ...]` as on the command line.
+        make_trainer: makes the Trainer, which is of no use afterwards. It is called where tensors are fake: a model
+            that it makes, with or without `from_pretrained`, has no weights.
         vram: bytes of the card's memory; by default those of the GPU, if there is one.
         target: the device that the tensors stand for; `cpu` gives what the run takes on a CPU.
-        layers: for a recipe, how many layers the model is to have, instead of its own number.
         progress: called with the phase and the number of the step.
 
     Raises:
         ValueError: something that was given is wrong; the message says what.
     """
     start = time.perf_counter()
-    notes: list[str] = []
-    tokens: int | None = None
-    with _quiet(), tempfile.TemporaryDirectory() as folder:
-        if callable(source):
-            make = source
-        else:
-            from ..cli import stand_in
-
-            if isinstance(source, (str, os.PathLike)):
-                arguments = stand_in.parse(["--config", os.fspath(source), *overrides], "plan", "")
-            else:
-                arguments = source
-            arguments.training.output_dir = folder  # the Trainer makes it
-            prepared = stand_in.prepare(arguments, layers)
-            make, tokens = prepared.make_trainer, prepared.tokens_per_step
-            notes += prepared.notes
-        with fake_training(target) as fakes:
-            trainer = make()
-            record = rehearse(trainer, fakes, progress)
-            device = str(trainer.args.device)
-            parameters = sum(param.numel() for param in trainer.model.parameters())
+    with quiet(), fake_training(target) as fakes:
+        trainer = make_trainer()
+        record = rehearse(trainer, fakes, progress)
+        device = str(trainer.args.device)
+        parameters = sum(param.numel() for param in trainer.model.parameters())
     stood_for = target if device.startswith(target) else f"{target} (stood in for by {device} tensors)"
     vram = card_bytes() if vram is None else vram
-    return _summary(record, stood_for, time.perf_counter() - start, parameters, tokens, vram, tuple(notes))
+    return _summary(record, stood_for, time.perf_counter() - start, parameters, vram)
 
 
 def card_bytes() -> int | None:
@@ -172,7 +149,7 @@ def card_bytes() -> int | None:
 
 
 def measure(make_trainer: Callable[[], Trainer], *, progress: Progress | None = None) -> MemoryPlan:
-    """The same figures from really training for three steps: to compare a plan with, where the model is small.
+    """Find the figures of a plan by really training for three steps: to compare with it, where the model is small.
 
     Storages are counted as `plan` counts them; on a GPU, `torch.cuda.max_memory_allocated` also has what kernels use
     inside.
@@ -182,22 +159,14 @@ def measure(make_trainer: Callable[[], Trainer], *, progress: Progress | None = 
         progress: called with the phase and the number of the step.
     """
     start = time.perf_counter()
-    with _quiet():
+    with quiet():
         trainer = make_trainer()
         parameters = sum(param.numel() for param in trainer.model.parameters())
         record = rehearse(trainer, None, progress)
-    return _summary(record, str(trainer.args.device), time.perf_counter() - start, parameters, None, None, ())
+    return _summary(record, str(trainer.args.device), time.perf_counter() - start, parameters, vram=None)
 
 
-def _summary(
-    record: Record,
-    device: str,
-    seconds: float,
-    parameters: int,
-    tokens: int | None,
-    vram: int | None,
-    notes: tuple[str, ...],
-) -> MemoryPlan:
+def _summary(record: Record, device: str, seconds: float, parameters: int, vram: int | None) -> MemoryPlan:
     peaks = record.tracker.peaks()
     return MemoryPlan(
         peak_bytes=peaks[0].nbytes,
@@ -208,15 +177,13 @@ def _summary(
         device=device,
         seconds=seconds,
         parameters=parameters,
-        tokens_per_step=tokens,
         vram_bytes=vram,
-        notes=notes,
     )
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Within, libraries do not report on a training that does not happen, nor do we warn about its numbers."""
+def quiet() -> Iterator[None]:
+    """Silence reports of libraries on a training that does not happen, and our own warnings about its numbers."""
     level, verbosity = logger.level, transformers.utils.logging.get_verbosity()
     bars = datasets.are_progress_bars_disabled()
     logger.setLevel(logging.CRITICAL)

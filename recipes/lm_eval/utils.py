@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from hf_galore.cli.embedded import embedded
+from hf_galore.recipes import embedded
 
 DISTRACTORS = 3
 

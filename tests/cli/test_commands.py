@@ -5,20 +5,17 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from safetensors.torch import load_file
 from trl import SFTTrainer
 
-from hf_galore.cli import recipe
-from hf_galore.cli.checkpoints import flaw
-from hf_galore.cli.embedded import CACHE_VARIABLE, Embedded, conversations, embedded, split
 from hf_galore.cli.main import COMMANDS, main
+from hf_galore.recipes.checkpoints import flaw
+from hf_galore.recipes.embedded_model import CACHE_VARIABLE, Embedded
+from tests.support.commands import command_line, said_of_mistake, weights, write_recipe
 from tests.support.helpers import assert_identical
 
 
@@ -45,12 +42,6 @@ def settings(small: Embedded, tmp_path: Path) -> dict[str, Any]:
         "disable_tqdm": True,
         "output_dir": str(tmp_path / "out"),
     }
-
-
-def written(settings: dict[str, Any], folder: Path, name: str = "recipe.yaml") -> str:
-    path = folder / name
-    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    return str(path)
 
 
 # ---- mistakes: one line, exit status 2, nothing written
@@ -96,11 +87,9 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    path = written({**settings, **changes}, tmp_path)
-    assert main(["sft", "--config", path, *options]) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hf-galore sft: ")]
-    assert len(lines) == 1
-    assert [word for word in words if word not in lines[0]] == []
+    path = write_recipe(tmp_path, {**settings, **changes})
+    line = said_of_mistake("sft", ["--config", path, *options], capsys)
+    assert [word for word in words if word not in line] == []
     assert not (tmp_path / "out").exists()
 
 
@@ -138,7 +127,7 @@ def test_an_output_folder_that_is_a_file(
     settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "taken").write_text("mine")
-    path = written({**settings, "output_dir": str(tmp_path / "taken" / "out")}, tmp_path)
+    path = write_recipe(tmp_path, {**settings, "output_dir": str(tmp_path / "taken" / "out")})
     assert main(["sft", "--config", path]) == 2
     assert "taken is a file" in capsys.readouterr().err
     assert (tmp_path / "taken").read_text() == "mine"
@@ -150,47 +139,9 @@ def test_data_without_a_column_to_train_on(
     data = tmp_path / "data"
     data.mkdir()
     (data / "train.jsonl").write_text('{"question": "a", "answer": "b"}\n' * 4)
-    path = written({**settings, "dataset_name": str(data)}, tmp_path)
+    path = write_recipe(tmp_path, {**settings, "dataset_name": str(data)})
     assert main(["sft", "--config", path]) == 2
     assert "has the columns question, answer. It needs 'messages'" in capsys.readouterr().err
-
-
-# ---- reading
-
-
-def test_the_command_line_overrides_the_file(settings: dict[str, Any], tmp_path: Path) -> None:
-    options = ["--learning_rate", "5e-4", "--optim_args=rank=8", "--output_dir", str(tmp_path / "other")]
-    parsed = recipe.parse(["--config", written(settings, tmp_path), *options], "hf-galore sft", "")
-    assert parsed.training.learning_rate == 5e-4
-    assert parsed.training.optim_args == "rank=8"
-    assert parsed.training.output_dir == str(tmp_path / "other")
-    assert parsed.training.max_steps == 6  # the file's
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        (["attn", "mlp"], ["attn", "mlp"]),
-        (['["attn", "mlp"]'], ["attn", "mlp"]),
-        (["all-linear"], "all-linear"),
-        ([r".*\.mlp\..*"], r".*\.mlp\..*"),
-    ],
-)
-def test_targets_on_the_command_line(given: list[str], expected: Any, settings: dict[str, Any], tmp_path: Path) -> None:
-    path = written(settings, tmp_path)
-    parsed = recipe.parse(["--config", path, "--optim_target_modules", *given], "hf-galore sft", "")
-    assert parsed.training.optim_target_modules == expected
-
-
-@pytest.mark.parametrize("name", ["llama2_7b_oasst2.yaml", "recipes/llama2_7b_oasst2.yaml"])
-def test_recipes_of_the_package_are_found_from_any_folder(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    found = recipe.find_recipe(name)
-    assert found == recipe.recipes_folder() / "llama2_7b_oasst2.yaml"
-    parsed = recipe.parse(["--config", name, "--bf16", "false"], "hf-galore sft", "")
-    assert parsed.training.chat_template_path == str(recipe.recipes_folder() / "chatml")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -206,19 +157,16 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
 # ---- killed, and resumed
 
 
-def weights(folder: Path) -> dict[str, Any]:
-    return dict(sorted(load_file(folder / "model.safetensors").items()))
-
-
 def test_a_killed_run_goes_on_where_it_was(settings: dict[str, Any], tmp_path: Path) -> None:
     """SIGKILL in the middle, the same command with --resume_from_checkpoint: the weights of a run left alone, bit for
     bit."""
-    alone = written({**settings, "output_dir": str(tmp_path / "alone")}, tmp_path, "alone.yaml")
+    alone = write_recipe(tmp_path, {**settings, "output_dir": str(tmp_path / "alone")}, "alone.yaml")
     assert main(["sft", "--config", alone]) == 0
 
-    path = written({**settings, "save_total_limit": None}, tmp_path)
-    command = [sys.executable, "-m", "hf_galore.cli.main", "sft", "--config", path]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    path = write_recipe(tmp_path, {**settings, "save_total_limit": None})
+    process = subprocess.Popen(
+        command_line("sft", "--config", path), env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
+    )
     wait_for_checkpoint(tmp_path / "out" / "checkpoint-2", process)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -242,14 +190,12 @@ def test_killed_while_the_last_file_of_a_checkpoint_was_written(
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    path, out = written(settings, tmp_path), tmp_path / "out"
+    path, out = write_recipe(tmp_path, settings), tmp_path / "out"
     assert main(["sft", "--config", path]) == 0
     expected = weights(out)
     latest = out / "checkpoint-6" / "trainer_state.json"
     latest.write_text("")
-    capsys.readouterr()
-    assert main(["sft", "--config", path, "--resume_from_checkpoint", str(latest.parent)]) == 2
-    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("hf-galore sft: "))
+    line = said_of_mistake("sft", ["--config", path, "--resume_from_checkpoint", str(latest.parent)], capsys)
     assert f"{latest.parent} is no checkpoint that training can go on from: {latest.name} is cut off" in line
 
     assert main(["sft", "--config", path, "--resume_from_checkpoint"]) == 0
@@ -275,7 +221,7 @@ def test_ctrl_c_says_how_to_go_on(
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(SFTTrainer, "training_step", interrupted)
-    path = written(settings, tmp_path)
+    path = write_recipe(tmp_path, settings)
     assert main(["sft", "--config", path]) == 130
     said = capsys.readouterr().err.splitlines()[-1]
     assert "checkpoint-2" in said
@@ -283,25 +229,6 @@ def test_ctrl_c_says_how_to_go_on(
 
 
 # ---- the quickstart
-
-
-def test_what_is_asked_in_the_test_split_is_not_asked_in_training() -> None:
-    train, test = split(conversations())
-    asked = [{m["content"].casefold() for c in part for m in c if m["role"] == "user"} for part in (train, test)]
-    assert len(train) > 5 * len(test) > 0
-    assert asked[0].isdisjoint(asked[1])
-    for conversation in train + test:
-        assert [m["role"] for m in conversation] == ["user", "assistant"] * (len(conversation) // 2)
-        assert all(m["content"].strip() for m in conversation)
-
-
-def test_model_and_data_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
-    first = embedded()
-    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    assert embedded() == first
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == times
-    assert [folder.name for folder in tmp_path.iterdir()] == [first.model.parent.name]  # nothing temporary is left
 
 
 def test_quickstart_from_an_empty_cache(

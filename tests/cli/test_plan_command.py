@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import sys
@@ -15,14 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from hf_galore.cli import plan as command
-from hf_galore.cli import recipe
+from hf_galore.cli import plan_picture
 from hf_galore.cli.main import main
-from hf_galore.plan.planner import CONTEXT_BYTES, FRAGMENTATION, GIB, MemoryPlan, plan
+from hf_galore.plan import plan
+from hf_galore.plan.planner import CONTEXT_BYTES, FRAGMENTATION, GIB, MemoryPlan
+from hf_galore.recipes.any_recipe import Arguments
+from tests.support.commands import printed_json, write_recipe
 from tests.support.planning import llama_folder
 
 # Warnings that Python does not show a person.
@@ -63,17 +64,12 @@ def settings(model: Path, tmp_path: Path) -> dict[str, Any]:
 
 
 def written(settings: dict[str, Any], folder: Path) -> str:
-    path = folder / "small.yaml"
-    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    return str(path)
+    return write_recipe(folder, settings, "small.yaml")
 
 
 def planned(path: str, *options: str) -> dict[str, Any]:
     """What `--json` prints."""
-    stdout = io.StringIO()
-    with contextlib.redirect_stdout(stdout):
-        assert main(["plan", "--config", path, "--json", *options]) == 0
-    found: dict[str, Any] = json.loads(stdout.getvalue())
+    found: dict[str, Any] = printed_json(["plan", "--config", path, "--json", *options])
     return found
 
 
@@ -156,17 +152,12 @@ def test_the_verdict_is_about_what_is_needed_and_not_only_the_peak(settings: dic
     kib = -(-found["needed_bytes"] // 1024)
     assert planned(path, "--vram", f"{kib}KiB")["fits"] is True
     assert found["peak_bytes"] < (kib - 1) * 1024
-    with contextlib.redirect_stdout(io.StringIO()) as stdout:
-        assert main(["plan", "--config", path, f"--vram={kib - 1}KiB", "--json"]) == 1
-    assert json.loads(stdout.getvalue())["fits"] is False
+    assert printed_json(["plan", "--config", path, f"--vram={kib - 1}KiB", "--json"], status=1)["fits"] is False
 
 
 def test_a_recipe_is_not_needed_where_the_command_line_says_it_all(model: Path, tmp_path: Path) -> None:
-    stdout = io.StringIO()
-    with contextlib.redirect_stdout(stdout):
-        options = ["--model_name_or_path", str(model), "--max_length", "16", "--output_dir", str(tmp_path / "out")]
-        assert main(["plan", "--json", *options]) == 0
-    assert json.loads(stdout.getvalue())["peak_bytes"] > 0
+    options = ["--model_name_or_path", str(model), "--max_length", "16", "--output_dir", str(tmp_path / "out")]
+    assert printed_json(["plan", "--json", *options])["peak_bytes"] > 0
 
 
 # ---- what it prints
@@ -197,7 +188,7 @@ def test_a_person_reads_tables_and_a_verdict(
 
 
 def test_tables_of_a_plan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(command, "plan", lambda *args, **kwargs: a_plan(vram=kwargs["vram"]))
+    monkeypatch.setattr(command, "plan_recipe", lambda *args, **kwargs: a_plan(vram=kwargs["vram"]))
     assert main(["plan", "--model_name_or_path", "[red]m", "--vram", "10.9GiB"]) == 0
     rows = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines()]
     assert ["something", "new", "5.00", "50.0", "%"] in rows
@@ -217,7 +208,7 @@ def test_what_libraries_print_does_not_get_into_the_json(
         sys.stdout.write("chatter")
         return a_plan()
 
-    monkeypatch.setattr(command, "plan", chatty)
+    monkeypatch.setattr(command, "plan_recipe", chatty)
     picture = tmp_path / "memory.png"
     assert main(["plan", "--config", written(settings, tmp_path), "--json", "--plot", str(picture)]) == 0
     shown = capsys.readouterr()
@@ -238,7 +229,7 @@ def test_progress_is_shown_on_a_terminal_only(stream: io.StringIO, monkeypatch: 
             progress("forward", 2)
         return a_plan()
 
-    monkeypatch.setattr(command, "plan", slow)
+    monkeypatch.setattr(command, "plan_recipe", slow)
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setenv("TERM", "xterm")
     assert main(["plan", "--model_name_or_path", "m"]) == 0
@@ -262,7 +253,7 @@ def test_plot_writes_a_picture(
 
 @pytest.mark.parametrize(("suffix", "beginning"), [(".svg", b"<?xml"), (".PDF", b"%PDF")])
 def test_other_kinds_of_picture(suffix: str, beginning: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "plan", lambda *args, **kwargs: a_plan())
+    monkeypatch.setattr(command, "plan_recipe", lambda *args, **kwargs: a_plan())
     picture = tmp_path / f"cost in $ and $$ of a_b{suffix}"
     picture.write_text("an older one")
     assert main(["plan", "--model_name_or_path", "$m_{", "--plot", str(picture)]) == 0
@@ -271,7 +262,7 @@ def test_other_kinds_of_picture(suffix: str, beginning: bytes, tmp_path: Path, m
 
 def test_bars_are_as_long_as_what_they_stand_for() -> None:
     figure = Figure()
-    command._draw(figure, a_plan(vram=16 * GIB), "r.yaml")
+    plan_picture.draw(figure, a_plan(vram=16 * GIB), "r.yaml")
     (axes,) = figure.axes
     drawn = [bar for bar in axes.patches if isinstance(bar, Rectangle)]
     peak = [bar for bar in drawn if bar.get_y() > 0.5]
@@ -308,7 +299,7 @@ def test_a_picture_that_cannot_be_is_found_before_the_plan(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(command, "plan", refuses_to_plan)
+    monkeypatch.setattr(command, "plan_recipe", refuses_to_plan)
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "file.txt").write_text("mine")
     path = written(settings, tmp_path)
@@ -323,7 +314,7 @@ def test_a_picture_where_nothing_can_be_written(
 ) -> None:
     if not Path("/proc/self").exists():
         pytest.skip("/proc is the one folder that not even root can write to")
-    monkeypatch.setattr(command, "plan", refuses_to_plan)
+    monkeypatch.setattr(command, "plan_recipe", refuses_to_plan)
     assert main(["plan", "--config", written(settings, tmp_path), "--plot", "/proc/memory.png"]) == 2
     assert "--plot /proc/memory.png cannot be written" in capsys.readouterr().err
 
@@ -426,7 +417,7 @@ def test_ctrl_c_is_one_line(
     def interrupted(*args: Any, **kwargs: Any) -> MemoryPlan:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "plan", interrupted)
+    monkeypatch.setattr(command, "plan_recipe", interrupted)
     assert main(["plan", "--config", written(settings, tmp_path), "--json"]) == 130
     shown = capsys.readouterr()
     assert shown.err == "\nhf-galore plan: interrupted.\n"
@@ -441,7 +432,7 @@ def test_suggest_gets_the_recipe_with_further_overrides_and_the_card(
 ) -> None:
     calls = []
 
-    def suggest(parse: Callable[[Sequence[str]], recipe.Arguments], vram: int, as_json: bool) -> int:
+    def suggest(parse: Callable[[Sequence[str]], Arguments], vram: int, as_json: bool) -> int:
         lengths = [parse(extra).training.max_length for extra in ([], ["--max_length", "8"])]
         calls.append((lengths, vram, as_json))
         return 1
@@ -449,7 +440,7 @@ def test_suggest_gets_the_recipe_with_further_overrides_and_the_card(
     module = types.ModuleType("hf_galore.cli.suggest")
     monkeypatch.setattr(module, "suggest", suggest, raising=False)
     monkeypatch.setitem(sys.modules, "hf_galore.cli.suggest", module)
-    monkeypatch.setattr(command, "plan", refuses_to_plan)
+    monkeypatch.setattr(command, "plan_recipe", refuses_to_plan)
     path = written(settings, tmp_path)
     arguments = ["plan", "--config", path, "--suggest", "--vram", "24GiB", "--max_length", "16"]
     assert main(arguments) == 1

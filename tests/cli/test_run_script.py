@@ -20,9 +20,9 @@ import pytest
 import yaml
 
 from hf_galore.cli import run_script
-from hf_galore.cli.embedded import CACHE_VARIABLE, embedded
-from hf_galore.cli.errors import UserError
 from hf_galore.cli.run_script import BOOTSTRAP, environment, interpreter_options, main, python_arguments
+from hf_galore.recipes.embedded_model import CACHE_VARIABLE, embedded
+from hf_galore.recipes.errors import UserError
 
 SITECUSTOMIZE = "sitecustomize.py"
 

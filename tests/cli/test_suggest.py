@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from hf_galore import GaLoreConfig
-from hf_galore.cli import suggest
 from hf_galore.cli.main import main
-from hf_galore.plan.planner import MemoryPlan, needed_bytes, plan
+from hf_galore.plan.planner import MemoryPlan, needed_bytes
+from hf_galore.recipes import any_recipe, stand_in, suggestions
+from hf_galore.recipes.planning import plan_recipe
+from tests.support.commands import printed_json, write_recipe
 from tests.support.planning import llama_folder
 
 RANKS, BATCHES = (4, 16), (1, 4)
@@ -21,9 +21,9 @@ RANKS, BATCHES = (4, 16), (1, 4)
 @pytest.fixture(autouse=True)
 def _small_search(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(suggest, "RANKS", RANKS)
-    monkeypatch.setattr(suggest, "BATCHES", BATCHES)
-    monkeypatch.setattr(suggest, "_FEW_LAYERS", (3, 3))  # all of them: no time for estimates
+    monkeypatch.setattr(suggestions, "RANKS", RANKS)
+    monkeypatch.setattr(suggestions, "BATCHES", BATCHES)
+    monkeypatch.setattr(suggestions, "_FEW_LAYERS", (3, 3))  # all of them: no time for estimates
 
 
 @pytest.fixture(scope="module")
@@ -39,22 +39,19 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
         "optim_args": "rank=8, update_proj_gap=50, proj_bits=16",
         "output_dir": str(folder / "out"),
     }
-    file = folder / "small.yaml"
-    file.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    return str(file)
+    return write_recipe(folder, settings, "small.yaml")
 
 
 def planned(path: str, rank: int, batch: int, checkpointing: bool) -> MemoryPlan:
     config = GaLoreConfig(rank=rank, update_proj_gap=50)
-    return plan(path, overrides=suggest.Choice(rank, batch, checkpointing).overrides(config))
+    return plan_recipe(path, overrides=suggestions.Choice(rank, batch, checkpointing).overrides(config))
 
 
-def test_what_is_suggested_fits_and_nothing_larger_does(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_suggested_fits_and_nothing_larger_does(path: str) -> None:
     # What one of the settings needs, so that some fit and some do not.
     vram = planned(path, 4, 4, True).needed_bytes
     arguments = ["plan", "--config", path, "--suggest", "--json", "--vram", f"{vram / 2**20 + 0.001:.3f}MiB"]
-    assert main(arguments) == 0
-    rows = json.loads(capsys.readouterr().out)
+    rows = printed_json(arguments)
     found = {(row["rank"], row["checkpointing"]): row for row in rows}
     assert found[4, True]["batch"] == 4
     assert (16, False) not in found or found[16, False]["batch"] == 1
@@ -72,7 +69,7 @@ def test_what_is_suggested_fits_and_nothing_larger_does(path: str, capsys: pytes
 def test_a_person_reads_a_table_and_what_to_type(
     path: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(suggest, "BATCHES", (1,))
+    monkeypatch.setattr(suggestions, "BATCHES", (1,))
     assert main(["plan", "--config", path, "--suggest", "--vram", "8GiB"]) == 0
     shown = capsys.readouterr().out
     assert "What fits into 8 GiB, the best first" in shown
@@ -82,8 +79,8 @@ def test_a_person_reads_a_table_and_what_to_type(
 
 
 def test_where_nothing_fits(path: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suggest, "RANKS", (4,))
-    monkeypatch.setattr(suggest, "BATCHES", (1,))
+    monkeypatch.setattr(suggestions, "RANKS", (4,))
+    monkeypatch.setattr(suggestions, "BATCHES", (1,))
     assert main(["plan", "--config", path, "--suggest", "--vram", "513MiB"]) == 1
     assert "Nothing fits into 0.501 GiB: not even rank 4 with a batch of 1" in capsys.readouterr().out
 
@@ -94,17 +91,16 @@ def test_other_optimizers_have_no_rank_to_look_for(path: str, capsys: pytest.Cap
 
 
 def test_an_estimate_is_near_the_plan_and_not_below_it(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suggest, "_FEW_LAYERS", (1, 2))
-    from hf_galore.cli.stand_in import parse, shape_of
+    monkeypatch.setattr(suggestions, "_FEW_LAYERS", (1, 2))
 
     def parsed(overrides: object = ()) -> object:
-        return parse(["--config", path, *overrides], "test", "")  # type: ignore[misc]
+        return any_recipe.parse(["--config", path, *overrides], "test", "")  # type: ignore[misc]
 
     config = GaLoreConfig(rank=8, update_proj_gap=50)
-    estimate = suggest._Estimate(parsed, config, shape_of(parsed()), lambda text: None)  # type: ignore[arg-type]
+    estimate = suggestions.Estimate(parsed, config, stand_in.shape_of(parsed()), lambda text: None)  # type: ignore[arg-type]
     for rank, batch in ((4, 1), (16, 4), (8, 2)):
         true = planned(path, rank, batch, True).peak_bytes
-        found = estimate(suggest.Choice(rank, batch, True))
+        found = estimate(suggestions.Choice(rank, batch, True))
         assert 0.999 * true <= found <= 1.25 * true
     assert needed_bytes(2**30) == int(1.03 * 2**30) + 2**29
 

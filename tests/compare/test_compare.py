@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from hf_galore.cli import compare, runs
-from hf_galore.cli.comparison_tables import digits, duration
+from hf_galore.cli import compare
 from hf_galore.cli.main import main
-from hf_galore.cli.run_record import RUN_FILE
+from hf_galore.compare import runs
+from hf_galore.compare.tables import digits, duration
+from hf_galore.recipes.run_record import RUN_FILE
 from tests.support.written_runs import a_log, compared, numbers, write_facts, write_run, write_state
 
 

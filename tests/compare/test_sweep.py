@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from hf_galore.cli import sweep
-from hf_galore.cli.embedded import CACHE_VARIABLE, Embedded, embedded
-from hf_galore.cli.errors import Stopped
+from hf_galore.cli.interrupts import Stopped
 from hf_galore.cli.main import main
-from hf_galore.cli.run_record import RUN_FILE, RunFacts
-from hf_galore.cli.sweep import SETTINGS_FILE, plan_sweep
-from tests.support.commands import write_checkpoint
+from hf_galore.compare.sweep import SETTINGS_FILE, plan_sweep
+from hf_galore.recipes.embedded_model import CACHE_VARIABLE, Embedded, embedded
+from hf_galore.recipes.run_record import RUN_FILE, RunFacts
+from tests.support.commands import command_line, said_of_mistake, write_checkpoint, write_recipe
 from tests.support.written_runs import FACTS, Page, write_state
 
 SETTINGS: dict[str, Any] = {
@@ -43,9 +42,7 @@ def path(tmp_path: Path) -> str:
 
 
 def written(folder: Path, **changes: Any) -> str:
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump({**SETTINGS, "output_dir": str(folder / "out"), **changes}), encoding="utf-8")
-    return str(path)
+    return write_recipe(folder, {**SETTINGS, "output_dir": str(folder / "out"), **changes})
 
 
 class Trainings:
@@ -56,8 +53,9 @@ class Trainings:
         self.commands: list[Sequence[str]] = []
 
     def __call__(self, command: Sequence[str], to_stderr: bool) -> int:
-        assert command[:3] == [sys.executable, "-m", "hf_galore.cli.main"]
-        self.commands.append(command[3:])
+        start = command_line()
+        assert command[: len(start)] == start
+        self.commands.append(command[len(start) :])
         folder = Path(option(command, "output_dir"))
         status = self.statuses.get(folder.name.replace("-", "_"), 0)
         if status == 0:
@@ -192,8 +190,7 @@ def test_a_mistake_is_found_before_anything_is_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     trainings = trained(monkeypatch)
-    assert main(["compare", *(path if item == "PATH" else item for item in arguments)]) == 2
-    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("hf-galore compare: "))
+    line = said_of_mistake("compare", [path if item == "PATH" else item for item in arguments], capsys)
     assert [word for word in words if word not in line] == []
     assert trainings.commands == []
     assert not (tmp_path / "out").exists()
@@ -334,7 +331,7 @@ def test_a_run_that_a_signal_ends() -> None:
 def test_stopped_is_raised_and_not_returned(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     trained(monkeypatch, rank_4=130)
     with pytest.raises(Stopped):
-        sweep.run_sweep(plan_sweep(["rank=4"], ["--config", path]), [])
+        sweep.run_sweep(plan_sweep(["rank=4"], ["--config", path]), "hf-galore compare", [])
 
 
 # ---- a real one

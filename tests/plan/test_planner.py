@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import gc
+import importlib
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +30,12 @@ from transformers import (
 )
 
 import hf_galore.integrations.trl_head
-from hf_galore.cli import stand_in
 from hf_galore.lowrank.quantize import _equal_steps
 from hf_galore.plan.fakes import fake_training
 from hf_galore.plan.planner import MemoryPlan, measure, plan
 from hf_galore.plan.tracking import GRANULE
+from hf_galore.recipes import any_recipe, stand_in
+from hf_galore.recipes.planning import plan_recipe
 from tests.support.helpers import NAMES, VOCABULARY, assert_identical, make_trainer, optimizer_of, snapshot
 from tests.support.planning import LENGTH, OPTIM_ARGS, Maker, llama, rows, sft, tokenizer
 
@@ -232,13 +236,13 @@ def test_a_packed_recipe(tmp_path: Path) -> None:
     llama().save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     file.write_text(RECIPE.format(folder=folder, optim_args=OPTIM_ARGS, output=tmp_path / "output"))
-    planned = plan(file, target="cpu")
-    make = stand_in.prepare(stand_in.parse(["--config", str(file)], "plan", "")).make_trainer
+    planned = plan_recipe(file, target="cpu")
+    make = stand_in.prepare(any_recipe.parse(["--config", str(file)], "plan", "")).make_trainer
     measured = measure(make)
     assert planned.phase_peaks == measured.phase_peaks
     assert planned.resident_bytes == measured.resident_bytes
     assert planned.tokens_per_step == 2 * 2 * 16
-    longer = plan(file, target="cpu", overrides=["--max_length", "32"])
+    longer = plan_recipe(file, target="cpu", overrides=["--max_length", "32"])
     assert longer.tokens_per_step == 2 * 2 * 32
     assert longer.phase_peaks["forward"] > planned.phase_peaks["forward"]
 
@@ -415,7 +419,33 @@ def test_what_lies_between_the_first_and_the_last_of_a_kind_changes_nothing(
     assert_plan_is_measured(sft(tmp_path, optim, deep, **more))
 
 
+# ---- what is called
+
+
+def test_the_package_is_called_for_trainers_and_for_recipes(tmp_path: Path) -> None:
+    room: Any = importlib.import_module("hf_galore.plan")
+    make = sft(tmp_path, "galore_adamw")
+    assert room(make, target="cpu").phase_peaks == plan(make, target="cpu").phase_peaks
+    file = tmp_path / "recipe.yaml"
+    llama().save_pretrained(tmp_path / "model")
+    file.write_text(RECIPE.format(folder=tmp_path / "model", optim_args=OPTIM_ARGS, output=tmp_path / "output"))
+    for recipe in (file, str(file), any_recipe.parse(["--config", str(file)], "plan", "")):
+        found = room(recipe, target="cpu")
+        assert found.phase_peaks == plan_recipe(file, target="cpu").phase_peaks
+        assert (found.tokens_per_step, len(found.notes)) == (2 * 2 * 16, 1)  # of the tokenizer, which is not there
+    with pytest.raises(ValueError, match="overrides and layers are for a recipe, but a function was given"):
+        room(make, layers=1)
+
+
+def test_the_planner_does_without_recipes_and_commands() -> None:
+    code = "import sys, hf_galore.plan; print(*(name for name in sys.modules if name.startswith('hf_galore.')))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    rooms = {name.split(".")[1] for name in run.stdout.split()}
+    assert "plan" in rooms
+    assert rooms.isdisjoint({"recipes", "compare", "cli"})
+
+
 def test_the_package_has_the_planner() -> None:
-    assert (hf_galore.plan, hf_galore.measure, hf_galore.MemoryPlan) == (plan, measure, MemoryPlan)
+    assert (hf_galore.measure, hf_galore.MemoryPlan) == (measure, MemoryPlan)
     with pytest.raises(AttributeError, match="no attribute 'plna'"):
         _ = hf_galore.plna

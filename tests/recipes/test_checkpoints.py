@@ -17,12 +17,13 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from hf_galore.cli.checkpoints import check_folders, flaw, last_checkpoint
-from hf_galore.cli.embedded import Embedded
-from hf_galore.cli.errors import UserError
-from hf_galore.cli.run_record import RecordedTrainer
-from hf_galore.cli.stream_position import POSITION_FILE
-from hf_galore.cli.whole_files import write_whole
+from hf_galore.recipes.checkpoints import check_folders, flaw, last_checkpoint
+from hf_galore.recipes.embedded_model import Embedded
+from hf_galore.recipes.errors import UserError
+from hf_galore.recipes.run_record import RecordedTrainer
+from hf_galore.recipes.stream_position import POSITION_FILE
+from hf_galore.recipes.whole_files import write_whole
+from tests.support.commands import recorded_trainer, write_checkpoint
 from tests.support.helpers import Counting, arguments, tiny_llama
 
 OPTIM = "galore_adamw_8bit_layerwise"
@@ -39,19 +40,15 @@ NEEDED = [
 TEXT = ["chat_template.jinja"]  # any part of which is a text
 
 
-def run(folder: Path, model: Any = None, tokenizer: Any = None, **overrides: Any) -> Path:
-    """A run of two steps with a checkpoint after each."""
-    values = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, **overrides}
-    args = arguments(folder, OPTIM, **values)
-    RecordedTrainer(
-        model=model or tiny_llama(), args=args, train_dataset=Counting(), processing_class=tokenizer
-    ).train()
-    return folder
+EACH_STEP = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
 
 
 @pytest.fixture(scope="module")
 def written(small: Embedded, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = run(tmp_path_factory.mktemp("written"), tokenizer=AutoTokenizer.from_pretrained(small.model))
+    folder = tmp_path_factory.mktemp("written")
+    trainer = recorded_trainer(folder, OPTIM, **EACH_STEP)
+    trainer.processing_class = AutoTokenizer.from_pretrained(small.model)  # which is saved with each checkpoint
+    trainer.train()
     write_whole(folder / "checkpoint-2" / POSITION_FILE, json.dumps({"steps": 2, "place": {"shard": 0}}))
     return folder
 
@@ -86,6 +83,15 @@ def test_these_are_all_files_that_a_trainer_writes(written: Path) -> None:
     assert {path.name for path in (written / "checkpoint-2").iterdir()} == {*FOR_OTHERS, *TEXT, *NEEDED, POSITION_FILE}
     assert last_checkpoint(written) == written / "checkpoint-2"
     assert flaw(written / "checkpoint-1") is None
+
+
+def test_the_last_checkpoint_is_the_last_whole_one(tmp_path: Path) -> None:
+    assert last_checkpoint(tmp_path) is None
+    write_checkpoint(tmp_path / "checkpoint-9")
+    latest = write_checkpoint(tmp_path / "checkpoint-10")  # after 9 by number, before it by name
+    (tmp_path / "checkpoint-11").mkdir()  # its run was killed while it was written
+    (tmp_path / "checkpoint-best").mkdir()
+    assert last_checkpoint(tmp_path) == latest
 
 
 # ---- one file
@@ -263,7 +269,8 @@ def test_a_checkpoint_of_the_model_alone_is_nothing_to_go_on_from(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The Trainer would begin with new moments, and say nothing."""
-    out = run(tmp_path / "out", save_only_model=True)
+    out = tmp_path / "out"
+    recorded_trainer(out, OPTIM, save_only_model=True, **EACH_STEP).train()
     caplog.clear()
     assert last_checkpoint(out) is None
     assert len(caplog.messages) == 2

@@ -17,13 +17,13 @@ from rich.console import Console
 from transformers import AutoModelForSequenceClassification, EvalPrediction
 
 from hf_galore.cli import glue
-from hf_galore.cli.embedded import Embedded
-from hf_galore.cli.errors import UserError
-from hf_galore.cli.glue import Score
-from hf_galore.cli.glue_data import GlueArguments, load_texts, numbered
-from hf_galore.cli.glue_tasks import PUBLISHED, TASKS, scorer
 from hf_galore.cli.main import main
-from hf_galore.cli.run_record import RunFacts
+from hf_galore.recipes.embedded_model import Embedded
+from hf_galore.recipes.errors import UserError
+from hf_galore.recipes.glue import Score
+from hf_galore.recipes.glue_data import GlueArguments, load_texts, numbered
+from hf_galore.recipes.glue_tasks import PUBLISHED, TASKS, scorer
+from hf_galore.recipes.run_record import RunFacts
 from tests.support.commands import ON_CPU, history, options, said_of_mistake
 
 WORDS = ["the", "a", "some", "my", "your", "this", "that", "computer", "book", "music", "movie", "dog"]

@@ -13,13 +13,13 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl import ScriptArguments
 
-from hf_galore.cli import pretrain
-from hf_galore.cli.embedded import Embedded
-from hf_galore.cli.errors import UserError
 from hf_galore.cli.main import main
-from hf_galore.cli.run_record import RUN_FILE, RunFacts
-from hf_galore.cli.stream_position import POSITION_FILE, Positioned
-from hf_galore.cli.text_data import load_text
+from hf_galore.recipes import pretrain
+from hf_galore.recipes.embedded_model import Embedded
+from hf_galore.recipes.errors import UserError
+from hf_galore.recipes.run_record import RUN_FILE, RunFacts
+from hf_galore.recipes.stream_position import POSITION_FILE, Positioned
+from hf_galore.recipes.text_data import load_text
 from tests.support.commands import ON_CPU, history, options, said_of_mistake, weights
 from tests.support.helpers import assert_identical
 
@@ -171,12 +171,17 @@ def test_a_tokenizer_that_cannot_end_a_document(
 # ---- the model
 
 
+def made(given: list[str]) -> pretrain.PretrainingTrainer:
+    """The recipe's Trainer, with overrides."""
+    return pretrain.parse(["--config", RECIPE, *given], "", "").make_trainer()
+
+
 def test_the_vocabulary_is_the_tokenizers(settings: dict[str, Any], texts: Path, tmp_path: Path) -> None:
     config = AutoConfig.from_pretrained(settings["config_name"])
     config.vocab_size, config.num_hidden_layers = 5000, 1
     config.save_pretrained(tmp_path / "config")
     given = options({**settings, "config_name": tmp_path / "config"})
-    trainer = pretrain.make_trainer(pretrain.parse(["--config", RECIPE, *given]))
+    trainer = made(given)
     size = len(trainer.processing_class)
     assert trainer.model.config.vocab_size == size != 5000
     assert trainer.model.get_input_embeddings().weight.shape[0] == size
@@ -184,11 +189,8 @@ def test_the_vocabulary_is_the_tokenizers(settings: dict[str, Any], texts: Path,
 
 
 def test_the_same_seed_makes_the_same_weights(settings: dict[str, Any]) -> None:
-    made = [
-        pretrain.make_trainer(pretrain.parse(["--config", RECIPE, *options({**settings, "seed": seed})])).model
-        for seed in (1, 1, 2)
-    ]
-    first, again, other = (dict(model.named_parameters())["model.embed_tokens.weight"] for model in made)
+    models = [made(options({**settings, "seed": seed})).model for seed in (1, 1, 2)]
+    first, again, other = (dict(model.named_parameters())["model.embed_tokens.weight"] for model in models)
     assert_identical(first, again)
     assert not (first == other).all()
 
@@ -286,6 +288,6 @@ def test_a_stream_goes_on_at_every_place(steps: int) -> None:
 
 
 def test_a_record_is_not_made_by_a_run_that_does_not_begin(settings: dict[str, Any], tmp_path: Path) -> None:
-    trainer = pretrain.make_trainer(pretrain.parse(["--config", RECIPE, *options(settings)]))
+    trainer = made(options(settings))
     trainer.record("hf-galore pretrain", None, "model", "data")
     assert not list(tmp_path.rglob(RUN_FILE))

@@ -22,14 +22,16 @@ from transformers import (
 
 import hf_galore
 from hf_galore import GaLoreConfig
-from hf_galore.cli import stand_in
-from hf_galore.cli.embedded import Embedded
-from hf_galore.cli.kinds import command_of
 from hf_galore.cli.main import main
-from hf_galore.cli.recipe import configs_folder, known_models, known_recipes, recipes_folder
-from hf_galore.cli.training import galore_config
 from hf_galore.integrations.target_modules import find_targets
-from hf_galore.plan.planner import GIB, MemoryPlan, plan
+from hf_galore.plan.planner import GIB, MemoryPlan
+from hf_galore.recipes import any_recipe, run_record, stand_in
+from hf_galore.recipes.checks import galore_config
+from hf_galore.recipes.embedded_model import CACHE_VARIABLE, Embedded
+from hf_galore.recipes.folders import configs_folder, known_models, known_recipes, recipes_folder
+from hf_galore.recipes.kinds import command_of
+from hf_galore.recipes.planning import plan_recipe
+from tests.support.commands import options
 
 LLAMA2 = recipes_folder() / "llama2_7b_oasst2.yaml"
 RECIPES = known_recipes()  # in whatever folder
@@ -68,8 +70,7 @@ def test_llama2_trains_with_overrides_only(small: Embedded, tmp_path: Path) -> N
     smaller |= {"optim_args": "rank=16, update_proj_gap=2, scale=2", "learning_rate": 1e-3, "max_steps": 4}
     on_cpu = {"dtype": "float32", "bf16": "false", "use_cpu": "true"}
     often = {"eval_steps": 2, "save_steps": 2, "output_dir": out, "disable_tqdm": "true"}
-    overrides = [item for key, value in (smaller | on_cpu | often).items() for item in (f"--{key}", str(value))]
-    assert main(["sft", "--config", str(LLAMA2), *overrides]) == 0
+    assert main(["sft", "--config", str(LLAMA2), *options(smaller | on_cpu | often)]) == 0
 
     start = AutoModelForCausalLM.from_pretrained(small.model)
     end = AutoModelForCausalLM.from_pretrained(out)
@@ -94,7 +95,15 @@ LIMITS = {"llama2_7b_oasst2.yaml": 18.5, "llama2_7b_oasst2_16gb.yaml": 14.8}
 
 def planned(name: str, small: Embedded, *overrides: str) -> MemoryPlan:
     own = ["--model_name_or_path", str(small.model)] if name == "quickstart.yaml" else []
-    return plan(recipes_folder() / name, overrides=[*own, *overrides])
+    return plan_recipe(recipes_folder() / name, overrides=[*own, *overrides])
+
+
+def test_the_quickstarts_recipe_is_planned_with_the_model_that_it_makes(
+    small: Embedded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(small.model.parents[1]))
+    found = plan_recipe(recipes_folder() / "quickstart.yaml")
+    assert found.phase_peaks == planned("quickstart.yaml", small).phase_peaks
 
 
 # Of GLUE's tasks these differ in what memory depends on: the batch, and classes or a number.
@@ -164,6 +173,7 @@ def test_plans_of_others_agree_with_what_was_found_before(
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)  # which the published one calls wherever it is
     # Read again by our own parser, which knows more options than theirs: they are given theirs only.
     monkeypatch.setattr(stand_in, "galore_config", lambda training: None)
+    monkeypatch.setattr(run_record, "register", lambda: None)
     try:
         found = planned(LLAMA2.name, small, "--optim", optim, "--optim_args", "rank=1024, update_proj_gap=200, scale=2")
     finally:
@@ -216,7 +226,7 @@ def test_a_recipe_is_right(name: str, small: Embedded) -> None:
     text = path.read_text(encoding="utf-8")
     recipe = settings(path)
     own = ["--model_name_or_path", str(small.model)] if name == "quickstart.yaml" else []
-    parsed = stand_in.parse(["--config", str(path), *own], "", "")  # raises where something is wrong
+    parsed = any_recipe.parse(["--config", str(path), *own], "", "")  # raises where something is wrong
     command = command_of(path)
     assert path.parent.name == {"pretrain": "pretrain", "glue": "glue"}.get(command, "recipes")
     commands = re.findall(r"^#   (hf-galore .*?)(?: +# .*)?$", text, flags=re.MULTILINE)

@@ -10,15 +10,19 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from torch import nn
 
 import hf_galore
-from hf_galore.cli import recipe, training
-from hf_galore.cli.embedded import Embedded
+from hf_galore import GaLoreAdamW
 from hf_galore.cli.main import main
-from hf_galore.cli.run_record import RUN_FILE, RunFacts, peak_memory_bytes
-from hf_galore.cli.sft import RecordedSFTTrainer
+from hf_galore.plan import plan
 from hf_galore.plan.planner import GIB, in_gib
-from tests.support.commands import ON_CPU, history, options
+from hf_galore.recipes import sft, training
+from hf_galore.recipes.embedded_model import Embedded
+from hf_galore.recipes.run_record import RUN_FILE, RunFacts, optimizer_bytes, peak_memory_bytes
+from hf_galore.recipes.sft import RecordedSFTTrainer
+from tests.support.commands import ON_CPU, history, options, recorded_trainer
+from tests.support.helpers import optimizer_of
 
 ARGS = "rank=16, update_proj_gap=4, scale=1"
 
@@ -93,6 +97,17 @@ def test_facts_of_an_interrupted_run_say_so(
     assert facts.optimizer_bytes is None
 
 
+def test_a_recipes_trainer_registers_the_optimizers_and_pins_no_memory_without_a_device(tmp_path: Path) -> None:
+    hf_galore.unregister()
+    try:
+        trainer = recorded_trainer(tmp_path, "galore_adamw", max_steps=1, dataloader_pin_memory=True)
+        trainer.train()
+    finally:
+        hf_galore.register()
+    assert isinstance(optimizer_of(trainer), GaLoreAdamW)
+    assert trainer.args.dataloader_pin_memory is False
+
+
 def test_a_mistake_leaves_no_record(settings: dict[str, Any], tmp_path: Path) -> None:
     assert main(["sft", *options({**settings, "optim_target_modules": ["atn", "mlp"]})]) == 2
     assert not list(tmp_path.rglob(RUN_FILE))
@@ -113,7 +128,7 @@ def test_evaluations_and_checkpoints_are_no_part_of_a_steps_time(
 
         return call
 
-    monkeypatch.setattr("hf_galore.cli.run_record.time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr("hf_galore.recipes.run_record.time", SimpleNamespace(perf_counter=lambda: now))
     for name, seconds in (("training_step", 0.05), ("evaluate", 100.0), ("_save_checkpoint", 100.0)):
         monkeypatch.setattr(RecordedSFTTrainer, name, passing(seconds, getattr(RecordedSFTTrainer, name)))
     values = {**settings, "eval_strategy": "steps", "eval_steps": 1, "save_steps": 3, "eval_on_start": "true"}
@@ -139,6 +154,17 @@ def test_the_peak_of_a_process_is_that_of_what_it_held() -> None:
     assert peak_memory_bytes(torch.device("cpu")) > before  # type: ignore[operator]
     del held
     assert peak_memory_bytes(torch.device("cpu")) > before  # type: ignore[operator]
+
+
+def test_bytes_are_those_of_the_optimizers_tensors() -> None:
+    model = nn.Linear(64, 32)
+    model.bias.requires_grad_(False)
+    plain = GaLoreAdamW([model.weight])
+    step = 4  # a float32 scalar for each parameter, and two more for the refreshes of a target
+    assert optimizer_bytes(plain) == 2 * 4 * 64 * 32 + step
+    projected = GaLoreAdamW([{"params": [model.weight], "rank": 4}])
+    basis, moments = 32 * 4 // 2 + 2 * 2, 2 * 4 * 4 * 64  # 4 bits an element, and a scale for 64 of them
+    assert optimizer_bytes(projected) == basis + moments + 3 * step
 
 
 # ---- model cards
@@ -172,8 +198,8 @@ def test_what_is_pushed_to_the_hub_says_galore_its_arguments_and_the_plan(
     assert "`galore_adamw_8bit_layerwise`" in section
     assert f"| `optim_args` | `{ARGS}` |" in section
     assert "| `optim_target_modules` | `['attn', 'mlp']` |" in section
-    parsed = recipe.parse(options({k: v for k, v in values.items() if k != "push_to_hub"}), "", "")
-    planned = hf_galore.plan(parsed)
+    parsed = sft.parse(options({k: v for k, v in values.items() if k != "push_to_hub"}), "", "")
+    planned = plan(parsed)
     assert f"a peak of {in_gib(planned.peak_bytes)} in the phase {planned.phase}" in section
 
 
@@ -195,5 +221,5 @@ def test_a_run_that_cannot_be_planned_is_pushed_without_a_plan(
     settings: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     given = {**settings, "push_to_hub": "true", "load_in_4bit": "true", "use_peft": "true"}
-    assert training.plan_for_card(recipe.parse(options(given), "", "")) is None
+    assert training.plan_for_card(sft.parse(options(given), "", "")) is None
     assert "The model card will say nothing of memory: load_in_4bit" in caplog.text

@@ -22,10 +22,9 @@ from typing import Any, NoReturn
 
 import torch
 
-from hf_galore.cli.checkpoints import check_folders, checkpoints_in, flaw
-from hf_galore.cli.run_record import RecordedTrainer
-from tests.support.commands import weights
-from tests.support.helpers import Counting, arguments, assert_identical, tiny_llama
+from hf_galore.recipes.checkpoints import check_folders, checkpoints_in, flaw
+from tests.support.commands import recorded_trainer, weights
+from tests.support.helpers import assert_identical, tiny_llama
 
 OPTIM = "galore_adamw_8bit_layerwise"
 PATIENCE = 120.0  # seconds; a child needs a fraction of one
@@ -34,11 +33,11 @@ ENDLESS = 100_000
 
 def train(folder: Path, model_seed: int, *, resume: bool = False, **overrides: Any) -> None:
     """A run as the commands make one, up to the end or to its being killed."""
-    args = arguments(folder, OPTIM, lr_scheduler_type="constant", save_strategy="steps", **overrides)
-    args.resume_from_checkpoint = "true" if resume else None
-    check_folders(args)
-    trainer = RecordedTrainer(model=tiny_llama(model_seed), args=args, train_dataset=Counting())
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    settings = {"lr_scheduler_type": "constant", "save_strategy": "steps", **overrides}
+    trainer = recorded_trainer(folder, OPTIM, tiny_llama(model_seed), **settings)
+    trainer.args.resume_from_checkpoint = "true" if resume else None
+    check_folders(trainer.args)
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
 
 
 def forked(log: Path, work: Callable[[], None]) -> int:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
-import io
 import json
 import math
 import struct
@@ -13,12 +11,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from hf_galore.cli import runs
-from hf_galore.cli.comparison_tables import as_dict
-from hf_galore.cli.main import main
-from hf_galore.cli.run_record import RUN_FILE, RunFacts
+from hf_galore.compare import runs
+from hf_galore.compare.tables import as_dict
+from hf_galore.recipes.run_record import RUN_FILE, RunFacts
+from tests.support.commands import printed_json
 
 NAN = math.nan
 FACTS = RunFacts(
@@ -84,16 +80,13 @@ def write_run(
 
 def compared(folders: Sequence[Path], output: Path, *options: str) -> dict[str, Any]:
     """What `--json` prints, by the names of the runs."""
-    stdout = io.StringIO()
-    with contextlib.redirect_stdout(stdout):
-        assert main(["compare", *map(str, folders), "--json", "--output", str(output), *options]) == 0
-    found = json.loads(stdout.getvalue(), parse_constant=lambda text: pytest.fail(f"{text} is not JSON"))
+    found = printed_json(["compare", *map(str, folders), "--json", "--output", str(output), *options])
     assert found["page"] == str(output / "index.html")
     return {run["name"]: run for run in found["runs"]}
 
 
 def numbers(*folders: Path) -> dict[str, Any]:
-    """Likewise, without a page."""
+    """The numbers of the runs, by their names, without a page."""
     return {run["name"]: run for run in as_dict(runs.read_runs(folders))}
 
 

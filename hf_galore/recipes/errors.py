@@ -1,0 +1,65 @@
+"""Mistakes of the person at the terminal: each is one line, without a traceback; bugs keep theirs."""
+
+from __future__ import annotations
+
+import contextlib
+import linecache
+import traceback
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+
+class UserError(ValueError):
+    """Something that was given is wrong; the message names it, what is allowed and what to do."""
+
+    def __init__(self, message: str) -> None:
+        # Libraries wrap their messages over lines; a person reads one.
+        super().__init__(" ".join(message.split()))
+
+
+@contextlib.contextmanager
+def reporting_errors(output_dir: str) -> Iterator[None]:
+    """Turn complaints of libraries about arguments into `UserError`, and leave no empty `output_dir` behind."""
+    folder = Path(output_dir).absolute()
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    with reporting_complaints():
+        try:
+            yield
+        except BaseException:
+            remove_empty(missing)
+            raise
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove those of the folders that are there and empty, in the order in which they are given."""
+    for folder in folders:
+        with contextlib.suppress(OSError):  # it is not there, or not empty
+            folder.rmdir()
+
+
+@contextlib.contextmanager
+def reporting_complaints() -> Iterator[None]:
+    """Turn complaints of libraries about arguments into `UserError`."""
+    try:
+        yield
+    except Exception as error:
+        if _is_about_arguments(error):
+            raise UserError(str(error)) from error
+        raise
+
+
+# The libraries that read a recipe's values.
+_CHECKING = ("hf_galore", "trl", "transformers", "datasets", "peft")
+
+
+def _is_about_arguments(error: Exception) -> bool:
+    """Whether a library raised `error` on purpose, about what it was given; a bug's traceback is to be seen."""
+    import datasets  # which nobody waits for who has made no mistake
+
+    if not isinstance(error, (ValueError, ImportError, OSError, datasets.exceptions.DatasetsError)):
+        return False
+    if isinstance(error, OSError) and error.errno is not None:  # the operating system's: disk full, and the like
+        return False
+    frame, line = list(traceback.walk_tb(error.__traceback__))[-1]
+    raised = linecache.getline(frame.f_code.co_filename, line).lstrip().startswith("raise ")
+    return raised and str(frame.f_globals.get("__name__")).partition(".")[0] in _CHECKING

@@ -1,0 +1,66 @@
+"""What a model card says of GaLore: the optimizer, its arguments, and the plan of the memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import ModelCard
+from transformers import TrainingArguments
+
+from .. import __version__
+from ..config import GaLoreConfig
+from ..integrations.trainer import KINDS, optim_name
+from ..plan.planner import CONTEXT_BYTES, FRAGMENTATION, GIB, MemoryPlan, in_gib
+
+TAG = "galore"
+_BEFORE = "### Framework versions"  # a heading in the cards of TRL and of transformers
+
+
+def add_galore(path: Path, args: TrainingArguments, plan: MemoryPlan | None) -> None:
+    """Add a section and a tag to the model card in a file; a card of another optimizer stays as it is.
+
+    Args:
+        path: the card that the Trainer has just written.
+        args: those of the training.
+        plan: of its memory, if one was made.
+    """
+    optim = optim_name(args)
+    if optim not in KINDS:
+        return
+    card = ModelCard.load(path)
+    tags = list(card.data.tags or [])
+    card.data.tags = [*tags, *({TAG} - set(tags))]
+    head, found, tail = card.text.partition(_BEFORE)
+    card.text = f"{head.rstrip()}\n\n{_section(optim, args, plan)}\n\n{found}{tail}"
+    card.save(path)
+
+
+def _section(optim: str, args: TrainingArguments, plan: MemoryPlan | None) -> str:
+    config = GaLoreConfig.from_optim_args(args.optim_args)
+    lines = [
+        "### GaLore",
+        "",
+        f"All weights were trained by `{optim}` of [hf_galore](https://pypi.org/project/hf-galore/) "
+        f"{__version__}, which keeps Adam's moments in a low-rank projection of the gradient "
+        "([GaLore](https://huggingface.co/papers/2403.03507)):",
+        "",
+        "| option | value |",
+        "|---|---|",
+        f"| `optim_target_modules` | `{_in_a_cell(args.optim_target_modules)}` |",
+        f"| `optim_args` | `{_in_a_cell(args.optim_args or 'the defaults')}` |",
+        f"| rank, gap, scale | {config.rank}, {config.update_proj_gap}, {config.scale:g} |",
+        f"| `learning_rate` | {args.learning_rate:g} |",
+    ]
+    if plan is not None:
+        parts = ", ".join(f"{kind} {in_gib(size)}" for kind, size in plan.breakdown.items() if size >= GIB / 1000)
+        lines += [
+            "",
+            f"The memory that these settings take, by `hf-galore plan`: a peak of {in_gib(plan.peak_bytes)} in the "
+            f"phase {plan.phase} ({parts}), for which a card needs {in_gib(plan.needed_bytes)} with "
+            f"{100 * FRAGMENTATION:g} % for fragmentation and {in_gib(CONTEXT_BYTES)} for CUDA's context.",
+        ]
+    return "\n".join(lines)
+
+
+def _in_a_cell(value: object) -> str:
+    return str(value).replace("|", "\\|")

@@ -1,0 +1,175 @@
+"""From `--config FILE --key value ...` to dataclasses, with every mistake found before anything is loaded.
+
+TRL's parser does the parsing, so that a recipe is what `trl sft` reads. But it hands a recipe's values on unchecked
+(`per_device_train_batch_size: [8]` fails deep inside the Trainer), and so they are checked here first, against the
+type hints of the dataclasses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, get_args, get_type_hints
+
+from transformers import TrainingArguments
+from trl import TrlParser
+
+from ..config import nearest
+from ..integrations.trainer import KINDS, optim_name
+from .config_file import key_of, keys_given, read, shortened, take_config
+from .errors import UserError
+from .folders import find_recipe
+from .kinds import MARKS
+from .value_types import problem_with
+
+
+def parse_into(
+    dataclass_types: Sequence[type], arguments: Sequence[str], prog: str, about: str
+) -> tuple[list[Any], Path | None]:
+    """Read a command's arguments: `--config FILE`, and `--key value` items that override what the file says.
+
+    Args:
+        dataclass_types: their fields are the keys.
+        arguments: what follows the command's name.
+        prog: the command, for its help.
+        about: what it does, for its help.
+
+    Returns:
+        An instance of each dataclass, and the recipe's file if one was given.
+
+    Raises:
+        UserError: no such file, no YAML mapping, an unknown key, a value of the wrong type or out of range.
+        SystemExit: `--help` was among them and has been shown.
+    """
+    name, rest = take_config(arguments)
+    parser = _RecipeParser(
+        dataclass_types,
+        prog=prog,
+        usage=f"{prog} --config FILE [--key value ...]",
+        description=about,
+        allow_abbrev=False,
+    )
+    path = None if name is None else find_recipe(name)
+    config = {} if path is None else read(path)
+    if path is not None:
+        _check_values(path, config, parser)
+    given = keys_given(rest)
+    _check_renamed({*config, *given})
+    _, unknown = parser.parse_known_args(rest)
+    if unknown:
+        raise UserError(_explain_unknown(unknown[0], parser))
+    try:
+        parsed = parser.parse_args_and_config([*(["--config", str(path)] if path else []), *rest])
+    except (ValueError, TypeError, ImportError) as error:  # the dataclasses check values of their own
+        raise UserError(str(error)) from error
+    _drop_other_optims(parsed, config, given)
+    return list(parsed), path
+
+
+def _drop_other_optims(parsed: Iterable[Any], config: dict[str, Any], given: set[str]) -> None:
+    """Unset what a recipe tells GaLore where `--optim` replaces GaLore by another optimizer."""
+    if "optim" not in given or config.get("optim") not in KINDS:
+        return
+    for values in parsed:
+        if isinstance(values, TrainingArguments) and optim_name(values) not in KINDS:
+            for key in {"optim_args", "optim_target_modules"} - given:
+                setattr(values, key, None)
+
+
+class _OneOrMany(argparse.Action):
+    """`--key a b` and `--key '["a", "b"]'` give a list, `--key a` gives the string."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, flag: str | None = None
+    ) -> None:
+        setattr(namespace, self.dest, self._decoded(values, flag))
+
+    def _decoded(self, values: list[str], flag: str | None) -> str | list[str]:
+        if len(values) > 1:
+            return values
+        if not values[0].lstrip().startswith("["):
+            return values[0]
+        try:
+            decoded = json.loads(values[0])
+        except json.JSONDecodeError:
+            return values[0]  # a regular expression may begin so
+        if not all(isinstance(value, str) for value in decoded):
+            raise argparse.ArgumentError(self, f"{values[0]} is not a list of strings")
+        return list(decoded)
+
+
+class _RecipeParser(TrlParser):
+    """TRL's parser, strict, and able to take lists where a dataclass allows a string or a list of them."""
+
+    def __init__(self, dataclass_types: Iterable[type], **kwargs: Any) -> None:
+        self.hints: dict[str, Any] = {}
+        self.actions: dict[str, argparse.Action] = {}
+        for dataclass_type in dataclass_types:
+            self.hints.update(get_type_hints(dataclass_type))
+        super().__init__(dataclass_types=dataclass_types, **kwargs)
+
+    def add_argument(self, *flags: str, **kwargs: Any) -> argparse.Action:
+        name = flags[0].lstrip("-")
+        if {str, list[str]} <= set(get_args(self.hints.get(name))):
+            kwargs.update(nargs="+", action=_OneOrMany)  # TRL's takes one string
+        elif name == "resume_from_checkpoint":
+            kwargs.update(nargs="?", const="true")
+        self.actions[name] = super().add_argument(*flags, **kwargs)
+        return self.actions[name]
+
+    def parse_args_into_dataclasses(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        # Otherwise options are also read from a file beside the program, `hf-galore.args`.
+        parsed: tuple[Any, ...] = super().parse_args_into_dataclasses(*args, **{**kwargs, "look_for_args_file": False})
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}.")
+
+    def known_keys(self) -> list[str]:
+        """Every key that a recipe may have."""
+        return [name for name in self.hints if name in self.actions]
+
+    def choices(self, key: str) -> list[str] | None:
+        """The values that `key` is restricted to; `None` where it is not."""
+        choices = self.actions[key].choices
+        return None if choices is None else [str(choice) for choice in choices]
+
+
+def _explain_unknown(item: str, parser: _RecipeParser) -> str:
+    if not item.startswith("-"):
+        return f"{item!r} belongs to no --key. Options are given as --key value."
+    flags = [f"--{name}" for name in parser.known_keys()]
+    return f"there is no option {item.partition('=')[0]}.{nearest(f'--{key_of(item)}', flags)}"
+
+
+# transformers takes the new name's value and drops the old one's without a word.
+_RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+
+
+def _check_renamed(given: set[str]) -> None:
+    for old, new in _RENAMED.items():
+        if {old, new} <= given:
+            raise UserError(f"{old} and {new} are both given, which are one option. Use {new} only.")
+
+
+def _check_values(path: Path, config: dict[str, Any], parser: _RecipeParser) -> None:
+    known = parser.known_keys()
+    for key, value in config.items():
+        if key == "env":  # environment variables, which TRL's parser sets
+            if not isinstance(value, dict):
+                raise UserError(f"{path}: env has to be a mapping of names to values, but is {shortened(value)}.")
+            continue
+        if key not in known:
+            owner = next((command for command, marks in MARKS.items() if key in marks), None)
+            hint = f" It is one of hf-galore {owner}." if owner else nearest(str(key), known)
+            raise UserError(f"{path}: there is no option {key!r}.{hint}")
+        if key == "resume_from_checkpoint" and isinstance(value, bool):
+            continue  # the Trainer takes it, whatever the type hint says
+        problem = problem_with(value, parser.hints[key], parser.choices(key))
+        if problem:
+            raise UserError(f"{path}: {key} {problem}")

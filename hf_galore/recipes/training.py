@@ -1,0 +1,93 @@
+"""Running a recipe: make its Trainer, train, save, and leave a record of the run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import TypeVar
+
+from ..integrations.trainer import KINDS, optim_name
+from ..log import logger
+from ..plan.planner import MemoryPlan
+from .any_recipe import Arguments
+from .errors import reporting_errors
+from .planning import plan_recipe
+from .run_record import RecordedTrainer
+
+_Trainer = TypeVar("_Trainer", bound=RecordedTrainer)
+
+
+def run(parsed: Arguments) -> RecordedTrainer:
+    """Run a recipe that has been parsed.
+
+    Returns:
+        The trainer after training; the model has been saved to `output_dir`.
+
+    Raises:
+        UserError: something in the arguments is wrong. No file or folder is left behind then.
+    """
+    return run_recorded(
+        parsed,
+        parsed.make_trainer,
+        command=f"hf-galore {parsed.command}",
+        model=str(parsed.model_name),
+        data=parsed.data_name,
+        dataset_name=parsed.hub_dataset,
+    )
+
+
+def run_recorded(
+    parsed: Arguments,
+    make_trainer: Callable[[], _Trainer],
+    *,
+    command: str,
+    model: str,
+    data: str | None,
+    dataset_name: str | None,
+) -> _Trainer:
+    """Run a recipe with a Trainer of the caller's own; `run` is this with the recipe's.
+
+    Args:
+        parsed: the recipe.
+        make_trainer: makes the Trainer.
+        command: what the record calls the command: `hf-galore sft`.
+        model: what the record calls the model.
+        data: what the record calls the data.
+        dataset_name: the dataset on the Hub, for the model card.
+
+    Returns:
+        The trainer after training; the model has been saved to `output_dir`.
+
+    Raises:
+        UserError: something in the arguments is wrong. No file or folder is left behind then.
+    """
+    with reporting_errors(parsed.training.output_dir):
+        memory_plan = plan_for_card(parsed)
+        trainer = make_trainer()
+        trainer.memory_plan = memory_plan
+        trainer.record(command, parsed.recipe, model, data)
+        _train_and_save(trainer, dataset_name)
+    return trainer
+
+
+def plan_for_card(parsed: Arguments) -> MemoryPlan | None:
+    """Plan a run that is to be published, for its model card.
+
+    Returns:
+        The plan; `None` where the run is not to be published, or does not use GaLore, or cannot be planned.
+    """
+    if not parsed.training.push_to_hub or optim_name(parsed.training) not in KINDS:
+        return None
+    try:
+        return plan_recipe(copy.deepcopy(parsed))  # which a plan uses up
+    except ValueError as error:
+        logger.warning("The model card will say nothing of memory: %s", error)
+        return None
+
+
+def _train_and_save(trainer: RecordedTrainer, dataset_name: str | None) -> None:
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    trainer.save_model(trainer.args.output_dir)
+    trainer.save_record()
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(**({} if dataset_name is None else {"dataset_name": dataset_name}))

@@ -1,0 +1,184 @@
+"""What a recipe and the command line may say, in which spelling, and which command a recipe is for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_galore.recipes import kinds, sft
+from hf_galore.recipes.errors import UserError
+from hf_galore.recipes.folders import find_recipe, recipes_folder
+from tests.support.commands import recipe_on_cpu
+
+
+def parse(*arguments: str) -> sft.Arguments:
+    return sft.parse(arguments, "hf-galore sft", "")
+
+
+# ---- spellings
+
+
+def test_values_in_every_spelling_that_yaml_and_trl_allow(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    # YAML 1.1 reads 1e-5 as text, 3 as an integer and yes as true.
+    path.write_text(
+        "learning_rate: 1e-5\nnum_train_epochs: 3\nbf16: no\nuse_cpu: yes\nresume_from_checkpoint: true\n"
+        "model_init_kwargs: {attn_implementation: eager}\naccelerator_config: '{\"split_batches\": true}'\n"
+        "max_length:\n"  # empty: none, which this key allows
+    )
+    for spelling in (["--config", str(path)], [f"--config={path}"]):
+        parsed = parse(*spelling, "--weight-decay", "0.1")
+        training = parsed.training
+        assert training.learning_rate == 1e-5
+        assert training.num_train_epochs == 3
+        assert (training.bf16, training.use_cpu, training.resume_from_checkpoint) == (False, True, True)
+        assert training.model_init_kwargs == {"attn_implementation": "eager"}
+        assert training.accelerator_config.split_batches is True
+        assert training.max_length is None
+        assert training.weight_decay == 0.1
+        assert parsed.recipe == path
+
+
+def test_a_recipe_sets_environment_variables_as_trl_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_GALORE_TEST", "before")
+    parse("--config", recipe_on_cpu(tmp_path, env={"HF_GALORE_TEST": 3}))
+    assert os.environ["HF_GALORE_TEST"] == "3"
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "words"),
+    [
+        ({"env": 3}, [], "env has to be a mapping"),
+        ({"max_steps": None}, [], "max_steps has to be an integer, but is empty"),
+        ({"bf16": "perhaps"}, [], "bf16 has to be true or false"),
+        ({"use_cpu": 1}, [], "use_cpu has to be true or false, but is 1"),
+        ({"learning_rate": True}, [], "learning_rate has to be a number, but is True"),
+        ({"learning_rate": "fast"}, [], "learning_rate has to be a number, but is 'fast'"),
+        ({"optim_args": {"rank": 8}}, [], "optim_args has to be a string, but is {'rank': 8}"),
+        ({"optim_target_modules": ["attn", 3]}, [], "optim_target_modules has to be a string or a list of strings"),
+        ({"lr_scheduler_type": "cosin"}, [], "Did you mean 'cosine'?"),
+        ({"datasets": "mine"}, [], "datasets has to be a list of mappings, but is 'mine'"),
+        ({}, ["--optim_target_modules", '["attn", 3]'], '["attn", 3] is not a list of strings'),
+        ({}, ["--config", "other.yaml"], "--config is given twice"),
+        ({}, ["stray"], "'stray' belongs to no --key"),
+        # transformers would keep the recipe's value and drop the command line's.
+        (
+            {"activation_checkpointing": True},
+            ["--gradient_checkpointing", "false"],
+            "gradient_checkpointing and activation_checkpointing are both given",
+        ),
+    ],
+)
+def test_what_a_recipe_and_its_overrides_must_not_say(
+    settings: dict[str, Any], options: list[str], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError) as error:
+        parse("--config", recipe_on_cpu(tmp_path, **settings), *options)
+    assert words in str(error.value)
+
+
+def test_config_needs_a_file() -> None:
+    for arguments in (["--config"], ["--config", "--max_steps", "3"], ["--config="]):
+        with pytest.raises(UserError, match="--config needs a file"):
+            parse(*arguments)
+
+
+def test_a_template_is_found_from_the_recipes_folder_and_the_one_above(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for template in (tmp_path / "project" / "beside.jinja", tmp_path / "project" / "recipes" / "inside.jinja"):
+        template.parent.mkdir(parents=True, exist_ok=True)
+        template.write_text("{{ messages }}")
+        path = recipe_on_cpu(tmp_path / "project" / "recipes", chat_template_path=template.name)
+        assert parse("--config", path).training.chat_template_path == str(template)
+    # A name that is nowhere may be a model on the Hub: it is left as it is.
+    path = recipe_on_cpu(tmp_path / "project" / "recipes", chat_template_path="someone/tokenizer")
+    assert parse("--config", path).training.chat_template_path == "someone/tokenizer"
+
+
+@pytest.mark.parametrize(
+    ("options", "args", "targets"),
+    [
+        (["--optim", "adamw_torch"], None, None),
+        (["--optim=adamw_bnb_8bit"], None, None),
+        (["--optim", "galore_adafactor"], "rank=8", ["attn"]),
+        (["--optim", "lomo", "--optim_target_modules", "mlp"], None, "mlp"),
+        ([], "rank=8", ["attn"]),
+    ],
+)
+def test_another_optimizer_does_not_get_galores_arguments(
+    options: list[str], args: str | None, targets: Any, tmp_path: Path
+) -> None:
+    galore = {"optim": "galore_adamw", "optim_args": "rank=8", "optim_target_modules": ["attn"]}
+    training = parse("--config", recipe_on_cpu(tmp_path, **galore), *options).training
+    assert (training.optim_args, training.optim_target_modules) == (args, targets)
+
+
+# ---- overrides, and recipes that come with hf_galore
+
+
+def test_the_command_line_overrides_the_file(tmp_path: Path) -> None:
+    path = recipe_on_cpu(tmp_path, learning_rate=1e-3, optim="galore_adamw", optim_args="rank=16", max_steps=6)
+    options = ["--learning_rate", "5e-4", "--optim_args=rank=8", "--output_dir", str(tmp_path / "other")]
+    parsed = parse("--config", path, *options)
+    assert parsed.training.learning_rate == 5e-4
+    assert parsed.training.optim_args == "rank=8"
+    assert parsed.training.output_dir == str(tmp_path / "other")
+    assert parsed.training.max_steps == 6  # the file's
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["attn", "mlp"], ["attn", "mlp"]),
+        (['["attn", "mlp"]'], ["attn", "mlp"]),
+        (["all-linear"], "all-linear"),
+        ([r".*\.mlp\..*"], r".*\.mlp\..*"),
+    ],
+)
+def test_targets_on_the_command_line(given: list[str], expected: Any, tmp_path: Path) -> None:
+    path = recipe_on_cpu(tmp_path, optim="galore_adamw", optim_target_modules=["lm_head"])
+    parsed = parse("--config", path, "--optim_target_modules", *given)
+    assert parsed.training.optim_target_modules == expected
+
+
+@pytest.mark.parametrize("name", ["llama2_7b_oasst2.yaml", "recipes/llama2_7b_oasst2.yaml"])
+def test_recipes_of_the_package_are_found_from_any_folder(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = find_recipe(name)
+    assert found == recipes_folder() / "llama2_7b_oasst2.yaml"
+    parsed = parse("--config", name, "--bf16", "false")
+    assert parsed.training.chat_template_path == str(recipes_folder() / "chatml")
+
+
+# ---- which command
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "command"),
+    [
+        ({"config_name": "llama_60m"}, [], "pretrain"),
+        ({"task_name": "rte"}, [], "glue"),
+        ({"model_name_or_path": "m"}, [], "sft"),
+        ({}, ["--train-file=a.csv"], "glue"),
+        ({"learning_rate": 1e-3}, ["--model_name_or_path", "m"], "sft"),
+    ],
+)
+def test_a_recipes_keys_say_its_command(
+    settings: dict[str, Any], options: list[str], command: str, tmp_path: Path
+) -> None:
+    path = recipe_on_cpu(tmp_path, **settings)
+    assert kinds.command_for(["--config", path, *options]) == command
+    if not options:
+        assert kinds.command_of(Path(path)) == command
+
+
+def test_the_quickstarts_recipe_is_its_own() -> None:
+    assert kinds.command_of(recipes_folder() / kinds.QUICKSTART) == "quickstart"
+    assert kinds.command_for(["--config", kinds.QUICKSTART, "--model_name_or_path", "m"]) == "sft"
