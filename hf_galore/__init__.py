@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .integrations.trainer import register, unregister
     from .optim.build import make_optimizer
     from .optim.classes import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
-    from .plan.planner import MemoryPlan, measure, plan
+    from .plan import MemoryPlan, measure, plan
 
 __version__ = "0.1.0"
 
@@ -40,10 +40,10 @@ _MODULES = {
     "GaLoreAdamW8bit": ".optim.classes",
     "GaLoreCallback": ".integrations.callback",
     "GaLoreConfig": ".config",
-    "MemoryPlan": ".plan.planner",
+    "MemoryPlan": ".plan",
     "make_optimizer": ".optim.build",
-    "measure": ".plan.planner",
-    "plan": ".plan.planner",
+    "measure": ".plan",
+    "plan": ".plan",
     "register": ".integrations.trainer",
     "unregister": ".integrations.trainer",
 }
