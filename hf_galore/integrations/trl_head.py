@@ -7,10 +7,10 @@ is ever float32, and where the head is a target with a basis, its gradient is pr
 
 For that TRL's own function is called with contexts that it has not made itself, a private protocol. Two guards keep a
 new TRL from training with wrong gradients in silence: its signatures have to be the known ones, which say what is
-passed in; and before its first use on a kind of device a small example has to have the same losses and gradients in
-parts as in one piece, which says that its backward pass needs nothing of its forward pass but what is given here. Where
-one of them fails, one line says so, and TRL's own function trains the head. The version of TRL decides nothing: most
-releases change other things, and a patched one keeps its number.
+passed in; and before its first use on a kind of device, and with other options, a small example has to have the same
+losses and gradients in parts as in one piece, which says that its backward pass needs nothing of its forward pass but
+what is given here. Where one of them fails, one line says so, and TRL's own function trains the head. The version of
+TRL decides nothing: most releases change other things, and a patched one keeps its number.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ KNOWN: dict[str, tuple[str, ...]] = {
 _TOLERANCE = {"cpu": 1e-4}
 _TOLERANCE_ELSEWHERE = 5e-3
 
-# TRL's function, and a kind of device: whether the parts give what it gives.
-_verdicts: dict[tuple[Any, str], bool] = {}
+# TRL's function, a kind of device and options: whether the parts give what it gives.
+_verdicts: dict[tuple[Any, str, str], bool] = {}
 
 
 def use_fused_head() -> None:
@@ -93,12 +93,18 @@ def why_not_known(original: Any) -> str | None:
     return None
 
 
-def is_right(original: Any, device: torch.device) -> bool:
-    """Whether TRL's function gives the same in parts as in one piece, on this kind of device; tried once."""
-    key = (original, device.type)
+def is_right(original: Any, device: torch.device, options: tuple[Any, ...]) -> bool:
+    """Whether TRL's function gives the same in parts as in one piece; tried once for a kind of device and options.
+
+    Args:
+        original: the function.
+        device: where to try it.
+        options: what it is called with after the targets: temperature, chunk size, ...
+    """
+    key = (original, device.type, repr(options[1:]))
     if key not in _verdicts:
         try:
-            problem = _problem_on(original, device)
+            problem = _problem_on(original, device, options)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -109,7 +115,7 @@ def is_right(original: Any, device: torch.device) -> bool:
     return _verdicts[key]
 
 
-def _problem_on(original: Any, device: torch.device) -> str | None:
+def _problem_on(original: Any, device: torch.device, options: tuple[Any, ...]) -> str | None:
     """What is wrong with parts of the vocabulary in a small example; `None` where nothing is."""
     generator = torch.Generator("cpu").manual_seed(0)
     tokens, width, rows = 8, 16, VOCABULARY_PART + 7
@@ -124,21 +130,19 @@ def _problem_on(original: Any, device: torch.device) -> str | None:
         torch.autocast(device.type, enabled=False),
         torch.autograd.graph.saved_tensors_hooks(identity, identity),
     ):
-        leaves = [normal(tokens, width).requires_grad_(), normal(rows, width).requires_grad_()]
-        leaves.append(normal(rows).requires_grad_())
+        leaves = [normal(*shape).requires_grad_() for shape in ((tokens, width), (rows, width), (rows,))]
         targets = torch.tensor([0, 1, VOCABULARY_PART - 1, VOCABULARY_PART, rows - 2, rows - 1, 2, 3], device=device)
         upstream = normal(tokens), normal(tokens)
-        for softcap in (None, 2.0):
-            rest = (targets, 0.7, 32768, softcap, 0.5, ("entropy",))
-            results = []
-            for apply in (original.apply, functools.partial(_FusedHead.apply, original, None)):
-                outputs = apply(*leaves, *rest)[:2]
-                loss = sum((output * weight).sum() for output, weight in zip(outputs, upstream, strict=True))
-                results.append((*outputs, *torch.autograd.grad(loss, leaves)))
-            tolerance = _TOLERANCE.get(device.type, _TOLERANCE_ELSEWHERE)
-            for expected, found in zip(*results, strict=True):
-                if not (found - expected).abs().max() <= tolerance * expected.abs().max():
-                    return "gives other gradients"
+        results = []
+        for apply in (original.apply, functools.partial(_FusedHead.apply, original, None)):
+            # The log-probabilities, and the entropy where it is asked for.
+            outputs = [output for output in apply(*leaves, targets, *options)[:2] if output is not None]
+            loss = sum((output * weight).sum() for output, weight in zip(outputs, upstream, strict=False))
+            results.append((*outputs, *torch.autograd.grad(loss, leaves)))
+        tolerance = _TOLERANCE.get(device.type, _TOLERANCE_ELSEWHERE)
+        for expected, found in zip(*results, strict=True):
+            if not (found - expected).abs().max() <= tolerance * expected.abs().max():
+                return "gives other gradients"
     return None
 
 
@@ -165,9 +169,8 @@ class _Dispatch:
         if hooks is None or not torch.is_grad_enabled():
             return self.original.apply(hidden, weight, *rest)
         # Fakes have no numbers: a plan counts what a training takes where TRL's function is right.
-        if not (
-            isinstance(weight, FakeTensor) or weight.device.type == "meta" or is_right(self.original, weight.device)
-        ):
+        has_numbers = not isinstance(weight, FakeTensor) and weight.device.type != "meta"
+        if has_numbers and not is_right(self.original, weight.device, rest[2:]):
             return self.original.apply(hidden, weight, *rest)
         return _FusedHead.apply(self.original, hooks, hidden, weight, *rest)
 

@@ -60,8 +60,9 @@ def is_trl_own() -> bool:
 def _small_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Three parts of the vocabulary, the last one smaller."""
     monkeypatch.setattr(hf_galore.integrations.trl_head, "VOCABULARY_PART", PART)
+    # An example would be among what a test counts.
+    monkeypatch.setattr(hf_galore.integrations.trl_head, "is_right", lambda *args: True)
     restore_fused_head()
-    assert is_right(TRL_OWN, torch.device("cpu"))  # once, and not within what a test counts
     yield
     restore_fused_head()
 
@@ -77,9 +78,14 @@ def test_trl_is_as_we_need_it() -> None:
     assert "_ChunkedLogProbFunction.apply(" in inspect.getsource(trl.trainer.utils.add_fused_lm_head)
 
 
-def test_trl_computes_in_parts_what_it_computes_whole() -> None:
+CPU = torch.device("cpu")
+OPTIONS_OF_TRL = (1.0, 32768, None, 1.0, ("entropy", "is_top1"))
+
+
+@pytest.mark.parametrize("options", [OPTIONS_OF_TRL, (0.7, 32768, 2.0, 0.5, ()), (1.0, 7)], ids=str)
+def test_trl_computes_in_parts_what_it_computes_whole(options: tuple[Any, ...]) -> None:
     """Where this fails, its backward pass needs something else of its forward pass than we give it."""
-    assert hf_galore.integrations.trl_head._problem_on(TRL_OWN, torch.device("cpu")) is None
+    assert hf_galore.integrations.trl_head._problem_on(TRL_OWN, CPU, options) is None
 
 
 class _Context(types.SimpleNamespace):
@@ -575,6 +581,7 @@ def test_an_unknown_function_trains_as_it_is_and_one_line_says_so(
 ) -> None:
     function, words = UNKNOWN[kind]
     hf_galore.integrations.trl_head._say_standing_back.cache_clear()
+    monkeypatch.setattr(hf_galore.integrations.trl_head, "is_right", is_right)
     monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", function)
     ours = Calls(monkeypatch, _FusedHead)
     found, reference = llama(), llama()
@@ -590,6 +597,16 @@ def test_an_unknown_function_trains_as_it_is_and_one_line_says_so(
         patch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", function)
         sft(tmp_path, reference, max_steps=3).train()
     assert_identical(snapshot(found), snapshot(reference))
+
+
+def test_the_known_function_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf_galore.integrations.trl_head, "is_right", is_right)
+    verdicts: dict[Any, bool] = {}
+    monkeypatch.setattr(hf_galore.integrations.trl_head, "_verdicts", verdicts)
+    ours = Calls(monkeypatch, _FusedHead)
+    sft(tmp_path, llama(), max_steps=3).train()
+    assert list(verdicts.values()) == [True]
+    assert (ours.forward, ours.backward) == (4, 4)  # and three steps
 
 
 def test_a_trl_without_the_function_is_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -618,7 +635,7 @@ def test_the_example_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         torch.set_default_dtype(torch.bfloat16)
         try:
-            assert is_right(TRL_OWN, torch.device("cpu"))
+            assert is_right(TRL_OWN, CPU, OPTIONS_OF_TRL)
         finally:
             torch.set_default_dtype(torch.float32)
         assert tracker.peaks() == []
