@@ -148,7 +148,7 @@ STORAGES: dict[ProjBits, Storage] = {
 @functools.cache
 def _equal_steps(device: torch.device) -> Tensor:
     """bitsandbytes' table of 255 equal steps from −1 to 1; copied to a device once."""
-    table: Tensor = kernels.functional().create_linear_map().to(torch.float32)
+    table = kernels.linear_table()
     # The one in the middle is 6e-8: columns of zeros have to stay zero, for Adam would blow up what they give.
     return table.masked_fill(table.abs() < 1e-6, 0.0).to(device)
 

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import DefaultFlowCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
+from ..integrations.accelerate import unwrapped
 from ..integrations.callback import GaLoreCallback, callbacks_of, galore_optimizer
 from ..integrations.trainer_parts import micro_batches, wrapped_methods
 from ..optim.bases import count_refresh
@@ -231,7 +232,7 @@ def _first_and_last(optimizer: GaLoreOptimizer) -> Iterable[Tensor]:
 
 def _of_state(trainer: Trainer, *, bases: bool) -> Iterable[Tensor]:
     """The tensors of any optimizer's state: those of bases, or the others."""
-    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    optimizer = unwrapped(trainer.optimizer)
     of_bases = {"projector"}  # galore_torch's
     if isinstance(optimizer, GaLoreOptimizer):
         of_bases = {key for target in optimizer.targets() for key in target.basis_keys}

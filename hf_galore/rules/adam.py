@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..integrations.bitsandbytes import AdamStep
+from ..lowrank.blockwise import AdamStep
 from ..lowrank.rotation import Rotation, rotate_adam
 from .rule import Group, Moment, Moments, Rule, check_betas, check_not_negative, full_precision
 

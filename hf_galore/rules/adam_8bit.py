@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..integrations import bitsandbytes as kernels
-from ..integrations.bitsandbytes import AdamStep
+from ..lowrank.blockwise import AdamStep
 from ..lowrank.nonfinite import known_skip
 from ..lowrank.rotation import Rotation, rotate_adam
 from ..lowrank.rounding import add_rounded_, part_of
@@ -142,8 +142,7 @@ def codebooks(device: torch.device) -> Codebooks:
 
     Source: arXiv:2110.02861, section 1.3.
     """
-    table = kernels.functional().create_dynamic_map
-    return Codebooks(table(signed=True).to(device), table(signed=False).to(device))
+    return Codebooks(*(table.to(device) for table in kernels.dynamic_tables()))
 
 
 def dequantize_moments(moments: QuantizedMoments) -> tuple[Tensor, Tensor]:
