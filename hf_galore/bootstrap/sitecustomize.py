@@ -20,16 +20,17 @@ if TYPE_CHECKING:
 
 FOLDER = os.path.dirname(__file__)
 PACKAGE_PARENT = os.path.dirname(os.path.dirname(FOLDER))
-AFTER = "transformers.trainer"
+TRAINER = "transformers.trainer"
+OURS = "hf_galore.integrations.trainer"  # which may itself be what imports the first, and is not ready then
 
 
 class _Registrar:
-    """On `sys.meta_path`, finds `transformers.trainer` as the others find it, and registers when it has been run."""
+    """On `sys.meta_path`, finds those modules as the others find them, and registers when one of them has been run."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != AFTER:
+        if name not in (TRAINER, OURS):
             return None
         others = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
         found = (finder.find_spec(name, path, target) for finder in others)
@@ -46,7 +47,10 @@ class _Registrar:
         def exec_module(module: ModuleType) -> None:
             execute(module)
             _import_hf_galore()
-            if self in sys.meta_path:  # still needed if that failed: whoever tries again must not go unregistered
+            ours = sys.modules.get(OURS)
+            # Still needed if that failed, or waits for ours: whoever tries again must not go unregistered.
+            done = ours is None or (hasattr(ours, "register") and ours.is_registered())
+            if done and self in sys.meta_path:
                 sys.meta_path.remove(self)
 
         # On the loader that was found, rather than with one of our own: others ask it for source and data.

@@ -4,19 +4,31 @@ TRL computes loss and logits together, tile by tile, but its backward pass gathe
 matrix of the head's size: at the moment when the activations of the whole model are alive, 0.5 GiB for Llama-2-7B and
 2 GiB for Llama-3-8B, and half of that again for the cast. Here it takes the vocabulary in parts: only a part's gradient
 is ever float32, and where the head is a target with a basis, its gradient is projected part by part and never exists.
+
+For that TRL's own function is called with contexts that it has not made itself, a private protocol. Two guards keep a
+new TRL from training with wrong gradients in silence: its signatures have to be the known ones, which say what is
+passed in; and before its first use on a kind of device a small example has to have the same losses and gradients in
+parts as in one piece, which says that its backward pass needs nothing of its forward pass but what is given here. Where
+one of them fails, one line says so, and TRL's own function trains the head. The version of TRL decides nothing: most
+releases change other things, and a patched one keeps its number.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
 import types
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..backward.hooks import BackwardHooks, hooks_on
 from ..backward.linear import asked_for
+from ..log import logger
 from ..lowrank.projection import Bases, project
 
 # Rows of the head at a time: the tile of logits for TRL's 4,096 tokens takes 32 MiB in bfloat16, the part of the
@@ -25,6 +37,23 @@ VOCABULARY_PART = 4096
 
 # TRL's module that looks the loss function up at each call, and its name there.
 _MODULE, _NAME = "trl.trainer.utils", "_ChunkedLogProbFunction"
+_NONE = object()
+
+# What the function's passes are called with.
+KNOWN: dict[str, tuple[str, ...]] = {
+    "forward": (
+        *("ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size"),
+        *("final_logit_softcapping", "logit_scale", "outputs"),
+    ),
+    "backward": ("ctx", "grad_logprobs", "grad_entropy", "_"),
+}
+
+# How far apart the two ways of the example may be, relative to the largest element. A GPU may multiply in TF32.
+_TOLERANCE = {"cpu": 1e-4}
+_TOLERANCE_ELSEWHERE = 5e-3
+
+# TRL's function, and a kind of device: whether the parts give what it gives.
+_verdicts: dict[tuple[Any, str], bool] = {}
 
 
 def use_fused_head() -> None:
@@ -33,10 +62,14 @@ def use_fused_head() -> None:
     Heads that no GaLore hooks serve go on to TRL's own function.
     """
     module = sys.modules.get(_MODULE)
-    original = getattr(module, _NAME, None)
-    if module is None or original is None or isinstance(original, _Dispatch):
+    original = getattr(module, _NAME, _NONE)
+    if module is None or isinstance(original, _Dispatch):
         return
-    setattr(module, _NAME, _Dispatch(original))
+    reason = why_not_known(original)
+    if reason is None:
+        setattr(module, _NAME, _Dispatch(original))
+    else:
+        _say_standing_back(reason)
 
 
 def restore_fused_head() -> None:
@@ -45,6 +78,80 @@ def restore_fused_head() -> None:
     current = getattr(module, _NAME, None)
     if module is not None and isinstance(current, _Dispatch):
         setattr(module, _NAME, current.original)
+
+
+def why_not_known(original: Any) -> str | None:
+    """What of TRL's function is not as it is known here, in words; `None` where all is."""
+    if original is _NONE:
+        return f"{_MODULE} has no {_NAME}"
+    if not isinstance(original, type) or not issubclass(original, torch.autograd.Function):
+        return f"{_NAME} is no autograd function"
+    for name, known in KNOWN.items():
+        found = tuple(inspect.signature(getattr(original, name)).parameters)
+        if found != known:
+            return f"{_NAME}.{name} takes ({', '.join(found)}), not ({', '.join(known)})"
+    return None
+
+
+def is_right(original: Any, device: torch.device) -> bool:
+    """Whether TRL's function gives the same in parts as in one piece, on this kind of device; tried once."""
+    key = (original, device.type)
+    if key not in _verdicts:
+        try:
+            problem = _problem_on(original, device)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            problem = f"fails ({type(error).__name__}: {error})"
+        _verdicts[key] = problem is None
+        if problem is not None:
+            _say_standing_back(f"{_NAME} {problem} where it is called for parts of the vocabulary")
+    return _verdicts[key]
+
+
+def _problem_on(original: Any, device: torch.device) -> str | None:
+    """What is wrong with parts of the vocabulary in a small example; `None` where nothing is."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    tokens, width, rows = 8, 16, VOCABULARY_PART + 7
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(device)
+
+    identity: Any = lambda tensor: tensor  # noqa: E731  (whatever the caller does with saved tensors)
+    with (
+        _disable_current_modes(),
+        torch.enable_grad(),
+        torch.autocast(device.type, enabled=False),
+        torch.autograd.graph.saved_tensors_hooks(identity, identity),
+    ):
+        leaves = [normal(tokens, width).requires_grad_(), normal(rows, width).requires_grad_()]
+        leaves.append(normal(rows).requires_grad_())
+        targets = torch.tensor([0, 1, VOCABULARY_PART - 1, VOCABULARY_PART, rows - 2, rows - 1, 2, 3], device=device)
+        upstream = normal(tokens), normal(tokens)
+        for softcap in (None, 2.0):
+            rest = (targets, 0.7, 32768, softcap, 0.5, ("entropy",))
+            results = []
+            for apply in (original.apply, functools.partial(_FusedHead.apply, original, None)):
+                outputs = apply(*leaves, *rest)[:2]
+                loss = sum((output * weight).sum() for output, weight in zip(outputs, upstream, strict=True))
+                results.append((*outputs, *torch.autograd.grad(loss, leaves)))
+            tolerance = _TOLERANCE.get(device.type, _TOLERANCE_ELSEWHERE)
+            for expected, found in zip(*results, strict=True):
+                if not (found - expected).abs().max() <= tolerance * expected.abs().max():
+                    return "gives other gradients"
+    return None
+
+
+@functools.cache
+def _say_standing_back(reason: str) -> None:
+    import trl
+
+    logger.info(
+        "TRL %s is not as hf_galore knows it: %s. Its own loss computes the gradient of the output head, in a float32 "
+        "matrix of the head's size; training is right, and takes that much more memory.",
+        trl.__version__,
+        reason,
+    )
 
 
 class _Dispatch:
@@ -57,6 +164,11 @@ class _Dispatch:
         hooks = hooks_on(weight)
         if hooks is None or not torch.is_grad_enabled():
             return self.original.apply(hidden, weight, *rest)
+        # Fakes have no numbers: a plan counts what a training takes where TRL's function is right.
+        if not (
+            isinstance(weight, FakeTensor) or weight.device.type == "meta" or is_right(self.original, weight.device)
+        ):
+            return self.original.apply(hidden, weight, *rest)
         return _FusedHead.apply(self.original, hooks, hidden, weight, *rest)
 
 
@@ -65,7 +177,7 @@ class _FusedHead(torch.autograd.Function):
     def forward(
         ctx: Any,
         original: Any,
-        hooks: BackwardHooks,
+        hooks: BackwardHooks | None,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 from hf_galore import GaLoreAdamW, GaLoreAdamW8bit
 from hf_galore.integrations import bitsandbytes as kernels
+from hf_galore.integrations import bitsandbytes_calls as calls
+from hf_galore.integrations import bitsandbytes_checks as checks
 from hf_galore.integrations.bitsandbytes import DTYPES, AdamStep, Moments8bit, Quantized
 from hf_galore.lowrank.quantize import _equal_steps, dequantize_basis, quantize_basis
 from hf_galore.plan.fakes import fake_training
@@ -24,7 +27,7 @@ pytestmark = pytest.mark.arithmetic
 
 CPU = torch.device("cpu")
 MOMENTS = ("exp_avg", "exp_avg_sq")
-NAMES = tuple(kernels._CHECKS)
+NAMES = tuple(checks.CHECKS)
 ADAM = ("optimizer_update_8bit_blockwise", "optimizer_update_32bit")
 # What bitsandbytes is given in float32 only: bases are made in float32, and moments are.
 FROM_FLOAT32 = ("quantize_4bit", "quantize_blockwise")
@@ -34,8 +37,8 @@ NOW = AdamStep(step=3, betas=(0.9, 0.99), eps=1e-8, lr=1e-2, weight_decay=0.1)
 @pytest.fixture(autouse=True)
 def _nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """As at the start of a process."""
-    monkeypatch.setattr(kernels, "_verdicts", {})
-    monkeypatch.setattr(kernels, "_warned", set())
+    monkeypatch.setattr(checks, "_verdicts", {})
+    monkeypatch.setattr(checks, "_warned", set())
 
 
 def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -46,13 +49,59 @@ def dtypes_of(name: str) -> tuple[torch.dtype, ...]:
     return (torch.float32,) if name in FROM_FLOAT32 else DTYPES
 
 
+# ---- what we rely on
+
+# The keywords that `bitsandbytes_calls` gives each function.
+KEYWORDS = {
+    "quantize_4bit": {"blocksize", "quant_type"},
+    "dequantize_4bit": set(),
+    "quantize_blockwise": {"code", "blocksize"},
+    "dequantize_blockwise": set(),
+    "optimizer_update_8bit_blockwise": {
+        *("optimizer_name", "g", "p", "state1", "state2", "beta1", "beta2", "beta3", "alpha", "eps", "step", "lr"),
+        *("qmap1", "qmap2", "absmax1", "absmax2", "weight_decay", "gnorm_scale", "skip_zeros"),
+    },
+    "optimizer_update_32bit": {
+        *("optimizer_name", "g", "p", "state1", "beta1", "eps", "step", "lr", "state2", "beta2", "weight_decay"),
+        *("gnorm_scale", "unorm_vec", "max_unorm", "skip_zeros"),
+    },
+    "QuantState": {"absmax", "shape", "blocksize", "quant_type", "dtype", "code"},
+    "create_linear_map": set(),
+    "create_dynamic_map": {"signed"},
+}
+
+
+@pytest.mark.parametrize("name", KEYWORDS)
+def test_bitsandbytes_is_as_we_need_it(name: str) -> None:
+    """Fails first, and by name, when a new bitsandbytes moves something."""
+    function = getattr(functional, name, None)
+    assert function is not None, f"bitsandbytes.functional.{name} is gone"
+    signature = inspect.signature(function)
+    missing = KEYWORDS[name] - set(signature.parameters)
+    assert not missing, f"bitsandbytes.functional.{name}{signature} takes no {sorted(missing)}"
+    given = KEYWORDS[name] | ({"A", "quant_state"} if name in ("dequantize_4bit", "dequantize_blockwise") else set())
+    given |= {"A"} if name in FROM_FLOAT32 else set()
+    needed = {key for key, value in signature.parameters.items() if value.default is inspect.Parameter.empty}
+    assert needed <= given, f"bitsandbytes.functional.{name}{signature} needs {sorted(needed - given)}"
+
+
+def test_kernels_that_are_checked_are_those_that_are_called() -> None:
+    assert set(NAMES) == set(KEYWORDS) - {"QuantState", "create_linear_map", "create_dynamic_map"}
+
+
+@pytest.mark.parametrize("table", [calls.linear_table(), *calls.dynamic_tables()])
+def test_tables_are_256_ascending_values_up_to_1(table: Tensor) -> None:
+    assert (table.dtype, table.shape, table[-1].item()) == (torch.float32, (256,), 1.0)
+    assert bool((table.diff() > 0).all())
+
+
 # ---- plain torch is what the kernels compute
 
 
 @pytest.mark.parametrize("numel", [1, 2, 63, 64, 65, 255, 257, 1000, 5001])
 def test_plain_4_bits_are_bitsandbytes(numel: int) -> None:
     values = torch.randn(numel)
-    kept, plain = kernels._quantize_4bit(values, 64), kernels.plain_quantize_4bit(values, 64)
+    kept, plain = calls.quantize_4bit(values, 64), kernels.plain_quantize_4bit(values, 64)
     assert kept.codes.shape == plain.codes.shape
     assert torch.equal(kept.absmax, plain.absmax)
     # Each half byte apart: an element in the middle between two values, by rounding, may get either.
@@ -62,7 +111,7 @@ def test_plain_4_bits_are_bitsandbytes(numel: int) -> None:
         assert apart.sum() <= max(1, numel // 1000)
     for dtype in DTYPES:
         expected = kernels.plain_dequantize_4bit(kept, 64, (numel,), dtype)
-        assert torch.equal(kernels._dequantize_4bit(kept, 64, (numel,), dtype), expected)
+        assert torch.equal(calls.dequantize_4bit(kept, 64, (numel,), dtype), expected)
 
 
 @pytest.mark.parametrize("numel", [1, 2, 255, 256, 257, 1000, 5001])
@@ -72,7 +121,7 @@ def test_plain_8_bits_are_bitsandbytes(kind: str, numel: int) -> None:
     values = torch.randn(numel)
     if kind == "exp_avg_sq":
         values = values.square()
-    kept, plain = (use(values, table, 256) for use in (kernels._quantize_8bit, kernels.plain_quantize_8bit))
+    kept, plain = (use(values, table, 256) for use in (calls.quantize_8bit, kernels.plain_quantize_8bit))
     assert torch.equal(kept.absmax, plain.absmax)
     # The CPU's kernel looks codes up by 16 bits of an element: so near to the middle it may get the farther of two, and
     # near 0, where the dynamic codes' steps are finer than that, one some codes away.
@@ -84,7 +133,7 @@ def test_plain_8_bits_are_bitsandbytes(kind: str, numel: int) -> None:
     assert apart.sum() <= max(1, numel // 100)
     for dtype in DTYPES:
         expected = kernels.plain_dequantize_8bit(kept, table, 256, dtype)
-        assert torch.equal(kernels._dequantize_8bit(kept, table, 256, dtype), expected)
+        assert torch.equal(calls.dequantize_8bit(kept, table, 256, dtype), expected)
 
 
 def moments_8bit(exp_avg: Tensor, exp_avg_sq: Tensor) -> Moments8bit:
@@ -103,12 +152,12 @@ def test_plain_adam_is_bitsandbytes(shape: tuple[int, ...], dtype: torch.dtype) 
     exp_avg, exp_avg_sq = torch.randn(shape), torch.rand(shape) + 0.1
     rounding = 1.01 * torch.finfo(dtype).eps  # the last bit of a weight, where the order of float32 operations shows
     found, expected = weight.clone(), weight.clone()
-    kernels._adam_32bit_(found, gradient, exp_avg.clone(), exp_avg_sq.clone(), NOW)
+    calls.adam_32bit_(found, gradient, exp_avg.clone(), exp_avg_sq.clone(), NOW)
     kernels.plain_adam_(expected, gradient, exp_avg.clone(), exp_avg_sq.clone(), NOW)
     torch.testing.assert_close(found, expected, rtol=max(rounding, 1e-6), atol=1e-7)
     found, expected = weight.clone(), weight.clone()
     theirs, plain = moments_8bit(exp_avg, exp_avg_sq), moments_8bit(exp_avg, exp_avg_sq)
-    kernels._adam_8bit_(found, gradient, theirs, NOW)
+    calls.adam_8bit_(found, gradient, theirs, NOW)
     kernels.plain_adam_8bit_(expected, gradient, plain, NOW)
     torch.testing.assert_close(found, expected, rtol=max(rounding, 1e-6), atol=1e-7)
     torch.testing.assert_close(theirs.exp_avg_absmax, plain.exp_avg_absmax)
@@ -146,7 +195,7 @@ def test_any_shape_is_kept(
     shape: tuple[int, int], bits: Any, dtype: torch.dtype, plain: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if plain:
-        monkeypatch.setattr(kernels, "_is_right", lambda *args: False)
+        monkeypatch.setattr(checks, "is_right", lambda *args: False)
     basis = torch.randn(shape)
     found = dequantize_basis(quantize_basis(basis, bits, dtype), shape, bits, dtype)
     assert (found.shape, found.dtype) == (shape, dtype)
@@ -185,7 +234,7 @@ def wrong(name: str, only: torch.dtype | None = None) -> Callable[..., Any]:
 @pytest.mark.parametrize("name", NAMES)
 def test_right_kernels_are_used_and_nothing_is_said(name: str, caplog: pytest.LogCaptureFixture) -> None:
     for dtype in DTYPES:
-        assert kernels._is_right(name, torch.zeros(1), dtype)
+        assert checks.is_right(name, torch.zeros(1), dtype)
     assert warnings_in(caplog) == []
 
 
@@ -196,7 +245,7 @@ def test_a_wrong_kernel_is_named_once(
     monkeypatch.setattr(functional, name, wrong(name))
     for dtype in dtypes_of(name):
         caplog.clear()
-        assert [kernels._is_right(name, torch.zeros(1), dtype) for _ in range(3)] == [False] * 3
+        assert [checks.is_right(name, torch.zeros(1), dtype) for _ in range(3)] == [False] * 3
         (message,) = warnings_in(caplog)
         for part in (name, "CPU", str(dtype).removeprefix("torch."), "bitsandbytes 0.", "plain torch is used instead"):
             assert part in message
@@ -208,7 +257,7 @@ def test_a_kernel_wrong_in_one_dtype_is_right_in_the_others(
     name: str, only: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(functional, name, wrong(name, only))
-    assert {dtype: kernels._is_right(name, torch.zeros(1), dtype) for dtype in DTYPES} == {
+    assert {dtype: checks.is_right(name, torch.zeros(1), dtype) for dtype in DTYPES} == {
         dtype: dtype != only for dtype in DTYPES
     }
     assert len(warnings_in(caplog)) == 1
@@ -222,7 +271,7 @@ def test_a_kernel_that_fails_is_not_used_and_its_error_is_named(
         raise NotImplementedError("no such symbol")
 
     monkeypatch.setattr(functional, name, failing)
-    assert not kernels._is_right(name, torch.zeros(1), torch.float32)
+    assert not checks.is_right(name, torch.zeros(1), torch.float32)
     (message,) = warnings_in(caplog)
     assert "fails (NotImplementedError: no such symbol)" in message
 
@@ -233,8 +282,8 @@ def test_no_memory_is_not_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(functional, "quantize_4bit", full)
     with pytest.raises(torch.OutOfMemoryError):
-        kernels._is_right("quantize_4bit", torch.zeros(1), torch.float32)
-    assert not kernels._verdicts
+        checks.is_right("quantize_4bit", torch.zeros(1), torch.float32)
+    assert not checks._verdicts
 
 
 def test_rows_that_a_kernel_gets_wrong_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,9 +295,9 @@ def test_rows_that_a_kernel_gets_wrong_are_seen(monkeypatch: pytest.MonkeyPatch)
             values[1:, -(shape[-1] % 64) :] *= 1.3
         return values
 
-    monkeypatch.setattr(kernels, "_dequantize_4bit", by_rows)
+    monkeypatch.setattr(calls, "dequantize_4bit", by_rows)
     for dtype in DTYPES:
-        assert not kernels._is_right("dequantize_4bit", torch.zeros(1), dtype)
+        assert not checks.is_right("dequantize_4bit", torch.zeros(1), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -263,7 +312,7 @@ def test_what_adam_may_get_wrong_is_seen(
 ) -> None:
     original = getattr(functional, name)
     monkeypatch.setattr(functional, name, lambda **kwargs: original(**{**kwargs, **fault}))
-    assert not kernels._is_right(name, torch.zeros(1), dtype)
+    assert not checks.is_right(name, torch.zeros(1), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -279,7 +328,7 @@ def test_decay_after_the_update_and_in_its_own_rounding_is_right(
         kwargs["p"].mul_(1 - kwargs["lr"] * kwargs["weight_decay"])
 
     monkeypatch.setattr(functional, name, after)
-    assert kernels._is_right(name, torch.zeros(1), dtype)
+    assert checks.is_right(name, torch.zeros(1), dtype)
 
 
 # ---- in an optimizer
@@ -310,8 +359,8 @@ def trained(cls: type[GaLoreAdamW], dtype: torch.dtype, **options: Any) -> tuple
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_training_is_as_with_bases_that_plain_torch_reads(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     found = trained(GaLoreAdamW, dtype)
-    original = kernels._is_right
-    monkeypatch.setattr(kernels, "_is_right", lambda name, *args: name != "dequantize_4bit" and original(name, *args))
+    original = checks.is_right
+    monkeypatch.setattr(checks, "is_right", lambda name, *args: name != "dequantize_4bit" and original(name, *args))
     assert_identical(found, trained(GaLoreAdamW, dtype))
 
 
@@ -329,7 +378,7 @@ def test_training_with_wrong_kernels_is_training_with_plain_torch(
     expected = 4 + (2 if bits == 4 else dtype != torch.float32)
     assert len(messages) == len(set(messages)) == expected
     monkeypatch.undo()
-    monkeypatch.setattr(kernels, "_is_right", lambda *args: False)
+    monkeypatch.setattr(checks, "is_right", lambda *args: False)
     assert_identical(found, trained(GaLoreAdamW8bit, dtype, proj_bits=bits))
 
 
@@ -361,31 +410,31 @@ def _surroundings(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_check_minds_nothing_around_it(name: str) -> None:
     for dtype in DTYPES:
-        assert kernels._is_right(name, torch.zeros(1, device="cpu"), dtype)
+        assert checks.is_right(name, torch.zeros(1, device="cpu"), dtype)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_check_draws_no_random_numbers_and_is_not_counted(name: str) -> None:
     state = torch.get_rng_state()
     with StorageTracker(CPU) as tracker:
-        kernels._is_right(name, torch.zeros(0), torch.float32)
+        checks.is_right(name, torch.zeros(0), torch.float32)
         assert tracker.peaks() == []
     assert torch.equal(torch.get_rng_state(), state)
-    assert list(kernels._verdicts) == [(name, CPU, torch.float32)]
+    assert list(checks._verdicts) == [(name, CPU, torch.float32)]
 
 
 def test_fakes_and_meta_tensors_are_not_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in NAMES:
         monkeypatch.setattr(functional, name, wrong(name))
     with fake_training("cpu"):
-        assert all(kernels._is_right(name, torch.zeros(3), torch.float32) for name in NAMES)
-    assert all(kernels._is_right(name, torch.zeros(3, device="meta"), torch.float32) for name in NAMES)
-    assert not kernels._verdicts
+        assert all(checks.is_right(name, torch.zeros(3), torch.float32) for name in NAMES)
+    assert all(checks.is_right(name, torch.zeros(3, device="meta"), torch.float32) for name in NAMES)
+    assert not checks._verdicts
 
 
 def test_a_check_in_a_backward_pass_leaves_the_gradients_alone() -> None:
     layer = nn.Linear(5, 3)
-    layer.weight.register_hook(lambda gradient: gradient * kernels._is_right("quantize_4bit", gradient, torch.float32))
+    layer.weight.register_hook(lambda gradient: gradient * checks.is_right("quantize_4bit", gradient, torch.float32))
     layer(torch.ones(2, 5)).sum().backward()
     assert torch.equal(layer.weight.grad, torch.full((3, 5), 2.0))  # type: ignore[arg-type]
     assert set(snapshot(layer)) == {"weight", "bias"}

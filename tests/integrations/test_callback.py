@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from hf_galore import GaLoreAdamW, GaLoreCallback
+from hf_galore.integrations.callback import callbacks_of, galore_callback
+from hf_galore.integrations.signatures import signature_of
 from hf_galore.optim.optimizer import GaLoreOptimizer
 from tests.support.helpers import (
     GAP,
@@ -30,6 +32,23 @@ OF_REFRESHES = {"captured_energy_min", "captured_energy_median", "refresh_second
 
 def galore_keys(entry: dict[str, Any]) -> set[str]:
     return {key.removeprefix("galore/") for key in entry if key.startswith("galore/")}
+
+
+def test_a_trainer_is_as_we_need_it(tmp_path: Path) -> None:
+    """Fails first, and by name, when a new transformers moves something."""
+    mine = GaLoreCallback()
+    trainer = make_trainer(tiny_llama(), tmp_path, "galore_adamw")
+    found = getattr(getattr(trainer, "callback_handler", None), "callbacks", None)
+    assert isinstance(found, list), f"Trainer.callback_handler.callbacks is {found!r}, not a list"
+    trainer.add_callback(mine)
+    assert any(each is mine for each in callbacks_of(trainer)), "Trainer.add_callback adds to another place"
+    assert galore_callback(trainer) is mine
+    callbacks_of(trainer).clear()
+    assert galore_callback(trainer) is mine  # it was a copy
+    for name in ("on_train_begin", "on_log", "on_train_end", "on_pre_optimizer_step"):
+        expected = "(self, args, state, control, **kwargs)"
+        signature = signature_of(getattr(TrainerCallback, name))
+        assert signature == expected, f"TrainerCallback.{name}{expected} is now {name}{signature}"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -76,7 +76,9 @@ def spoiled(folder: Path, **entries: Any) -> Path:
 
 def test_a_checkpoint_with_other_objects_names_them(tmp_path: Path) -> None:
     checkpoint = spoiled(tmp_path, odd=Odd())
-    with pytest.raises(ValueError, match=r"holds Python objects \(tests\.test_foreign_checkpoints\.Odd\)"):
+    with pytest.raises(
+        ValueError, match=r"holds Python objects \(tests\.integrations\.test_foreign_checkpoints\.Odd\)"
+    ):
         make_trainer(tiny_llama(), tmp_path, "galore_adamw").train(resume_from_checkpoint=str(checkpoint))
 
 

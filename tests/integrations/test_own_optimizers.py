@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 from hf_galore import GaLoreAdamW
 from tests.support.helpers import (
@@ -27,6 +27,7 @@ from tests.support.helpers import (
     tiny_llama,
     train,
 )
+from tests.support.interrupted import AfterTwoSteps, train_until
 
 
 class OwnGroups(Trainer):
@@ -49,16 +50,6 @@ class DecaysAll(Trainer):
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return [name for name, _ in model.named_parameters()]
-
-
-class InterruptedRunError(Exception):
-    pass
-
-
-class InterruptAfterTwo(TrainerCallback):
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 2:
-            raise InterruptedRunError
 
 
 # ---- a subclass that makes its own groups
@@ -99,10 +90,7 @@ def test_training_again_puts_the_hooks_back(cls: type[Trainer], interrupted: boo
         model = tiny_llama()
         trainer = make_trainer(model, tmp_path, name, cls, optim_args=EXACT_ARGS, weight_decay=0.1, max_steps=4)
         if interrupted:
-            trainer.add_callback(callback := InterruptAfterTwo())
-            with pytest.raises(InterruptedRunError):
-                trainer.train()
-            trainer.remove_callback(callback)
+            train_until(AfterTwoSteps(), trainer)
         else:
             trainer.train()
         assert hooks_on(model) == 0

@@ -18,7 +18,7 @@ from transformers.training_args import OptimizerNames, ParallelMode
 
 import hf_galore
 from hf_galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
-from hf_galore.integrations.trainer import KINDS, PATCHED, moved_internals
+from hf_galore.integrations.trainer import KINDS, PATCHED, is_registered, moved_internals, registered
 from tests.support.helpers import (
     GAP,
     LAYERWISE,
@@ -77,6 +77,55 @@ def test_transformers_has_what_registration_needs(unregistered: None) -> None:
     assert moved_internals() == []
 
 
+ATTRIBUTES = ("args", "model", "optimizer", "optimizer_cls_and_kwargs", "is_fsdp_enabled", "is_deepspeed_enabled")
+ARGUMENTS = (
+    *("optim", "optim_args", "optim_target_modules", "learning_rate", "weight_decay", "max_grad_norm"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "fp16", "n_gpu", "process_index", "parallel_mode"),
+    *("auto_find_batch_size", "fsdp", "fsdp_config", "deepspeed"),
+)
+
+
+def test_trainers_and_their_arguments_have_what_we_read(tmp_path: Path) -> None:
+    """Some are read with a default, where their absence would be taken for a no."""
+    trainer = make_trainer(tiny_llama(), tmp_path, "galore_adamw")
+    assert [f"Trainer.{name} is gone" for name in ATTRIBUTES if not hasattr(trainer, name)] == []
+    assert [f"TrainingArguments.{name} is gone" for name in ARGUMENTS if not hasattr(trainer.args, name)] == []
+    assert hasattr(trainer.accelerator, "unscale_gradients"), "Accelerator.unscale_gradients is gone"
+    assert {"DISTRIBUTED"} <= set(ParallelMode.__members__), "ParallelMode.DISTRIBUTED is gone"
+
+
+@pytest.mark.parametrize("name", ["create_optimizer", "_inner_training_loop", "_prepare_for_training", "log"])
+def test_a_training_comes_by_what_is_replaced(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method that is there, and called no more, would be replaced in vain."""
+    calls: list[str] = []
+    method = getattr(Trainer, name)
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        return method(*args, **kwargs)
+
+    monkeypatch.setattr(Trainer, name, counting)
+    train(tiny_llama(), tmp_path, "adamw_torch", optim_target_modules=None, optim_args=None, max_steps=1)
+    assert calls, f"Trainer.train() does not call {name} any more"
+
+
+@pytest.mark.parametrize(("name", "clip"), [("_clip_grad_norm", 1.0), ("_get_grad_norm", 0.0), ("_get_grad_norm", 1.0)])
+def test_a_step_comes_by_what_is_replaced(
+    name: str, clip: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    method = getattr(Trainer, name)
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        return method(*args, **kwargs)
+
+    monkeypatch.setattr(Trainer, name, counting)
+    plain: dict[str, Any] = {"optim_target_modules": None, "optim_args": None, "max_steps": 2}
+    train(tiny_llama(), tmp_path, "adamw_torch", max_grad_norm=clip, **plain)
+    assert calls == [name] * 2, f"a step of Trainer does not call {name} once any more"
+
+
 def test_registering_again_changes_nothing() -> None:
     before = methods()
     hf_galore.register()
@@ -123,6 +172,32 @@ def test_unregistered_trainers_are_transformers_own(unregistered: None, tmp_path
     args = arguments(tmp_path, "galore_adamw")
     cls, _ = Trainer.get_optimizer_cls_and_kwargs(args, tiny_llama())
     assert cls.__module__.startswith("galore_torch")
+
+
+def test_registered_within_only(unregistered: None, tmp_path: Path) -> None:
+    def made_by() -> str:
+        return str(
+            Trainer.get_optimizer_cls_and_kwargs(arguments(tmp_path, "galore_adamw"), tiny_llama())[0].__module__
+        )
+
+    before = methods()
+
+    def within() -> None:
+        with registered():
+            assert made_by().startswith("hf_galore")
+            with registered():
+                pass
+            assert is_registered()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        within()
+    assert methods() == before
+    assert not is_registered()
+    hf_galore.register()
+    with registered():
+        pass
+    assert is_registered()
 
 
 def test_a_method_that_is_gone_is_named(unregistered: None, monkeypatch: pytest.MonkeyPatch) -> None:

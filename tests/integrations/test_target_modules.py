@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
@@ -50,6 +51,35 @@ LAYERS = [
 ]
 ATTENTION = [name for name in LAYERS if "self_attn" in name]
 MLP = [name for name in LAYERS if "mlp" in name]
+
+
+def test_transformers_is_as_we_need_it() -> None:
+    """Fails first, and by name, when a new transformers moves something."""
+    conv = Conv1D(3, 5)  # of 5 inputs and 3 outputs
+    assert tuple(conv.weight.shape) == (5, 3), f"Conv1D.weight is {tuple(conv.weight.shape)}, not inputs × outputs"
+    model = tiny_llama()
+    assert model.get_output_embeddings() is model.lm_head, "PreTrainedModel.get_output_embeddings() is not the head"
+    # The rule that the Trainer's own optimizers match by, with which ours is compared below.
+    assert check_target_module_exists(["attn"], "model.layers.0.self_attn.q_proj")
+
+
+def test_peft_is_as_we_need_it() -> None:
+    """By these names adapters are told, and the head is found inside of what PEFT wraps it in."""
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model: Any = get_peft_model(tiny_llama(), config)
+    adapters = [name for name, param in model.named_parameters() if param.requires_grad and "q_proj" in name]
+    assert adapters, "PEFT trains nothing of a layer with an adapter"
+    for name in adapters:
+        assert any(part.startswith("lora_") for part in name.split(".")), (
+            f"PEFT calls an adapter {name}: no lora_ in it"
+        )
+    heads = [name for name, param in model.named_parameters() if param.requires_grad and "lm_head" in name]
+    assert heads, "PEFT trains no copy of a head in modules_to_save"
+    inside = dict(model.named_modules())
+    head = model.get_base_model().get_output_embeddings()
+    assert all(inside[name.rpartition(".")[0]] in set(head.modules()) for name in heads), (
+        f"PEFT keeps the head that it trains ({heads}) outside of get_output_embeddings()"
+    )
 
 
 @functools.cache

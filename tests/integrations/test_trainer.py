@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import weakref
 from collections import defaultdict
@@ -48,6 +47,7 @@ from tests.support.helpers import (
     tiny_llama,
     train,
 )
+from tests.support.interrupted import AfterTwoSteps, BeforeUpdate, train_until
 
 COSINE: dict[str, Any] = {"lr_scheduler_type": "cosine", "warmup_steps": 3, "max_steps": 10}
 
@@ -319,28 +319,9 @@ def test_the_logged_norm_is_that_of_the_low_rank_gradient_where_there_is_no_othe
 # ---- hooks
 
 
-class InterruptedRunError(Exception):
-    pass
-
-
-class Interrupt(TrainerCallback):
-    """Ends a run between the backward pass and the end of its second step."""
-
-    def on_pre_optimizer_step(
-        self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.global_step == 1:
-            raise InterruptedRunError
-
-
 def interrupted_trainer(model: nn.Module, output_dir: Path, name: str) -> Trainer:
     """A trainer whose run ended in an exception."""
-    trainer = make_trainer(model, output_dir, name)
-    interrupt = Interrupt()
-    trainer.add_callback(interrupt)
-    with contextlib.suppress(InterruptedRunError):
-        trainer.train()
-    trainer.remove_callback(interrupt)
+    trainer = train_until(BeforeUpdate(), make_trainer(model, output_dir, name))
     assert trainer.state.global_step == 1
     return trainer
 
@@ -400,10 +381,7 @@ def test_the_same_trainer_trains_again(plain: str, interrupted: bool, tmp_path: 
         trainer = make_trainer(model, tmp_path, name, optim_args=EXACT_ARGS, **COSINE)
         if interrupted:
             # Between two steps: in the middle of one, a layerwise run is already a step further.
-            trainer.add_callback(callback := StopAfterTwo())
-            with contextlib.suppress(InterruptedRunError):
-                trainer.train()
-            trainer.remove_callback(callback)
+            train_until(AfterTwoSteps(), trainer)
         else:
             trainer.train()
         first = snapshot(model)
@@ -411,11 +389,6 @@ def test_the_same_trainer_trains_again(plain: str, interrupted: bool, tmp_path: 
         assert not torch.equal(first["lm_head.weight"], model.lm_head.weight)
         assert hooks_on(model) == 0
         return snapshot(model)
-
-    class StopAfterTwo(TrainerCallback):
-        def on_step_end(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-            if state.global_step == 2:
-                raise InterruptedRunError
 
     assert_identical(run(f"{plain}_layerwise"), run(plain))
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
+import logging
+import re
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,11 +26,18 @@ import hf_galore.integrations.trl_head
 from hf_galore import GaLoreAdamW
 from hf_galore.backward.gradient import LowRankGradient
 from hf_galore.backward.hooks import hooks_on
-from hf_galore.integrations.trl_head import _FusedHead, restore_fused_head, use_fused_head
+from hf_galore.integrations.trl_head import _FusedHead, is_right, restore_fused_head, use_fused_head, why_not_known
 from hf_galore.optim.optimizer import GaLoreOptimizer
 from hf_galore.plan.tracking import BACKWARD, StorageTracker
 from tests.support import planning
-from tests.support.helpers import OPTIM_ARGS, assert_same_but_for_rounding, perturbed, snapshot, tiny_llama
+from tests.support.helpers import (
+    OPTIM_ARGS,
+    assert_identical,
+    assert_same_but_for_rounding,
+    perturbed,
+    snapshot,
+    tiny_llama,
+)
 from tests.support.planning import LENGTH
 
 PART, VOCABULARY, HIDDEN, TOKENS = 40, 96, 24, 30
@@ -50,6 +60,7 @@ def _small_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Three parts of the vocabulary, the last one smaller."""
     monkeypatch.setattr(hf_galore.integrations.trl_head, "VOCABULARY_PART", PART)
     restore_fused_head()
+    assert is_right(TRL_OWN, torch.device("cpu"))  # once, and not within what a test counts
     yield
     restore_fused_head()
 
@@ -59,24 +70,15 @@ def _small_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_trl_is_as_we_need_it() -> None:
     """Where this fails, TRL has moved what `integrations.trl_head` stands in for: nothing below means anything."""
-    expected = "(ctx, hidden, weight, bias, targets, temperature, chunk_size, "
-    forward = inspect.signature(TRL_OWN.forward)
-    plain = forward.replace(
-        parameters=[
-            p.replace(annotation=inspect.Parameter.empty, default=inspect.Parameter.empty)
-            for p in forward.parameters.values()
-        ],
-        return_annotation=inspect.Signature.empty,
-    )
-    assert str(plain) == expected + "final_logit_softcapping, logit_scale, outputs)"
+    assert why_not_known(TRL_OWN) is None
     parameters = inspect.signature(TRL_OWN.backward).parameters.values()
-    assert [(p.name, p.kind) for p in parameters] == [
-        ("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD),
-        ("grad_logprobs", inspect.Parameter.POSITIONAL_OR_KEYWORD),
-        ("grad_entropy", inspect.Parameter.POSITIONAL_OR_KEYWORD),
-        ("_", inspect.Parameter.VAR_POSITIONAL),
-    ]
+    assert [p.kind for p in parameters][-1] is inspect.Parameter.VAR_POSITIONAL
     assert "_ChunkedLogProbFunction.apply(" in inspect.getsource(trl.trainer.utils.add_fused_lm_head)
+
+
+def test_trl_computes_in_parts_what_it_computes_whole() -> None:
+    """Where this fails, its backward pass needs something else of its forward pass than we give it."""
+    assert hf_galore.integrations.trl_head._problem_on(TRL_OWN, torch.device("cpu")) is None
 
 
 class _Context(types.SimpleNamespace):
@@ -337,6 +339,7 @@ class Calls:
             monkeypatch.setattr(function, name, staticmethod(self._counting(name, getattr(function, name))))
 
     def _counting(self, name: str, original: Any) -> Any:
+        @functools.wraps(original)
         def call(*args: Any) -> Any:
             setattr(self, name, getattr(self, name) + 1)
             return original(*args)
@@ -505,6 +508,121 @@ def test_no_grad_and_inference_mode_use_trls_own_forward(monkeypatch: pytest.Mon
     assert torch.allclose(found, without)
     assert torch.equal(inferred, without)
     del optimizer
+
+
+# ---- a TRL that is not known
+
+
+class Longer(torch.autograd.Function):
+    """One option more, which nobody here knows of."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = (),
+        normalize: bool = False,
+    ) -> Any:
+        rest = (targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs)
+        return TRL_OWN.forward(ctx, hidden, weight, bias, *rest)
+
+    @staticmethod
+    def backward(ctx: Any, grad_logprobs: Any, grad_entropy: Any, *_: Any) -> Any:
+        return (*TRL_OWN.backward(ctx, grad_logprobs, grad_entropy), None)
+
+
+class KeepsMore(TRL_OWN):  # type: ignore[misc, valid-type]
+    """Its backward pass needs something of its forward pass that parts do not have."""
+
+    @staticmethod
+    @functools.wraps(TRL_OWN.forward)
+    def forward(ctx: Any, *args: Any) -> Any:
+        ctx.sign = 1.0
+        return TRL_OWN.forward(ctx, *args)
+
+    @staticmethod
+    def backward(ctx: Any, grad_logprobs: Any, grad_entropy: Any, *_: Any) -> Any:
+        return TRL_OWN.backward(ctx, ctx.sign * grad_logprobs, grad_entropy)
+
+
+class Centered(TRL_OWN):  # type: ignore[misc, valid-type]
+    """Takes of the head's gradient its mean over the vocabulary, which parts of it do not know."""
+
+    @staticmethod
+    def backward(ctx: Any, grad_logprobs: Any, grad_entropy: Any, *_: Any) -> Any:
+        of_hidden, of_weight, *rest = TRL_OWN.backward(ctx, grad_logprobs, grad_entropy)
+        return of_hidden, of_weight - of_weight.mean(dim=0), *rest
+
+
+UNKNOWN: dict[str, tuple[Any, str]] = {
+    "longer": (Longer, r"_ChunkedLogProbFunction\.forward takes \(ctx, .*, normalize\), not \(ctx, "),
+    "keeps more": (KeepsMore, r"fails \(AttributeError: .*'sign'\) where it is called for parts of the vocabulary"),
+    "centered": (Centered, "gives other gradients where it is called for parts of the vocabulary"),
+    "no function of autograd": (types.SimpleNamespace(apply=TRL_OWN.apply), "is no autograd function"),
+}
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_an_unknown_function_trains_as_it_is_and_one_line_says_so(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    function, words = UNKNOWN[kind]
+    hf_galore.integrations.trl_head._say_standing_back.cache_clear()
+    monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", function)
+    ours = Calls(monkeypatch, _FusedHead)
+    found, reference = llama(), llama()
+    with caplog.at_level(logging.INFO, "hf_galore"):
+        for model in (found, llama()):
+            sft(tmp_path, model, max_steps=3).train()
+    (message,) = (record.getMessage() for record in caplog.records if "TRL" in record.getMessage())
+    assert message.startswith(f"TRL {trl.__version__} is not as hf_galore knows it: ")
+    assert re.search(words, message)
+    assert ours.backward <= 1  # the example, where there was one
+    with monkeypatch.context() as patch:
+        patch.setattr(hf_galore.integrations.trainer, "use_fused_head", lambda: None)
+        patch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", function)
+        sft(tmp_path, reference, max_steps=3).train()
+    assert_identical(snapshot(found), snapshot(reference))
+
+
+def test_a_trl_without_the_function_is_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    hf_galore.integrations.trl_head._say_standing_back.cache_clear()
+    monkeypatch.delattr(trl.trainer.utils, "_ChunkedLogProbFunction")
+    with caplog.at_level(logging.INFO, "hf_galore"):
+        use_fused_head()
+        use_fused_head()
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert "trl.trainer.utils has no _ChunkedLogProbFunction" in message
+
+
+def test_the_example_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does it mind autocast, other hooks on what is saved, and the default dtype."""
+    monkeypatch.setattr(hf_galore.integrations.trl_head, "_verdicts", {})
+    state = torch.get_rng_state()
+
+    def refuse(tensor: Tensor) -> Tensor:
+        raise AssertionError("The example's tensors are nobody's business.")
+
+    with (
+        StorageTracker(torch.device("cpu")) as tracker,
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(refuse, refuse),
+        torch.no_grad(),
+    ):
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            assert is_right(TRL_OWN, torch.device("cpu"))
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert tracker.peaks() == []
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 # ---- on and off

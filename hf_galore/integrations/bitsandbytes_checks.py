@@ -1,0 +1,232 @@
+"""Whether bitsandbytes' kernels are right on this machine: each is checked once on each device and in each dtype.
+
+A kernel that is wrong on some machine trains with wrong numbers in silence. So the first use of one puts small known
+tensors through it, for a few milliseconds and, on a GPU, one read, and compares what comes out with plain torch
+(`hf_galore.lowrank.blockwise`); where it is wrong, or fails, one warning says so.
+
+The known tensors are seen by no dispatch mode, leave random numbers alone and are made in explicit dtypes; their
+arithmetic is elementwise, which autocast leaves alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ..log import logger
+from ..lowrank.blockwise import (
+    MOMENT_BLOCK,
+    AdamStep,
+    Moments8bit,
+    Quantized,
+    nearest_places,
+    nf4,
+    plain_adam_,
+    plain_dequantize_4bit,
+    plain_dequantize_8bit,
+    plain_quantize_8bit,
+    scale_of_each,
+)
+from . import bitsandbytes_calls as calls
+
+# Rows of 16 and 96 are what bitsandbytes 0.50.2 got wrong; the others have odd numbers of elements, less than a block
+# and no whole number of them.
+_SHAPES = ((70, 96), (40, 16), (33, 7), (2, 1), (1, 1))
+
+# As a fraction of a block's largest magnitude: the CPU's 8-bit quantisation looks codes up by 16 bits of an element, so
+# that one 3e-5 from the middle between two may get the farther.
+_TIE = 1e-4
+
+# A kernel's name, device and dtype: whether it is right.
+_verdicts: dict[tuple[str, torch.device, torch.dtype], bool] = {}
+_warned: set[tuple[str, str, torch.dtype]] = set()
+
+
+def is_right(name: str, used: Tensor, dtype: torch.dtype) -> bool:
+    """Whether to use bitsandbytes' kernel where `used` is; checked on first use."""
+    if used.device.type == "meta" or isinstance(used, FakeTensor):
+        return True
+    key = (name, used.device, dtype)
+    if key not in _verdicts:
+        _verdicts[key] = _check(name, used.device, dtype)
+    return _verdicts[key]
+
+
+@torch.no_grad()
+def _check(name: str, device: torch.device, dtype: torch.dtype) -> bool:
+    calls.functional()  # where it is not installed, that is what to say
+    with _disable_current_modes():
+        try:
+            right = bool(torch.stack([agreed.all() for agreed in CHECKS[name](device, dtype)]).all())
+            problem = "gives wrong results"
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            right, problem = False, f"fails ({type(error).__name__}: {error})"
+    if not right and (name, device.type, dtype) not in _warned:
+        _warned.add((name, device.type, dtype))
+        logger.warning(
+            "The kernel %s of bitsandbytes %s %s in %s on this %s: plain torch is used instead, which is right, but "
+            "slower.",
+            name,
+            calls.version(),
+            problem,
+            str(dtype).removeprefix("torch."),
+            device.type.upper(),
+        )
+    return right
+
+
+class _Known:
+    """Normal numbers and codes, the same each time and on each device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._generator = torch.Generator("cpu").manual_seed(0)
+
+    def normal(self, *shape: int) -> Tensor:
+        numbers = torch.randn(shape, generator=self._generator, dtype=torch.float32, device="cpu")
+        return numbers.to(self._device)
+
+    def codes(self, *shape: int) -> Tensor:
+        numbers = torch.randint(256, shape, generator=self._generator, dtype=torch.uint8, device="cpu")
+        return numbers.to(self._device)
+
+    def scales(self, numel: int, block: int) -> Tensor:
+        return self.normal(math.ceil(numel / block)).abs() + 0.1
+
+
+def _tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Like those of bases, and of first and second moments: equal steps, and finer ones near 0."""
+    even = torch.linspace(-1, 1, 256, dtype=torch.float32, device=device)
+    return even, even**3, torch.linspace(0, 1, 256, dtype=torch.float32, device=device) ** 3
+
+
+def _close(found: Tensor, expected: Tensor, tolerance: Tensor | float = 0.0) -> Tensor:
+    """Elementwise: apart by no more than what an exact and a truncating cast to the dtype found differ by."""
+    limits = torch.finfo(found.dtype)
+    exact = expected.float()
+    rounding = exact.abs() * max(limits.eps, 1e-6) + limits.smallest_normal * limits.eps
+    return (found.float() - exact).abs() <= rounding + tolerance
+
+
+def _codes_are_near(places: Tensor, absmax: Tensor, values: Tensor, table: Tensor, block: int) -> Iterator[Tensor]:
+    """Whether scales are right, and codes stand for no value that is farther than the nearest, but for ties."""
+    nearest, expected = nearest_places(values, table, block)
+    yield _close(absmax, expected, 1e-4 * expected)
+    flat, of_each = values.reshape(-1), scale_of_each(expected, block, values.numel())
+    best = (table[nearest] * of_each - flat).abs()
+    found = (table[places.reshape(-1).int()] * of_each - flat).abs()
+    yield found <= best + _TIE * of_each
+
+
+def _check_quantize_4bit(device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
+    known = _Known(device)
+    for shape in _SHAPES:
+        values = known.normal(*shape)
+        codes, absmax = calls.quantize_4bit(values, 64)
+        places = torch.stack([codes >> 4, codes & 15], dim=-1).view(-1)[: values.numel()]
+        yield from _codes_are_near(places, absmax, values, nf4(device), 64)
+
+
+def _check_dequantize_4bit(device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
+    known = _Known(device)
+    for shape in _SHAPES:
+        numel = math.prod(shape)
+        kept = Quantized(known.codes(math.ceil(numel / 2), 1), known.scales(numel, 64))
+        yield _close(calls.dequantize_4bit(kept, 64, shape, dtype), plain_dequantize_4bit(kept, 64, shape, dtype))
+
+
+def _check_quantize_8bit(device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
+    known = _Known(device)
+    for table in _tables(device):
+        for shape in _SHAPES:
+            values = known.normal(*shape)
+            if table[0] == 0:
+                values = values.abs()
+            codes, absmax = calls.quantize_8bit(values, table, 256)
+            yield from _codes_are_near(codes, absmax, values, table, 256)
+
+
+def _check_dequantize_8bit(device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
+    known = _Known(device)
+    for table in _tables(device):
+        for shape in _SHAPES:
+            kept = Quantized(known.codes(*shape), known.scales(math.prod(shape), 256))
+            yield _close(calls.dequantize_8bit(kept, table, 256, dtype), plain_dequantize_8bit(kept, table, 256, dtype))
+
+
+# A first step and a later one, from a weight of zeros and moving against the learning rate, as N is got for a low-rank
+# gradient; and one with decay, of a weight so large that an update does not hide it. ε is a tenth of √v̂.
+_STEPS = (
+    (0.0, AdamStep(step=1, betas=(0.9, 0.999), eps=1e-3, lr=-1.0, weight_decay=0.0)),
+    (0.0, AdamStep(step=7, betas=(0.9, 0.999), eps=1e-3, lr=-1.0, weight_decay=0.0)),
+    (64.0, AdamStep(step=7, betas=(0.9, 0.999), eps=1e-3, lr=0.25, weight_decay=0.5)),
+)
+
+
+def _adam_cases(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, AdamStep]]:
+    """Weight, gradient, both moments in float32 and what to do with them."""
+    known = _Known(device)
+    for size, now in _STEPS:
+        for shape in _SHAPES[::2]:  # that they are flat is nothing new to these kernels
+            weight, gradient = (size * known.normal(*shape)).to(dtype), (0.01 * known.normal(*shape)).to(dtype)
+            exp_avg, exp_avg_sq = 0.01 * known.normal(*shape), 1e-4 * (known.normal(*shape).abs() + 0.1)
+            past = float(now.step > 1)
+            # As large as they are after so many steps.
+            yield weight, gradient, past * exp_avg, past * (1 - 0.999**now.step) * exp_avg_sq, now
+
+
+def _weight_is_near(found: Tensor, before: Tensor, expected: Tensor, now: AdamStep) -> Tensor:
+    """Whether a weight is where it should be, in float32 `expected`.
+
+    bitsandbytes decays after the update on a GPU, and before it on a CPU, and rounds after each on a GPU.
+    """
+    moved = (expected - before.float() * (1 - now.lr * now.weight_decay)).abs()
+    rounding = torch.finfo(found.dtype).eps * before.float().abs()
+    return _close(found, expected, (1e-3 + abs(now.lr * now.weight_decay)) * moved + rounding)
+
+
+def _check_adam_8bit(device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
+    _, signed, unsigned = _tables(device)
+    for weight, gradient, exp_avg, exp_avg_sq, now in _adam_cases(device, dtype):
+        first, second = (
+            plain_quantize_8bit(values, table, MOMENT_BLOCK)
+            for values, table in ((exp_avg, signed), (exp_avg_sq, unsigned))
+        )
+        exact_first, exact_second = (
+            plain_dequantize_8bit(kept, table, MOMENT_BLOCK, torch.float32)
+            for kept, table in ((first, signed), (second, unsigned))
+        )
+        expected, before = weight.float().clone(), weight.clone()
+        plain_adam_(expected, gradient, exact_first, exact_second, now)
+        calls.adam_8bit_(weight, gradient, Moments8bit(*first, *second, signed, unsigned), now)
+        yield _weight_is_near(weight, before, expected, now)
+        for kept, values, table in ((first, exact_first, signed), (second, exact_second, unsigned)):
+            yield from _codes_are_near(kept.codes, kept.absmax, values, table, MOMENT_BLOCK)
+
+
+def _check_adam_32bit(device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
+    for weight, gradient, exp_avg, exp_avg_sq, now in _adam_cases(device, dtype):
+        expected, before = weight.float().clone(), weight.clone()
+        exact_first, exact_second = exp_avg.clone(), exp_avg_sq.clone()
+        plain_adam_(expected, gradient, exact_first, exact_second, now)
+        calls.adam_32bit_(weight, gradient, exp_avg, exp_avg_sq, now)
+        yield _weight_is_near(weight, before, expected, now)
+        yield _close(exp_avg, exact_first, 1e-7)  # of two terms that may cancel, each about 0.01
+        yield _close(exp_avg_sq, exact_second, 1e-5 * exact_second)
+
+
+CHECKS: dict[str, Callable[[torch.device, torch.dtype], Iterator[Tensor]]] = {
+    "quantize_4bit": _check_quantize_4bit,
+    "dequantize_4bit": _check_dequantize_4bit,
+    "quantize_blockwise": _check_quantize_8bit,
+    "dequantize_blockwise": _check_dequantize_8bit,
+    "optimizer_update_8bit_blockwise": _check_adam_8bit,
+    "optimizer_update_32bit": _check_adam_32bit,
+}

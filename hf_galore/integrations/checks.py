@@ -1,0 +1,117 @@
+"""What is refused of training arguments and of optimizers that a Trainer is to train with, before the first step."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import torch
+from transformers import TrainingArguments
+from transformers.trainer import Trainer
+from transformers.training_args import ParallelMode
+
+from ..config import GaLoreConfig
+from ..log import logger
+from ..optim.admission import check_parameters
+from ..optim.build import KINDS
+from ..optim.groups import FROM_WEIGHTS, written_by_galore_torch
+from ..optim.optimizer import GaLoreOptimizer
+from .callback import galore_callback
+
+
+def optim_name(args: TrainingArguments) -> str:
+    """The name of the optimizer that training arguments ask for."""
+    # TrainingArguments turns names into enum members; arguments changed afterwards may hold either.
+    return str(getattr(args.optim, "value", args.optim))
+
+
+def check_optimizer(trainer: Trainer, optimizer: GaLoreOptimizer) -> None:
+    """Refuse what an optimizer cannot do, whoever made it."""
+    kind = type(optimizer).__name__
+    check_no_engine(kind, trainer.args, trainer)
+    if optimizer.hooks is not None:
+        asked = f"{kind} with layerwise=True or projected_backward=True"
+        check_can_hook(asked, f"{kind} without them", trainer.args)
+    _check_targets(trainer, optimizer)
+    if trainer.model is not None:
+        trained = {id(param) for group in optimizer.param_groups for param in group["params"]}
+        named = ((name, param) for name, param in trainer.model.named_parameters() if id(param) in trained)
+        check_parameters(named, trainer.model, on_meta=False)
+
+
+def _check_targets(trainer: Trainer, optimizer: GaLoreOptimizer) -> None:
+    """Refuse an optimizer that somebody else made with no targets where the arguments ask for some."""
+    args, kind, name = trainer.args, type(optimizer).__name__, optim_name(trainer.args)
+    if args.optim_target_modules is None and not (name in KINDS and args.optim_args):
+        return
+    options = [GaLoreConfig.from_group(group) for _, group in optimizer.targets()]
+    if not options:
+        raise ValueError(
+            f"optim_target_modules is {args.optim_target_modules!r}, but the {kind} that this Trainer was given, or "
+            "that a subclass of it made, projects nothing: optim_target_modules and optim_args are read only where the "
+            "Trainer makes the optimizer by its name. Set optim='galore_adamw' and leave out optimizers and "
+            "optimizer_cls_and_kwargs; or give the optimizer its targets, by groups with a 'rank' or by "
+            "param_options={weight: {'rank': 128}}, as Trainer.get_optimizer_cls_and_kwargs(args, model) returns them."
+        )
+    if name in KINDS and args.optim_args and galore_callback(trainer) is None:  # once
+        config = GaLoreConfig.from_optim_args(args.optim_args)
+        if not any(found is not None and found.group_options() == config.group_options() for found in options):
+            logger.warning(
+                "optim_args is %r, but no parameter group of the %s that this Trainer was given has these options: it "
+                "trains as it was made.",
+                args.optim_args,
+                kind,
+            )
+
+
+def check_no_engine(asked: str, args: TrainingArguments, trainer: Trainer | None = None) -> None:
+    """Refuse engines that shard, also where they are asked for and not had: on CPUs accelerate leaves FSDP out."""
+    for engine in ("fsdp", "deepspeed"):
+        variable = f"ACCELERATE_USE_{engine.upper()}"
+        given = [key for key in (engine, f"{engine}_config") if getattr(args, key, None)]
+        # accelerate leaves the variable behind where a trainer has failed: one process has nothing to shard.
+        several = args.parallel_mode == ParallelMode.DISTRIBUTED
+        in_environment = several and os.environ.get(variable, "").lower() == "true"
+        if given or in_environment or getattr(trainer, f"is_{engine}_enabled", False):
+            where = f"in the training arguments: {' and '.join(given)}" if given else f"by accelerate ({variable})"
+            raise ValueError(
+                f"{asked} does not work under {engine.upper()}, which shards or flattens the matrices that GaLore "
+                f"projects. It is asked for {where}. Leave that out, and run on one GPU, or under DDP without a "
+                "layerwise optimizer."
+            )
+
+
+def check_can_hook(asked: str, instead: str, args: TrainingArguments) -> None:
+    """Refuse what the hooks into the backward pass cannot do."""
+    problem = None
+    if args.fp16:
+        problem = "fp16: its loss scaling unscales and checks gradients that are not there. Set bf16=True"
+    elif args.parallel_mode == ParallelMode.DISTRIBUTED:
+        problem = "more than one process: low-rank gradients are not reduced over them. Launch one"
+    elif args.n_gpu > 1:
+        problem = "several GPUs in one process. Set CUDA_VISIBLE_DEVICES=0"
+    if problem is not None:
+        raise ValueError(f"{asked} does not work with {problem}, or use {instead}.")
+
+
+def check_no_adam_arguments(name: str, args: TrainingArguments) -> None:
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+    for key in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+        if getattr(args, key) != defaults[key]:
+            raise ValueError(f"optim={name!r} has no use for {key}={getattr(args, key)}. Leave it out.")
+
+
+def why_not_loadable(file: str) -> str | None:
+    """What is wrong with a file of optimizer state that holds Python objects; `None` where it is something else."""
+    try:
+        kinds = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    except Exception:  # no zip file, none at all, ...: what the load said stands
+        return None
+    if any(kind.startswith("galore_torch.") for kind in kinds):
+        return written_by_galore_torch()
+    if not kinds:
+        return None
+    return (
+        f"Its optimizer state is another optimizer's: it holds Python objects ({', '.join(sorted(kinds))}), where "
+        f"GaLore has tensors only. Resume with the optim of the run that wrote it. {FROM_WEIGHTS}"
+    )

@@ -1,0 +1,155 @@
+"""What a plan puts in the place of functions of transformers, PEFT, TRL and bitsandbytes, while it runs.
+
+A plan trains with tensors that have no numbers (`hf_galore.plan`). These libraries load and write weights, which are
+not there, ask for numbers, and choose kernels by the device; here is what they find instead. All replacements act on
+the whole process, other threads too, for as long as the plan runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import transformers.masking_utils
+import transformers.trainer_pt_utils
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+
+from .signatures import moved
+
+# What is replaced, and what the replacements call, with the signatures that they were written for.
+_MASKS: dict[str, str] = {
+    "is_tracing": "(tensor=None)",
+    "find_packed_sequence_indices": "(position_ids)",
+    "fast_all": "(tensor)",
+}
+_EVALUATION: dict[str, str] = {"nested_numpify": "(tensors)"}
+_LOSS: dict[str, str] = {"_use_triton": "(device)", "_addmm_fp32": "(acc, a, b)"}
+_KERNELS = ("_forward_kernel", "_backward_kernel")
+
+
+@contextlib.contextmanager
+def without_numbers(
+    *, packed_indices: Callable[[Tensor], Tensor | None], all_true: Callable[[Tensor], bool], gpu_loss: bool
+) -> Iterator[None]:
+    """Let transformers, PEFT, TRL and bitsandbytes train with tensors that have no numbers.
+
+    Args:
+        packed_indices: answers transformers' `find_packed_sequence_indices`, which reads where documents begin.
+        all_true: answers transformers' `fast_all`, which reads whether there is padding.
+        gpu_loss: whether TRL's loss takes its way for GPUs, with Triton kernels that fill what is there.
+    """
+    with contextlib.ExitStack() as stack:
+        for owner, name, replacement in (
+            # Weights come from nowhere, and nothing is written.
+            (PreTrainedModel, "from_pretrained", classmethod(_from_config)),
+            (PreTrainedModel, "save_pretrained", _nothing),
+            (PeftModel, "save_pretrained", _nothing),
+            # transformers takes a fake for a sign of compilation, for which it makes other masks.
+            (transformers.masking_utils, "is_tracing", lambda tensor=None: False),
+            (transformers.masking_utils, "find_packed_sequence_indices", packed_indices),
+            (transformers.masking_utils, "fast_all", all_true),
+            (transformers.trainer_pt_utils, "nested_numpify", _numpify),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, replacement))
+        if gpu_loss:
+            _use_gpu_loss(stack)
+        with contextlib.suppress(ImportError):
+            from bitsandbytes.optim.optimizer import GlobalOptimManager
+
+            # It remembers parameters by their addresses, for good.
+            stack.enter_context(mock.patch.object(GlobalOptimManager, "_instance", None))
+        yield
+
+
+def moved_stand_ins() -> list[str]:
+    """What of these libraries is no longer where `without_numbers` looks for it, in words; empty where all is well."""
+    import trl.kernels.chunked_logprob as kernels
+    import trl.trainer.utils
+    from bitsandbytes.optim.optimizer import GlobalOptimManager
+
+    found = moved(transformers.masking_utils, "transformers.masking_utils", _MASKS)
+    found += moved(transformers.trainer_pt_utils, "transformers.trainer_pt_utils", _EVALUATION)
+    found += moved(kernels, "trl.kernels.chunked_logprob", _LOSS)
+    for owner, names in (
+        (PreTrainedModel, ("from_pretrained", "save_pretrained", "_from_config")),
+        (PeftModel, ("save_pretrained",)),
+        (trl.trainer.utils, ("_use_triton",)),
+        (kernels, _KERNELS),
+        (GlobalOptimManager, ("_instance",)),
+    ):
+        found += [f"{owner.__name__}.{name} is gone" for name in names if not hasattr(owner, name)]
+    return found
+
+
+def _from_config(
+    cls: Any,
+    /,
+    name: Any = None,
+    *args: Any,
+    config: Any = None,
+    dtype: Any = None,
+    attn_implementation: str | None = None,
+    quantization_config: Any = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Instead of `PreTrainedModel.from_pretrained`: a model of that shape, with no weights behind it."""
+    config = config or AutoConfig.from_pretrained(name)
+    if quantization_config is not None or getattr(config, "quantization_config", None) is not None:
+        raise ValueError("A model with quantized weights (load_in_4bit, load_in_8bit) cannot be planned.")
+    if dtype is None or dtype == "auto":
+        dtype = config.dtype or torch.float32
+    if attn_implementation is not None and attn_implementation.startswith(("flash_attention", "kernels")):
+        attn_implementation = "sdpa"  # which allocates the same
+    model: PreTrainedModel = cls._from_config(
+        config,
+        dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype,
+        **({} if attn_implementation is None else {"attn_implementation": attn_implementation}),
+    )
+    model.eval()
+    return model
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """Instead of writing a file, or of a kernel that only fills what is there: neither allocates on the device."""
+
+
+def _numpify(tensors: Any) -> Any:
+    """Instead of `nested_numpify`: ones."""
+    if isinstance(tensors, (list, tuple)):
+        return type(tensors)(map(_numpify, tensors))
+    return np.ones(tuple(tensors.shape), dtype=np.float32)
+
+
+class _Kernel:
+    """Instead of a Triton kernel, which is called as `kernel[grid](...)`."""
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return _nothing
+
+
+class _Triton:
+    @staticmethod
+    def cdiv(a: int, b: int) -> int:
+        return -(-a // b)
+
+
+def _use_gpu_loss(stack: contextlib.ExitStack) -> None:
+    """Let TRL's loss take its way for GPUs: Triton kernels, which fill tiles in place, and products into float32."""
+    import trl.kernels.chunked_logprob as kernels
+    import trl.trainer.utils
+
+    for owner, name, replacement in (
+        (kernels, "_use_triton", lambda device: True),
+        (trl.trainer.utils, "_use_triton", lambda device: True),
+        (kernels, "_addmm_fp32", _nothing),
+        *((kernels, name, _Kernel()) for name in _KERNELS),
+    ):
+        stack.enter_context(mock.patch.object(owner, name, replacement))
+    # Not there where torch comes without Triton.
+    stack.enter_context(mock.patch.object(kernels, "triton", _Triton, create=True))

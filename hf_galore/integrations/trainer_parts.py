@@ -1,0 +1,80 @@
+"""Parts of a Trainer that are private or undocumented, and that plans and recorded runs are in need of."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from transformers.trainer import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .signatures import moved
+
+Method = Callable[..., Any]
+
+# Methods that are wrapped, overridden or called, with the signatures that this was written for.
+PARTS: dict[str, str] = {
+    "training_step": "(self, model, inputs, num_items_in_batch=None)",
+    "evaluate": "(self, eval_dataset=None, ignore_keys=None, metric_key_prefix='eval')",
+    "_save_checkpoint": "(self, model, trial)",
+    "_get_output_dir": "(self, trial)",
+}
+
+
+def moved_parts() -> list[str]:
+    """What this transformers no longer has as it is needed here, in words; empty where all is well."""
+    return moved(Trainer, "Trainer", PARTS)
+
+
+@contextlib.contextmanager
+def wrapped_methods(
+    trainer: Trainer,
+    *,
+    training_step: Callable[[Method], Method],
+    evaluate: Callable[[Method], Method],
+    save_checkpoint: Callable[[Method], Method],
+) -> Iterator[None]:
+    """Within, a trainer trains a micro-batch, evaluates and saves a checkpoint by what these make of its methods."""
+    with contextlib.ExitStack() as stack:
+        for name, wrap in (
+            ("training_step", training_step),
+            ("evaluate", evaluate),
+            ("_save_checkpoint", save_checkpoint),
+        ):
+            stack.enter_context(mock.patch.object(trainer, name, wrap(getattr(trainer, name))))
+        yield
+
+
+def micro_batches(trainer: Trainer) -> int:
+    """How many micro-batches the present optimizer step of a trainer has: fewer than usual at the end of the data."""
+    return int(trainer.current_gradient_accumulation_steps)
+
+
+class TrainerParts:
+    """Beside a Trainer in a class's bases, in front of it: says when a checkpoint begins, and what was trained on."""
+
+    args: Any
+    state: Any
+
+    _total_train_tokens = 0  # TRL's trainers count them, and begin with none after a resume
+
+    @property
+    def trained_tokens(self) -> int:
+        """The tokens that TRL's trainers have counted in this run; 0 in other trainers. May be set."""
+        return self._total_train_tokens
+
+    @trained_tokens.setter
+    def trained_tokens(self, tokens: int) -> None:
+        self._total_train_tokens = tokens
+
+    def before_checkpoint(self, folder: Path) -> None:
+        """Called on the processes that write, before a checkpoint is written into `folder`; does nothing."""
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")  # type: ignore[attr-defined]
+            self.before_checkpoint(folder)
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]

@@ -1,0 +1,66 @@
+"""TRL's parser of recipes and command lines, able to take lists where an argument is a string or a list of them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from typing import Any, get_args, get_type_hints
+
+from trl import TrlParser
+
+
+class ListParser(TrlParser):
+    """`TrlParser` with `--key a b`, `--key '["a", "b"]'` and `--key a` where a dataclass allows a string or a list.
+
+    Reads options from no file beside the program, and takes `--resume_from_checkpoint` without a value.
+
+    Attributes:
+        hints: the types of all fields of the dataclasses, by name.
+        actions: what `argparse` does with an argument, by the name of its field.
+    """
+
+    def __init__(self, dataclass_types: Iterable[type], **kwargs: Any) -> None:
+        dataclass_types = list(dataclass_types)
+        self.hints: dict[str, Any] = {}
+        self.actions: dict[str, argparse.Action] = {}
+        for dataclass_type in dataclass_types:
+            self.hints.update(get_type_hints(dataclass_type))
+        super().__init__(dataclass_types=dataclass_types, **kwargs)
+
+    def add_argument(self, *flags: str, **kwargs: Any) -> argparse.Action:
+        """Add an argument, as TRL's parser does for each field of a dataclass."""
+        name = flags[0].lstrip("-")
+        if {str, list[str]} <= set(get_args(self.hints.get(name))):
+            kwargs.update(nargs="+", action=_OneOrMany)  # TRL's takes one string
+        elif name == "resume_from_checkpoint":
+            kwargs.update(nargs="?", const="true")
+        self.actions[name] = super().add_argument(*flags, **kwargs)
+        return self.actions[name]
+
+    def parse_args_into_dataclasses(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """Parse, as TRL's parser, but for a file of options (`hf-galore.args`) that it would look for."""
+        parsed: tuple[Any, ...] = super().parse_args_into_dataclasses(*args, **{**kwargs, "look_for_args_file": False})
+        return parsed
+
+
+class _OneOrMany(argparse.Action):
+    """`--key a b`, `--key '["a", "b"]'` and `--key a`: the first two are lists, the last is the string."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, flag: str | None = None
+    ) -> None:
+        setattr(namespace, self.dest, self._decoded(values))
+
+    def _decoded(self, values: list[str]) -> str | list[str]:
+        if len(values) > 1:
+            return values
+        if not values[0].lstrip().startswith("["):
+            return values[0]
+        try:
+            decoded = json.loads(values[0])
+        except json.JSONDecodeError:
+            return values[0]  # a regular expression may begin so
+        if not all(isinstance(value, str) for value in decoded):
+            raise argparse.ArgumentError(self, f"{values[0]} is not a list of strings")
+        return list(decoded)

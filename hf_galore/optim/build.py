@@ -1,0 +1,183 @@
+"""From a model, `optim_target_modules` and `optim_args` to an optimizer with its hooks: with a Trainer and without one.
+
+`make_optimizer` is for training loops of one's own. A Trainer comes by `optimizer_cls_and_kwargs`, since it makes the
+parameter groups itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import GaLoreConfig
+from ..integrations.target_modules import embedding_weights, find_targets, summarize
+from ..log import logger
+from .admission import check_parameters
+from .classes import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
+from .optimizer import GaLoreOptimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What a name of `TrainingArguments.optim` stands for."""
+
+    cls: type[GaLoreOptimizer]
+    layerwise: bool
+
+
+KINDS: dict[str, Kind] = {
+    "galore_adamw": Kind(GaLoreAdamW, layerwise=False),
+    "galore_adamw_8bit": Kind(GaLoreAdamW8bit, layerwise=False),
+    "galore_adafactor": Kind(GaLoreAdafactor, layerwise=False),
+    "galore_adamw_layerwise": Kind(GaLoreAdamW, layerwise=True),
+    "galore_adamw_8bit_layerwise": Kind(GaLoreAdamW8bit, layerwise=True),
+    "galore_adafactor_layerwise": Kind(GaLoreAdafactor, layerwise=True),
+}
+"""The names of the optimizers, as in `TrainingArguments.optim`."""
+
+
+def make_optimizer(
+    model: nn.Module,
+    target_modules: Any = "all-linear",
+    *,
+    optim: str = "galore_adamw",
+    optim_args: GaLoreConfig | Mapping[str, Any] | str | None = None,
+    lr: float = 1e-3,
+    weight_decay: float = 0.0,
+    hold_gradients: bool = False,
+    **hyperparameters: Any,
+) -> GaLoreOptimizer:
+    """Make an optimizer for a training loop of one's own, as a Trainer would make it from the same arguments.
+
+    With the same data, learning rates and `hold_gradients` (a Trainer's `max_grad_norm` above 0) the weights end bit
+    for bit where the Trainer's end. Biases and norms are not decayed. For a layerwise optimizer, and for one with a
+    projected backward, hooks are put on the model: `optimizer.close()` takes them off.
+
+        optimizer = make_optimizer(model, optim="galore_adamw_8bit_layerwise", optim_args={"rank": 256}, lr=1e-4)
+
+    Args:
+        model: the model. What is frozen stays out of the optimizer.
+        target_modules: which layers to project, as `TrainingArguments.optim_target_modules`: a list of parts of names,
+            a regular expression for whole names, or "all-linear".
+        optim: one of `KINDS`.
+        optim_args: the options of GaLore, as a string of `key=value` items, a mapping, or a `GaLoreConfig`.
+        lr: learning rate η.
+        weight_decay: λ, of the weights that are decayed.
+        hold_gradients: whether a layerwise optimizer waits for `step()` with its updates, as clipping needs it.
+        hyperparameters: what else the optimizer's class takes: `betas` and `eps` of `GaLoreAdamW` and
+            `GaLoreAdamW8bit`; `eps`, `clip_threshold`, `decay_rate` and `beta1` of `GaLoreAdafactor`.
+
+    Raises:
+        ValueError: an unknown `optim`; an unknown key of `optim_args` or a value out of range; targets that select
+            nothing; parameters that GaLore cannot train.
+        TypeError: a keyword that the optimizer's class does not have, or arguments of other types.
+    """
+    cls, kwargs = optimizer_cls_and_kwargs(
+        model,
+        target_modules,
+        optim=optim,
+        config=_config(optim_args),
+        hold_gradients=hold_gradients,
+        say=_is_first_process(),
+    )
+    make: Callable[..., GaLoreOptimizer] = cls
+    return make(_groups(model, weight_decay), lr=lr, **kwargs, **hyperparameters)
+
+
+def needs_hooks(optim: str, config: GaLoreConfig) -> bool:
+    """Whether an optimizer by this name and with these options hooks into the backward pass."""
+    return KINDS[optim].layerwise or bool(config.projected_backward)
+
+
+def optimizer_cls_and_kwargs(
+    model: nn.Module, target_modules: Any, *, optim: str, config: GaLoreConfig, hold_gradients: bool, say: bool = True
+) -> tuple[type[GaLoreOptimizer], dict[str, Any]]:
+    """The class of an optimizer, and the keywords that make it project the targets of a model.
+
+    Args:
+        model: the model.
+        target_modules: as in `make_optimizer`.
+        optim: one of `KINDS`.
+        config: the options.
+        hold_gradients: as in `make_optimizer`.
+        say: whether to log the summary, and warn of targets that gain nothing.
+
+    Returns:
+        The class, to be called with parameters or groups, and its keywords but for hyperparameters (`lr`, ...).
+
+    Raises:
+        ValueError: as `make_optimizer`.
+        TypeError: `target_modules` is neither a string nor a list of strings.
+    """
+    kind = _kind(optim)
+    check_parameters(model.named_parameters(), model)  # before the optimizer makes state for them
+    targets = find_targets(model, target_modules, config)
+    options: dict[Tensor, dict[str, Any]] = {}
+    if kind.cls is not GaLoreAdamW8bit:
+        if config.embedding_bits != 32:
+            raise ValueError(
+                f"embedding_bits={config.embedding_bits} is for the 8-bit optimizers, and {optim!r} is none of them. "
+                "Leave it out."
+            )
+    elif config.embedding_bits == 32:  # bitsandbytes' rule, which the Trainer applies to its 8-bit optimizers
+        options.update((weight, {"optim_bits": 32}) for weight in embedding_weights(model))
+    options.update((weight, config.group_options()) for weight in targets.projected.values())
+    if say:
+        logger.info(summarize(model, targets, config))
+        adapters = targets.lora_adapters()
+        if adapters:
+            logger.warning(
+                "%d of the %d matrices that GaLore projects are adapters of LoRA, such as %s. Their optimizer state is "
+                "small as it is, and projecting them gains nothing: train them with optim='adamw_torch', or the model "
+                "itself without LoRA.",
+                len(adapters),
+                len(targets.projected),
+                adapters[0],
+            )
+    return kind.cls, {
+        "param_options": options,
+        "module": model,
+        "layerwise": kind.layerwise,
+        "projected_backward": kind.layerwise if config.projected_backward is None else config.projected_backward,
+        "hold_gradients": hold_gradients,
+        "stochastic_rounding": config.stochastic_rounding,
+    }
+
+
+def _kind(optim: Any) -> Kind:
+    name = str(getattr(optim, "value", optim))  # a member of transformers' OptimizerNames too
+    if name not in KINDS:
+        close = difflib.get_close_matches(name, KINDS, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"optim has to be one of {', '.join(KINDS)}, but is {name!r}.{hint}")
+    return KINDS[name]
+
+
+def _config(optim_args: GaLoreConfig | Mapping[str, Any] | str | None) -> GaLoreConfig:
+    if isinstance(optim_args, GaLoreConfig):
+        return optim_args
+    if isinstance(optim_args, Mapping):
+        optim_args = ", ".join(f"{key}={value}" for key, value in optim_args.items() if value is not None)
+    return GaLoreConfig.from_optim_args(optim_args)
+
+
+def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The trainable parameters, decayed and undecayed, as the Trainer divides and orders them."""
+    from ..integrations.decay import decayed_names  # imports transformers' Trainer, which takes seconds
+
+    decayed = decayed_names(model)
+    trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    return [
+        {"params": [param for name, param in trained.items() if name in decayed], "weight_decay": weight_decay},
+        {"params": [param for name, param in trained.items() if name not in decayed], "weight_decay": 0.0},
+    ]
+
+
+def _is_first_process() -> bool:
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
