@@ -7,7 +7,6 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 from transformers import TrainingArguments
 
-from .. import __version__
 from ..config import GaLoreConfig
 from ..integrations.trainer import KINDS, optim_name
 from ..plan.planner import CONTEXT_BYTES, FRAGMENTATION, GIB, MemoryPlan, in_gib
@@ -36,6 +35,8 @@ def add_galore(path: Path, args: TrainingArguments, plan: MemoryPlan | None) -> 
 
 
 def _section(optim: str, args: TrainingArguments, plan: MemoryPlan | None) -> str:
+    from .. import __version__  # here, since importing the package itself registers the optimizers
+
     config = GaLoreConfig.from_optim_args(args.optim_args)
     lines = [
         "### GaLore",

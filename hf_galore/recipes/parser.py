@@ -7,17 +7,15 @@ type hints of the dataclasses.
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, NoReturn
 
 from transformers import TrainingArguments
-from trl import TrlParser
 
 from ..config import nearest
 from ..integrations.trainer import KINDS, optim_name
+from ..integrations.trl_parser import ListParser
 from .config_file import key_of, keys_given, read, shortened, take_config
 from .errors import UserError
 from .folders import find_recipe
@@ -78,51 +76,8 @@ def _drop_other_optims(parsed: Iterable[Any], config: dict[str, Any], given: set
                 setattr(values, key, None)
 
 
-class _OneOrMany(argparse.Action):
-    """`--key a b` and `--key '["a", "b"]'` give a list, `--key a` gives the string."""
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, flag: str | None = None
-    ) -> None:
-        setattr(namespace, self.dest, self._decoded(values, flag))
-
-    def _decoded(self, values: list[str], flag: str | None) -> str | list[str]:
-        if len(values) > 1:
-            return values
-        if not values[0].lstrip().startswith("["):
-            return values[0]
-        try:
-            decoded = json.loads(values[0])
-        except json.JSONDecodeError:
-            return values[0]  # a regular expression may begin so
-        if not all(isinstance(value, str) for value in decoded):
-            raise argparse.ArgumentError(self, f"{values[0]} is not a list of strings")
-        return list(decoded)
-
-
-class _RecipeParser(TrlParser):
-    """TRL's parser, strict, and able to take lists where a dataclass allows a string or a list of them."""
-
-    def __init__(self, dataclass_types: Iterable[type], **kwargs: Any) -> None:
-        self.hints: dict[str, Any] = {}
-        self.actions: dict[str, argparse.Action] = {}
-        for dataclass_type in dataclass_types:
-            self.hints.update(get_type_hints(dataclass_type))
-        super().__init__(dataclass_types=dataclass_types, **kwargs)
-
-    def add_argument(self, *flags: str, **kwargs: Any) -> argparse.Action:
-        name = flags[0].lstrip("-")
-        if {str, list[str]} <= set(get_args(self.hints.get(name))):
-            kwargs.update(nargs="+", action=_OneOrMany)  # TRL's takes one string
-        elif name == "resume_from_checkpoint":
-            kwargs.update(nargs="?", const="true")
-        self.actions[name] = super().add_argument(*flags, **kwargs)
-        return self.actions[name]
-
-    def parse_args_into_dataclasses(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        # Otherwise options are also read from a file beside the program, `hf-galore.args`.
-        parsed: tuple[Any, ...] = super().parse_args_into_dataclasses(*args, **{**kwargs, "look_for_args_file": False})
-        return parsed
+class _RecipeParser(ListParser):
+    """TRL's parser, which takes lists too, with errors of ours."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}.")

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 
+from ..integrations.trainer import registered
 from ..plan.fakes import Target
 from ..plan.planner import MemoryPlan, plan, quiet
 from ..plan.rehearsal import Progress
@@ -38,7 +39,7 @@ def plan_recipe(
         ValueError: something that was given is wrong; the message says what.
     """
     start = time.perf_counter()
-    with quiet(), tempfile.TemporaryDirectory() as folder:
+    with quiet(), registered(), tempfile.TemporaryDirectory() as folder:
         if isinstance(recipe, (str, os.PathLike)):
             arguments = any_recipe.parse(["--config", os.fspath(recipe), *overrides], "plan", "")
         else:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..integrations.trainer import optim_name, register
+from ..integrations.trainer_parts import TrainerParts
 from ..plan.planner import GIB, MemoryPlan
 from .model_card import add_galore
 from .whole_files import write_whole
@@ -74,7 +74,7 @@ class RunFacts:
         write_whole(folder / RUN_FILE, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
 
-class RecordedTrainer(Trainer):  # type: ignore[misc, unused-ignore]
+class RecordedTrainer(TrainerParts, Trainer):  # type: ignore[misc, unused-ignore]
     """Mixed into a Trainer: its log also has `step_seconds`, `tokens_per_second` and `peak_memory_gib`.
 
     - `step_seconds`: of a step since the last log, with loading the data, without evaluations and checkpoints.
@@ -82,14 +82,13 @@ class RecordedTrainer(Trainer):  # type: ignore[misc, unused-ignore]
     - `peak_memory_gib`: the most so far; on a GPU of what torch's allocator gave out, else of the process.
 
     From `record()` on: until then, and in a plan, it is the Trainer that it is mixed into. Its model card says how
-    GaLore was used, if it was. Every Trainer of a recipe is one, so that this is where the optimizers are registered.
+    GaLore was used, if it was. Every Trainer of a recipe is one: making it registers the optimizers.
     """
 
     memory_plan: MemoryPlan | None = None
     """For the model card."""
     _facts: RunFacts | None = None
     _clock: StepClock | None = None
-    _total_train_tokens = 0  # TRL's trainers count them, and begin with none after a resume
 
     def __init__(self, *, args: TrainingArguments, **others: Any) -> None:
         register()  # the galore_* names, whatever was imported to get here
@@ -145,15 +144,12 @@ class RecordedTrainer(Trainer):  # type: ignore[misc, unused-ignore]
             logs.update(self._clock.figures(self.state.global_step))
         super().log(logs, start_time)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save a checkpoint; one of the same step, of an older run, loses first the file that is written last.
+    def before_checkpoint(self, folder: Path) -> None:
+        """Remove from a checkpoint of the same step, of an older run, the file that is written last.
 
         Killed in between, the run would otherwise leave files of both checkpoints, each of them whole.
         """
-        if self.args.should_save:
-            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            Path(self._get_output_dir(trial=trial), folder, TRAINER_STATE_NAME).unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial)
+        (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the model card, with a section on how GaLore was used."""
@@ -177,8 +173,8 @@ class StepClock(TrainerCallback):  # type: ignore[misc, unused-ignore]
     ) -> None:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
-        self._trainer._total_train_tokens = state.num_input_tokens_seen  # of a resumed run, those before
-        self._steps, self._tokens = state.global_step, self._trainer._total_train_tokens
+        self._trainer.trained_tokens = state.num_input_tokens_seen  # of a resumed run, those before
+        self._steps, self._tokens = state.global_step, self._trainer.trained_tokens
         self._start = self._paused_at = time.perf_counter()  # an evaluation may come first
         self._trainer.begin_record()
 
@@ -191,14 +187,14 @@ class StepClock(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if args.include_num_input_tokens_seen == "no":  # or else the Trainer counts them itself
-            state.num_input_tokens_seen = self._trainer._total_train_tokens
+            state.num_input_tokens_seen = self._trainer.trained_tokens
         if control.should_evaluate or control.should_save:
             self._paused_at = time.perf_counter()
 
     def figures(self, step: int) -> dict[str, float]:
         """Return time and tokens of the steps since the last call, and the peak of memory so far."""
         figures: dict[str, float] = {}
-        now, tokens = time.perf_counter(), self._trainer._total_train_tokens
+        now, tokens = time.perf_counter(), self._trainer.trained_tokens
         if step > self._steps:
             figures["step_seconds"] = (now - self._start) / (step - self._steps)
         if tokens > self._tokens:

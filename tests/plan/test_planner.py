@@ -30,6 +30,7 @@ from transformers import (
 )
 
 import hf_galore.integrations.trl_head
+from hf_galore.integrations.trainer import is_registered
 from hf_galore.lowrank.quantize import _equal_steps
 from hf_galore.plan.fakes import fake_training
 from hf_galore.plan.planner import MemoryPlan, measure, plan
@@ -435,6 +436,21 @@ def test_the_package_is_called_for_trainers_and_for_recipes(tmp_path: Path) -> N
         assert (found.tokens_per_step, len(found.notes)) == (2 * 2 * 16, 1)  # of the tokenizer, which is not there
     with pytest.raises(ValueError, match="overrides and layers are for a recipe, but a function was given"):
         room(make, layers=1)
+
+
+def test_planning_a_recipe_leaves_nothing_registered(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    llama().save_pretrained(tmp_path / "model")
+    file.write_text(RECIPE.format(folder=tmp_path / "model", optim_args=OPTIM_ARGS, output=tmp_path / "output"))
+    hf_galore.unregister()
+    try:
+        found = plan_recipe(file, target="cpu")
+        assert not is_registered()
+    finally:
+        hf_galore.register()
+    assert found.breakdown == plan_recipe(file, target="cpu").breakdown
+    assert is_registered()
+    assert "bases" in found.breakdown
 
 
 def test_the_planner_does_without_recipes_and_commands() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import re
@@ -25,7 +26,7 @@ from hf_galore import GaLoreConfig
 from hf_galore.cli.main import main
 from hf_galore.integrations.target_modules import find_targets
 from hf_galore.plan.planner import GIB, MemoryPlan
-from hf_galore.recipes import any_recipe, run_record, stand_in
+from hf_galore.recipes import any_recipe, planning, run_record, stand_in
 from hf_galore.recipes.checks import galore_config
 from hf_galore.recipes.embedded_model import CACHE_VARIABLE, Embedded
 from hf_galore.recipes.folders import configs_folder, known_models, known_recipes, recipes_folder
@@ -174,6 +175,7 @@ def test_plans_of_others_agree_with_what_was_found_before(
     # Read again by our own parser, which knows more options than theirs: they are given theirs only.
     monkeypatch.setattr(stand_in, "galore_config", lambda training: None)
     monkeypatch.setattr(run_record, "register", lambda: None)
+    monkeypatch.setattr(planning, "registered", contextlib.nullcontext)
     try:
         found = planned(LLAMA2.name, small, "--optim", optim, "--optim_args", "rank=1024, update_proj_gap=200, scale=2")
     finally:
