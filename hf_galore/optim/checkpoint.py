@@ -133,7 +133,7 @@ def _check_same_state(cls_name: str, trained: Trained, index: int, saved: Mappin
 def _fill(copies: list[Copy]) -> None:
     """Put what was loaded where the optimizer has it."""
     for trained, key, value in copies:
-        current = trained.present_state
+        current = trained.owner.state[trained.param]
         device = torch.device("cpu") if key in ON_HOST else trained.param.device
         if key in current and current[key].device == device:
             if current[key] is not value:

@@ -101,7 +101,7 @@ class Trained:
     @property
     def present_state(self) -> State:
         """What the optimizer keeps of it; empty where that is yet to be made."""
-        return cast("State", self.owner.state[self.param])
+        return cast("State", self.owner.state.get(self.param, {}))
 
     @property
     def state(self) -> State:

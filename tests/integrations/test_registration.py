@@ -241,8 +241,8 @@ def test_other_names_are_untouched(name: str, tmp_path: Path) -> None:
         hf_galore.register()
 
 
-def test_adamw_torch_is_torchs() -> None:
-    trainer = make_trainer(tiny_llama(), Path("unused"), "adamw_torch", optim_target_modules=None, optim_args=None)
+def test_adamw_torch_is_torchs(tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_llama(), tmp_path, "adamw_torch", optim_target_modules=None, optim_args=None)
     assert type(trainer.create_optimizer()) is torch.optim.AdamW
 
 
