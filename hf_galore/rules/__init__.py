@@ -36,8 +36,8 @@ def rule_of(own: Rule, group: Mapping[str, Any]) -> Rule:
 def options_of(own: Rule, group: Mapping[str, Any]) -> dict[str, Any]:
     """The options that the rule of a group has and the optimizer's own has not, or understands otherwise.
 
-    Learning rate, decay and β are the optimizer's, whatever the rule.
+    Learning rate, decay and, if it has them, β are the optimizer's, whatever the rule.
     """
     rule = rule_of(own, group)
-    shared = {"lr", "weight_decay", "betas"}
+    shared = {"lr", "weight_decay", "betas"} & own.defaults.keys()
     return {} if rule is own else {key: value for key, value in rule.defaults.items() if key not in shared}

@@ -11,7 +11,7 @@ import torch
 from bitsandbytes.optim.lion import Lion32bit
 from torch import nn
 
-from hf_galore import GaLoreAdamW, GaLoreAdamW8bit
+from hf_galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 from hf_galore.lowrank.rotation import rotation_between
 from hf_galore.optim import GaLoreOptimizer
 from tests.optim.test_classes import PUBLISHED, gradients, parameters, train
@@ -154,6 +154,14 @@ def test_a_group_with_another_rule_has_that_rules_options() -> None:
     assert (of_others["eps"], of_others["betas"]) == (1e-6, (0.8, 0.9))
     train(optimizer, [matrix, vector], 3)
     assert set(target_of(optimizer, matrix).moment_keys) == {"exp_avg_sq_row", "exp_avg_sq_col"}
+
+
+def test_an_optimizer_without_beta_leaves_it_to_the_rule() -> None:
+    (matrix,) = parameters((12, 10))
+    optimizer = GaLoreAdafactor([projected(matrix, rule="lion")], lr=1e-2)
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.99)
+    train(optimizer, [matrix], 3)
+    assert target_of(optimizer, matrix).moment_keys == ("exp_avg",)
 
 
 def test_its_own_name_as_option_is_no_other_rule() -> None:
