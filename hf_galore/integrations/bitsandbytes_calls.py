@@ -36,8 +36,9 @@ def version() -> str:
 
 def quantize_4bit(values: Tensor, block: int) -> Quantized:
     """Call the kernel that quantises to NormalFloat4."""
-    codes, state = functional().quantize_4bit(values, blocksize=block, quant_type="nf4")
-    return Quantized(codes, state.absmax)
+    functional()  # defines the operation
+    # Not by `functional().quantize_4bit`, which makes a table from a list at each call: on a GPU, that copy waits.
+    return Quantized(*torch.ops.bitsandbytes.quantize_4bit(values, block, "nf4", torch.uint8))
 
 
 def dequantize_4bit(kept: Quantized, block: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from bitsandbytes import functional
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from hf_galore import GaLoreAdamW, GaLoreAdamW8bit
 from hf_galore.integrations import bitsandbytes as kernels
@@ -45,6 +46,23 @@ def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
+class TorchFunctionCalls(TorchFunctionMode):
+    """The names of torch's functions that are called within."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(getattr(func, "__name__", str(func)))
+        return func(*args, **(kwargs or {}))
+
+
+def owner_of(name: str) -> Any:
+    """Where a kernel is called: one of them as an operation of torch, which cannot be replaced."""
+    return calls if name == "quantize_4bit" else functional
+
+
 def dtypes_of(name: str) -> tuple[torch.dtype, ...]:
     return (torch.float32,) if name in FROM_FLOAT32 else DTYPES
 
@@ -53,7 +71,6 @@ def dtypes_of(name: str) -> tuple[torch.dtype, ...]:
 
 # The keywords that `bitsandbytes_calls` gives each function.
 KEYWORDS = {
-    "quantize_4bit": {"blocksize", "quant_type"},
     "dequantize_4bit": set(),
     "quantize_blockwise": {"code", "blocksize"},
     "dequantize_blockwise": set(),
@@ -86,7 +103,25 @@ def test_bitsandbytes_is_as_we_need_it(name: str) -> None:
 
 
 def test_kernels_that_are_checked_are_those_that_are_called() -> None:
-    assert set(NAMES) == set(KEYWORDS) - {"QuantState", "create_linear_map", "create_dynamic_map"}
+    tables = {"QuantState", "create_linear_map", "create_dynamic_map"}
+    assert set(NAMES) == (set(KEYWORDS) | {"quantize_4bit"}) - tables
+
+
+def test_the_operation_of_bitsandbytes_is_as_we_need_it() -> None:
+    found = str(torch.ops.bitsandbytes.quantize_4bit.default._schema)
+    expected = "quantize_4bit(Tensor A, int blocksize, str quant_type, ScalarType quant_storage) -> (Tensor, Tensor)"
+    assert found.endswith(expected), f"The operation is now {found}."
+
+
+def test_quantising_a_basis_copies_nothing_from_the_host() -> None:
+    """On a GPU that copy waits: a refresh waited twice. (The table of NormalFloat4 is made from a list.)"""
+    values = torch.randn(64, 8)
+    with TorchFunctionCalls() as calls_made:
+        calls.quantize_4bit(values, 64)
+    assert not {"tensor", "as_tensor"} & set(calls_made.names)
+    with TorchFunctionCalls() as calls_made:
+        functional.quantize_4bit(values, blocksize=64, quant_type="nf4")
+    assert {"tensor", "as_tensor"} & set(calls_made.names), "bitsandbytes no longer does: call its own function again"
 
 
 @pytest.mark.parametrize("table", [calls.linear_table(), *calls.dynamic_tables()])
@@ -212,7 +247,7 @@ def test_any_shape_is_kept(
 
 def wrong(name: str, only: torch.dtype | None = None) -> Callable[..., Any]:
     """The kernel, with a result that is off by a little; or only in one dtype."""
-    original = getattr(functional, name)
+    original = getattr(owner_of(name), name)
 
     def broken(*args: Any, **kwargs: Any) -> Any:
         if name in ADAM:
@@ -242,7 +277,7 @@ def test_right_kernels_are_used_and_nothing_is_said(name: str, caplog: pytest.Lo
 def test_a_wrong_kernel_is_named_once(
     name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(functional, name, wrong(name))
+    monkeypatch.setattr(owner_of(name), name, wrong(name))
     for dtype in dtypes_of(name):
         caplog.clear()
         assert [checks.is_right(name, torch.zeros(1), dtype) for _ in range(3)] == [False] * 3
@@ -256,7 +291,7 @@ def test_a_wrong_kernel_is_named_once(
 def test_a_kernel_wrong_in_one_dtype_is_right_in_the_others(
     name: str, only: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(functional, name, wrong(name, only))
+    monkeypatch.setattr(owner_of(name), name, wrong(name, only))
     assert {dtype: checks.is_right(name, torch.zeros(1), dtype) for dtype in DTYPES} == {
         dtype: dtype != only for dtype in DTYPES
     }
@@ -270,7 +305,7 @@ def test_a_kernel_that_fails_is_not_used_and_its_error_is_named(
     def failing(*args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError("no such symbol")
 
-    monkeypatch.setattr(functional, name, failing)
+    monkeypatch.setattr(owner_of(name), name, failing)
     assert not checks.is_right(name, torch.zeros(1), torch.float32)
     (message,) = warnings_in(caplog)
     assert "fails (NotImplementedError: no such symbol)" in message
@@ -280,7 +315,7 @@ def test_no_memory_is_not_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> Non
     def full(*args: Any, **kwargs: Any) -> Any:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(functional, "quantize_4bit", full)
+    monkeypatch.setattr(calls, "quantize_4bit", full)
     with pytest.raises(torch.OutOfMemoryError):
         checks.is_right("quantize_4bit", torch.zeros(1), torch.float32)
     assert not checks._verdicts
@@ -310,8 +345,8 @@ def test_rows_that_a_kernel_gets_wrong_are_seen(monkeypatch: pytest.MonkeyPatch)
 def test_what_adam_may_get_wrong_is_seen(
     fault: dict[str, Any], name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = getattr(functional, name)
-    monkeypatch.setattr(functional, name, lambda **kwargs: original(**{**kwargs, **fault}))
+    original = getattr(owner_of(name), name)
+    monkeypatch.setattr(owner_of(name), name, lambda **kwargs: original(**{**kwargs, **fault}))
     assert not checks.is_right(name, torch.zeros(1), dtype)
 
 
@@ -321,13 +356,13 @@ def test_decay_after_the_update_and_in_its_own_rounding_is_right(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """bitsandbytes' kernels for GPUs decay so."""
-    original = getattr(functional, name)
+    original = getattr(owner_of(name), name)
 
     def after(**kwargs: Any) -> None:
         original(**{**kwargs, "weight_decay": 0.0})
         kwargs["p"].mul_(1 - kwargs["lr"] * kwargs["weight_decay"])
 
-    monkeypatch.setattr(functional, name, after)
+    monkeypatch.setattr(owner_of(name), name, after)
     assert checks.is_right(name, torch.zeros(1), dtype)
 
 
@@ -370,7 +405,7 @@ def test_training_with_wrong_kernels_is_training_with_plain_torch(
     bits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in NAMES:
-        monkeypatch.setattr(functional, name, wrong(name))
+        monkeypatch.setattr(owner_of(name), name, wrong(name))
     found = trained(GaLoreAdamW8bit, dtype, proj_bits=bits)
     messages = [message for message in warnings_in(caplog) if message.startswith("The kernel")]
     # Both updates, and what carries moments through a refresh; of bases two more, or one more where they have another
@@ -425,7 +460,7 @@ def test_a_check_draws_no_random_numbers_and_is_not_counted(name: str) -> None:
 
 def test_fakes_and_meta_tensors_are_not_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in NAMES:
-        monkeypatch.setattr(functional, name, wrong(name))
+        monkeypatch.setattr(owner_of(name), name, wrong(name))
     with fake_training("cpu"):
         assert all(checks.is_right(name, torch.zeros(3), torch.float32) for name in NAMES)
     assert all(checks.is_right(name, torch.zeros(3, device="meta"), torch.float32) for name in NAMES)
