@@ -127,7 +127,9 @@ def test_quantising_a_basis_copies_nothing_from_the_host() -> None:
 @pytest.mark.parametrize("table", [calls.linear_table(), *calls.dynamic_tables()])
 def test_tables_are_256_ascending_values_up_to_1(table: Tensor) -> None:
     assert (table.dtype, table.shape, table[-1].item()) == (torch.float32, (256,), 1.0)
-    assert bool((table.diff() > 0).all())
+    assert bool((table.diff() >= 0).all())
+    # That of equal steps has one for 0 and one next to it, which some processors round to 0.
+    assert len(table.unique()) >= 255
 
 
 # ---- plain torch is what the kernels compute
