@@ -17,6 +17,11 @@ class _Fallback(logging.StreamHandler):  # type: ignore[type-arg]
             super().emit(record)
 
 
+def and_others(count: int, what: str = "other(s)", link: str = " and ") -> str:
+    """The end of a list of which one is named: ` and 3 other(s)`, or nothing where there are none."""
+    return f"{link}{count} {what}" if count > 0 else ""
+
+
 if not logger.handlers:
     logger.addHandler(_Fallback())
     logger.setLevel(logging.INFO)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..log import logger
+from ..log import and_others, logger
 from ..lowrank.projection import Bases
 from .gradient import HOLD, LowRankGradient
 from .linear import ProjectedLinear, patch_linear, why_not_patchable
@@ -170,7 +170,7 @@ class BackwardHooks:
         if not_served and not self._said_why_not:
             self._said_why_not = True
             name, reason = next(iter(not_served.items()))
-            others = f", nor {len(not_served) - 1} other(s)" if len(not_served) > 1 else ""
+            others = and_others(len(not_served) - 1, link=", nor ")
             logger.info(
                 "The projected backward cannot serve %s (%s)%s: gradients are built there.", name, reason, others
             )

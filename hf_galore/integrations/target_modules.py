@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..config import GaLoreConfig
+from ..log import and_others
 from ..lowrank.projection import is_projectable
 
 ALL_LINEAR = "all-linear"
@@ -262,7 +263,7 @@ def summarize(model: nn.Module, targets: Targets, config: GaLoreConfig) -> str:
 
 
 def _shown(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return ", ".join(names[:8]) + and_others(len(names) - 8, "more")
 
 
 def _elements(tensors: Iterable[Tensor]) -> str:

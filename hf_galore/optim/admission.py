@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..log import logger
+from ..log import and_others, logger
 from ..lowrank.methods import METHODS
 from ..lowrank.nonfinite import has_numbers
 from ..lowrank.projection import is_projectable, norm_of
@@ -136,7 +136,7 @@ def say_if_decay_is_lost(groups: Iterable[Group]) -> None:
 def _check_present(named: list[tuple[str, Tensor]], on_meta: bool) -> None:
     absent = [name for name, param in named if param.device.type == "meta"]
     if absent and not (on_meta and len(absent) == len(named)):
-        others = f" and {len(absent) - 1} other parameter(s)" if len(absent) > 1 else ""
+        others = and_others(len(absent) - 1, "other parameter(s)")
         raise ValueError(
             f"On the meta device, so that there is nothing to train: {absent[0]}{others}. Their numbers are elsewhere "
             "(offloaded to the CPU or to disk, as device_map='auto' does where a model does not fit) or nowhere. Load "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import GROUP_OPTIONS, GaLoreConfig, nearest
+from ..log import and_others
 from ..lowrank.methods import METHODS
 from ..lowrank.projection import is_projectable
 
@@ -178,7 +179,7 @@ def check_same_names(group: Group, saved_group: Group) -> None:
     differing = [pair for pair in zip(saved, own, strict=False) if pair[0] != pair[1]]
     if differing:
         there, here = differing[0]
-        others = f", and {len(differing) - 1} more" if len(differing) > 1 else ""
+        others = and_others(len(differing) - 1, "more", link=", and ")
         raise ValueError(
             f"The checkpoint's optimizer state is of other parameters: of {there} where this optimizer has {here}"
             f"{others}. Resume with the optim_target_modules and model of the run that wrote it, or start from its "

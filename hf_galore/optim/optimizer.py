@@ -23,7 +23,7 @@ from .admission import check_group, check_parameters, check_stochastic_rounding,
 from .groups import GaLoreOptions as GaLoreOptions
 from .groups import check_group_keys, check_options, split_groups, with_seeds
 from .names import Names
-from .report import Journal, Memory, figures_of
+from .report import Journal, Memory, refresh_figures
 from .skipped import Skipped
 from .target import Target, make
 from .trained import Trained
@@ -303,7 +303,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         `captured_energy_min`, `captured_energy_median`, `overlap_median` and `refresh_seconds` where there were any;
         always `refreshes`, all of the run, and `refreshes_saved` where `lazy_refresh` is on.
         """
-        return figures_of(self.journal, self.targets())
+        return refresh_figures(self.journal, self.targets())
 
     def memory(self) -> Memory:
         """The bytes of moments and bases, and how many parameters are targets and how many full-rank."""

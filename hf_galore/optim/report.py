@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..log import logger
+from ..log import and_others, logger
 from .skipped import Skipped, SkippedUpdates
 
 
@@ -113,12 +113,11 @@ class Journal:
             return
         self.warned_of_skipped = True
         name, (_, step) = min(skipped.items(), key=lambda item: item[1].first_step)
-        others = f" and {len(skipped) - 1} other(s)" if len(skipped) > 1 else ""
         logger.warning(
             "A gradient was NaN or infinite: the update of %s%s was skipped at step %d. This is said once; "
             "optimizer.skipped_updates() counts.",
             name,
-            others,
+            and_others(len(skipped) - 1),
             step,
         )
 
@@ -134,7 +133,7 @@ class Counting(Protocol):
         """How many refreshes there were, and with `lazy_refresh` how many it has saved."""
 
 
-def figures_of(journal: Journal, targets: Sequence[Counting]) -> dict[str, float]:
+def refresh_figures(journal: Journal, targets: Sequence[Counting]) -> dict[str, float]:
     """The figures of the refreshes since the last call, and their counts so far. Waits for the device."""
     figures = journal.refreshes.take()
     counts = [target.refresh_counts() for target in targets if target.present_state]
