@@ -49,6 +49,13 @@ class Trained:
         rule: turns its gradients into directions.
     """
 
+    projected = False
+    """Whether it is a target."""
+    moment_keys: tuple[str, ...]
+    """The keys of the state that hold its moments."""
+    basis_keys: tuple[str, ...] = ()
+    """The keys of the state that hold its bases."""
+
     def __init__(self, owner: Owner, param: Tensor, group_index: int, index: int, rule: Rule) -> None:
         self.param = param
         self.index = index
@@ -56,13 +63,6 @@ class Trained:
         self._group_index = group_index
         self._rule = rule
         self._derive()
-
-    projected = False
-    """Whether it is a target."""
-    moment_keys: tuple[str, ...]
-    """The keys of the state that hold its moments."""
-    basis_keys: tuple[str, ...] = ()
-    """The keys of the state that hold its bases."""
 
     def _derive(self) -> None:
         """Work out what follows from the options and the shape."""
