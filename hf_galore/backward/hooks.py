@@ -32,6 +32,9 @@ class Source(Protocol):
     def trained_parameters(self) -> list[Trained]:
         """What each of its parameters is."""
 
+    def trained(self, param: Tensor) -> Trained:
+        """What one of them is; a `ValueError` where it is none."""
+
 
 class BackwardHooks:
     """Hooks on a model that hand gradients to an optimizer's parameters during the backward pass.
@@ -66,6 +69,7 @@ class BackwardHooks:
         self._finalizer = weakref.finalize(self, _remove, self._handles)
         self._windows: dict[int, Window] = {}  # of each hooked parameter, by its id
         self._counted: set[int] = set()  # modules that have a counter, by their ids
+        self._attached = False
         self._said_why_not = False
         self.check_processes()
         self.attach()
@@ -109,7 +113,7 @@ class BackwardHooks:
     @property
     def attached(self) -> bool:
         """Whether the hooks are on the model."""
-        return bool(self._handles)
+        return self._attached
 
     def attach(self) -> None:
         """Put the hooks on the model; takes those of any other optimizer off first. Does nothing if they are on."""
@@ -117,8 +121,7 @@ class BackwardHooks:
         if self.attached or self._optimizer() is None or model is None:
             return
         detach_all(model)
-        self._windows.clear()
-        self._counted.clear()
+        self._attached = True
         self.attach_new()
 
     def attach_new(self) -> None:
@@ -165,6 +168,9 @@ class BackwardHooks:
         self.drop_gradients()
         _remove(self._handles)
         self._start_windows()
+        self._windows.clear()
+        self._counted.clear()
+        self._attached = False
 
     def _say_why_not(self, not_served: dict[str, str]) -> None:
         if not_served and not self._said_why_not:
@@ -180,31 +186,32 @@ class BackwardHooks:
     @property
     def has_updated(self) -> bool:
         """Whether weights have been updated in the present window."""
-        return any(window.has_updated for window in self._windows.values())
+        return any(window.has_updated for window in self._present())
 
     def held(self) -> list[Tensor]:
         """The low-rank gradients held."""
-        gradients = (window.param.grad for window in self._windows.values())
+        gradients = (window.param.grad for window in self._present())
         return [gradient.low_rank for gradient in gradients if isinstance(gradient, LowRankGradient)]
 
     def norms(self) -> list[Tensor]:
         """The norms of the gradients that updates have used in this window, one a parameter."""
-        return [window.norm for window in self._windows.values() if window.norm is not None]
+        return [window.norm for window in self._mode.touched.values() if window.norm is not None]
 
     def before(self, param: Tensor) -> Before | None:
         """The basis before the refresh of this window, where there was one and its gradient has not been dropped."""
-        window = self._windows.get(id(param))
+        window = self._mode.touched.get(id(param))
         return None if window is None else window.before
 
     def check_before_step(self) -> None:
         """Check that what updates have used in this window is what the step is meant to be made with.
 
         Raises:
-            RuntimeError: somebody has dropped gradients after the backward pass had updated weights with them.
+            RuntimeError: gradients were dropped after the backward pass had updated weights with them.
             ValueError: torch.distributed runs more than one process by now.
         """
         self.check_processes()
-        for window in self._windows.values():
+        self._renew()
+        for window in self._present():
             if window.was_dropped:
                 raise RuntimeError(
                     f"The gradient of {window.trained.name} was dropped or replaced before step(), but the backward "
@@ -216,24 +223,51 @@ class BackwardHooks:
     def start_window(self) -> None:
         """Forget everything about the window that is over, and put hooks on parameters that need one from now on."""
         self._start_windows()
-        if self._lacking():
+        if self._attached and self._lacking():
             self.attach_new()
 
     def _start_windows(self) -> None:
-        for window in self._windows.values():
+        for window in self._present():
             window.start()
+        self._mode.touched.clear()
         self._mode.accumulating = False
+
+    def _present(self) -> list[Window]:
+        """The windows, if their optimizer is still there."""
+        return [] if self._optimizer() is None else list(self._windows.values())
+
+    def _renew(self) -> None:
+        """Forget parameters that the optimizer no longer has, and learn what the others are by now."""
+        optimizer = self._optimizer()
+        parameters = [] if optimizer is None else optimizer.trained_parameters()
+        present = {id(trained.param): trained for trained in parameters}
+        self._windows = {key: window for key, window in self._windows.items() if key in present}
+        for key, window in self._windows.items():
+            window.trained = present[key]
 
     def drop_gradients(self) -> None:
         """Forget what the backward passes of this window brought; a forward pass may have begun the next."""
-        for window in self._windows.values():
+        for window in self._present():
             window.drop()
+        self._mode.touched.clear()
         self._mode.accumulating = False
 
     def look(self) -> None:
         """Look whether somebody has dropped what the hooks left in `.grad`, and take back what came of it."""
-        for window in self._windows.values():
+        for window in list(self._mode.touched.values()):
             window.look()
+
+    def _window_of(self, param: Tensor) -> Window | None:
+        """The window of a parameter that the optimizer still has, if it is there itself."""
+        window, optimizer = self._windows.get(id(param)), self._optimizer()
+        if window is None or optimizer is None:
+            return None
+        try:
+            window.trained = optimizer.trained(param)
+        except ValueError:  # it has left the groups
+            del self._windows[id(param)]
+            return None
+        return window
 
     # ---- what autograd brings
 
@@ -243,7 +277,7 @@ class BackwardHooks:
 
     def gradient_of(self, weight: Tensor, output_gradient: Tensor, inputs: Tensor) -> Tensor | None:
         """The low-rank gradient from δ (T × m) and X (T × n) of one use of a target; `None` where G is needed."""
-        window = self._windows.get(id(weight))
+        window = self._window_of(weight)
         return None if window is None else window.gradient_of(output_gradient, inputs)
 
     def bases_for_rows(self, weight: Tensor) -> Bases | None:
@@ -251,7 +285,7 @@ class BackwardHooks:
 
         Only a projection of the right side takes rows by themselves, and only between refreshes.
         """
-        window = self._windows.get(id(weight))
+        window = self._window_of(weight)
         return None if window is None else window.bases_for_rows()
 
     def of_rows(self, weight: Tensor, low_rank: Tensor) -> LowRankGradient:
@@ -260,8 +294,8 @@ class BackwardHooks:
 
     def receive(self, param: Tensor) -> None:
         """Use the gradient that autograd has put into `param.grad`."""
-        window = self._windows.get(id(param))
-        if window is not None and self._optimizer() is not None:
+        window = self._window_of(param)
+        if window is not None:
             window.receive()
 
     def passes_of(self, params: Iterable[Tensor]) -> list[Passes]:
@@ -312,6 +346,5 @@ def _gradient_hooks_on(param: Tensor) -> list[_GradientHook]:
 
 
 def _remove(handles: list[Any]) -> None:
-    for handle in handles:
-        handle.remove()
-    handles.clear()
+    while handles:
+        handles.pop().remove()

@@ -51,6 +51,8 @@ class Mode:
     accumulating: bool = False
     """Whether the present window has more than one micro-batch."""
     said_dropped: bool = False
+    touched: dict[int, Window] = dataclasses.field(default_factory=dict)
+    """The windows that the present step's backward passes have come to, in that order, by their parameters' ids."""
 
     def must_hold(self) -> bool:
         """Whether gradients are kept until `step()`."""
@@ -129,6 +131,7 @@ class Window:
 
     def look(self) -> None:
         """Look whether somebody has dropped what was left in `.grad`, and take back what came of it."""
+        self._mode.touched.setdefault(id(self.param), self)
         gradient = self.param.grad
         if self._updated:
             if self.was_dropped:
@@ -154,7 +157,7 @@ class Window:
 
     def gradient_of(self, output_gradient: Tensor, inputs: Tensor) -> Tensor | None:
         """The low-rank gradient from δ (T × m) and X (T × n) of one use of a target; `None` where G is needed."""
-        if self._needs_whole():
+        if not self.trained.projected or self._needs_whole():
             return None
         weight, target = self.param, self.target
         factors = FactoredGradient(output_gradient, inputs)

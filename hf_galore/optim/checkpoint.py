@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .bases import ON_HOST
-from .groups import check_plain_state, check_same_names, check_same_options, check_unchanged
+from .groups import check_fits, check_plain_state, check_same_names, check_same_options
 from .trained import Trained
 
 if TYPE_CHECKING:
@@ -114,9 +114,8 @@ def _check_same_state(cls_name: str, trained: Trained, index: int, saved: Mappin
     present = trained.present_state
     if not saved and not present:
         return
-    with torch.device("meta"):
-        needed = trained.made_now().new_state(trained.param.detach().to("meta"))
-    check_unchanged(trained.name, trained.param.shape, present, needed)
+    needed = trained.new_state_on_meta()
+    check_fits(trained.name, trained.param.shape, present, needed)
     expected = {key: (tuple(value.shape), value.dtype) for key, value in needed.items()}
     found = {key: (tuple(value.shape), value.dtype) for key, value in saved.items()}
     if found == expected:

@@ -8,7 +8,7 @@ A parameter group with a `rank` is projected, one without is trained full-rank, 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any
 
 from typing_extensions import Unpack
 
@@ -32,8 +32,6 @@ class GaLoreAdamW(GaLoreOptimizer):
 
     Source: GaLore (Zhao et al., 2024, arXiv:2403.03507), algorithm 2; AdamW (arXiv:1711.05101), algorithm 2.
     """
-
-    _rule: ClassVar[str] = "adam"
 
     def __init__(
         self,
@@ -82,6 +80,8 @@ class GaLoreAdafactor(GaLoreOptimizer):
     Source: GaLore (arXiv:2403.03507), section 4.3; Adafactor (arXiv:1804.04235), algorithm 4.
     """
 
+    _rule = "adafactor"
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -95,7 +95,7 @@ class GaLoreAdafactor(GaLoreOptimizer):
     ) -> None:
         super().__init__(
             params,
-            "adafactor",
+            self._rule,
             lr=lr,
             eps=eps,
             clip_threshold=clip_threshold,

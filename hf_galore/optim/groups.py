@@ -256,26 +256,28 @@ def written_by_galore_torch() -> str:
     )
 
 
-def check_unchanged(name: str, shape: Sequence[int], current: Mapping[str, Tensor], needed: Mapping[str, Any]) -> None:
-    """Check that a parameter still has the shape that it had when its optimizer state was made.
+def check_fits(name: str, shape: Sequence[int], current: Mapping[str, Tensor], needed: Mapping[str, Any]) -> None:
+    """Check that the state of a parameter is of the shape and the options that it has now.
 
     Args:
         name: the parameter's.
         shape: its shape now.
-        current: the state that was made for it; empty where there is none.
+        current: its state; empty where there is none.
         needed: that state as it would be made now: tensors, or anything with a `shape`, by the same keys.
 
     Raises:
-        ValueError: it has another shape now.
+        ValueError: it is of others.
     """
     if not current:
         return
-    if {k: tuple(v.shape) for k, v in current.items()} == {k: tuple(v.shape) for k, v in needed.items()}:
+    found = {key: tuple(value.shape) for key, value in current.items()}
+    differing = [key for key, value in needed.items() if found.get(key) != tuple(value.shape)]
+    if not differing:
         return
     raise ValueError(
         f"{name} has changed since the optimizer was made: its shape is {tuple(shape)} now, and its moments were made "
-        "for another (resize_token_embeddings does that). Change the model first, then make the optimizer or the "
-        "Trainer."
+        f"for another (resize_token_embeddings does that) or for other options of its group ({', '.join(differing)}). "
+        "Change the model and its groups first, then make the optimizer or the Trainer."
     )
 
 

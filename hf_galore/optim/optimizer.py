@@ -8,7 +8,7 @@ is not in it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, overload
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,8 @@ from .groups import check_group_keys, check_options, split_groups, with_seeds
 from .names import Names
 from .report import Journal, Memory, refresh_figures
 from .skipped import Skipped
-from .target import Target, make
-from .trained import Trained
+from .target import Target, forget_phases, make
+from .trained import Place, Trained
 
 
 class GaLoreOptimizer(torch.optim.Optimizer):
@@ -43,6 +43,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         TypeError: an option is unknown.
     """
 
+    _rule: ClassVar[str] = "adam"
     _hooks: BackwardHooks | None
     _names: Names
 
@@ -96,7 +97,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_hooks" not in self.__dict__:  # a copy, to which torch's optimizers give groups and state only
-            self._init_unsaved(self.rule, None)
+            self._init_unsaved(state.get("rule", self._rule), None)
 
     # ---- groups
 
@@ -136,32 +137,31 @@ class GaLoreOptimizer(torch.optim.Optimizer):
     def trained_parameters(self) -> list[Trained]:
         """What each parameter is to this optimizer, in the order of the groups."""
         found: list[Trained] = []
-        made = False
         for group_index, group in enumerate(self.param_groups):
-            for param in group["params"]:
+            for position, param in enumerate(group["params"]):
                 trained = self._trained.get(id(param))
-                if trained is None:
-                    made = True
-                    trained = make(self, param, group_index, len(found), RULES[self.rule])
-                    self._trained[id(param)] = trained
+                if trained is None or not trained.is_current():
+                    place = Place(group_index, position)
+                    trained = self._trained[id(param)] = make(self, param, place, len(found), RULES[self.rule])
+                    forget_phases(self._trained.values())  # among other targets each has another turn
                 found.append(trained)
-        if made:
-            # Among more targets each has another turn. And a parameter may have been replaced in its group.
+        if len(found) < len(self._trained):  # some have left the groups
             self._trained = {id(trained.param): trained for trained in found}
-            for trained in found:
-                if isinstance(trained, Target):
-                    trained.forget_phase()
         return found
 
     def trained(self, param: Tensor) -> Trained:
         """What a parameter is to this optimizer.
 
         Raises:
-            KeyError: it is in none of its groups.
+            ValueError: it is in none of its groups.
         """
-        if id(param) not in self._trained:
+        trained = self._trained.get(id(param))
+        if trained is None or not trained.is_current():
             self.trained_parameters()
-        return self._trained[id(param)]
+            trained = self._trained.get(id(param))
+        if trained is None:
+            raise ValueError(f"{self.name_of(param)} is in no group of this optimizer.")
+        return trained
 
     def targets(self) -> list[Target]:
         """The parameters that are projected, in the order of the groups."""
@@ -310,7 +310,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         memory = Memory()
         for trained in self.trained_parameters():
             if trained.param.requires_grad:
-                memory.count(trained.state, moments=trained.moment_keys, bases=trained.basis_keys)
+                memory.count(trained.present_state, moments=trained.moment_keys, bases=trained.basis_keys)
         return memory
 
     def skipped_updates(self) -> dict[str, Skipped]:

@@ -95,8 +95,8 @@ class Memory:
         """Add one parameter's state, given the keys of its moments and of its bases."""
         self.targets += bool(bases)
         self.full_rank += not bases
-        self.moment_bytes += sum(state[key].nbytes for key in moments)
-        self.basis_bytes += sum(state[key].nbytes for key in bases)
+        self.moment_bytes += sum(state[key].nbytes for key in moments if key in state)
+        self.basis_bytes += sum(state[key].nbytes for key in bases if key in state)
 
 
 @dataclasses.dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import weakref
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ from .bases import (
 )
 from .groups import is_target
 from .report import Refresh, Stopwatch
-from .trained import FullRank, Owner, Trained, decay_of
+from .trained import FullRank, Owner, Place, Trained, decay_of
 
 
 class Target(Trained):
@@ -53,8 +54,8 @@ class Target(Trained):
 
     projected = True
 
-    def __init__(self, owner: Owner, param: Tensor, group_index: int, index: int, rule: Rule) -> None:
-        super().__init__(owner, param, group_index, index, rule)
+    def __init__(self, owner: Owner, param: Tensor, place: Place, index: int, rule: Rule) -> None:
+        super().__init__(owner, param, place, index, rule)
         self._phase: int | None = None
         self.refresh_asked = False
         """Whether the next step is to refresh the basis whatever its turn."""
@@ -84,18 +85,19 @@ class Target(Trained):
     def phase(self) -> int:
         """The step of the gap at which it refreshes, spread over the optimizer's targets that are staggered."""
         if self._phase is None:
-            staggered = [target for target in self.owner.targets() if target.group["stagger"]]
-            turn = next((turn for turn, target in enumerate(staggered) if target is self), None)
-            self._phase = 0 if turn is None else phase_of(turn, len(staggered), self.group["update_proj_gap"])
+            targets = self.owner.targets()
+            staggered = [target for target in targets if target.group["stagger"]]
+            turns = {id(target): turn for turn, target in enumerate(staggered)}
+            for target in targets:  # all at once, as options may change before others are asked
+                turn = turns.get(id(target))
+                gap = target.group["update_proj_gap"]
+                target._phase = 0 if turn is None else phase_of(turn, len(staggered), gap)
+        assert self._phase is not None
         return self._phase
-
-    def forget_phase(self) -> None:
-        """Let the phase be worked out anew: there are other targets beside it."""
-        self._phase = None
 
     def refresh_counts(self) -> tuple[int, int | None]:
         """How many refreshes there were, and with `lazy_refresh` how many it has saved."""
-        state, group = self.state, self.group
+        state, group = self.present_state, self.group
         done = int(state["refreshes"].item())
         if not group["lazy_refresh"]:
             return done, None
@@ -247,7 +249,7 @@ class Target(Trained):
             before: from `use_basis`, where this is the first update after a refresh.
             bases: `bases()`, where they are at hand: quantised ones take time to read.
         """
-        state, group, param = self.state, self.group, self.param
+        state, group, param = self._with_placed_bases(), self.group, self.param
         skip = skip_unless_finite(norm_of(low_rank) if norm is None else norm)
         known = known_skip(skip)
         if before is not None and before.complete and known:
@@ -286,15 +288,23 @@ class Target(Trained):
             self.rule.rotate_(self.moments(), group, rotation_between(self.bases(), old), step)
 
 
-def make(owner: Owner, param: Tensor, group_index: int, index: int, rule: Rule) -> Trained:
+def forget_phases(parameters: Iterable[Trained]) -> None:
+    """Let the phases of targets be worked out anew."""
+    for target in parameters:
+        if isinstance(target, Target):
+            target._phase = None
+
+
+def make(owner: Owner, param: Tensor, place: Place, index: int, rule: Rule) -> Trained:
     """The target or the full-rank parameter that a parameter of a group is.
 
     Args:
         owner: the optimizer.
-        group_index: of the group among the optimizer's.
+        param: the parameter.
+        place: where it is in the optimizer's groups.
         index: of the parameter in the optimizer.
         rule: the optimizer's own.
     """
-    group = owner.param_groups[group_index]
+    group = owner.param_groups[place.group]
     kind = Target if is_target(param, group) else FullRank
-    return kind(owner, param, group_index, index, rule_of(rule, group))
+    return kind(owner, param, place, index, rule_of(rule, group))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -17,11 +17,18 @@ from ..lowrank.projection import norm_of
 from ..lowrank.rounding import add_rounded_, generator_for
 from ..rules import Rule
 from .bases import State
-from .groups import Group, check_unchanged
+from .groups import Group, check_fits
 from .report import Journal
 
 if TYPE_CHECKING:
     from .target import Target
+
+
+class Place(NamedTuple):
+    """Where a parameter is in an optimizer's groups."""
+
+    group: int
+    position: int
 
 
 class Owner(Protocol):
@@ -44,7 +51,7 @@ class Trained:
     Args:
         owner: the optimizer; referred to weakly.
         param: the parameter.
-        group_index: of its group.
+        place: where it is in the optimizer's groups.
         index: of the parameter in the optimizer.
         rule: turns its gradients into directions.
     """
@@ -56,13 +63,24 @@ class Trained:
     basis_keys: tuple[str, ...] = ()
     """The keys of the state that hold its bases."""
 
-    def __init__(self, owner: Owner, param: Tensor, group_index: int, index: int, rule: Rule) -> None:
+    def __init__(self, owner: Owner, param: Tensor, place: Place, index: int, rule: Rule) -> None:
         self.param = param
         self.index = index
         self._owner = weakref.ref(owner)
-        self._group_index = group_index
+        self._place_in_groups = place
         self._rule = rule
+        self._options = _options_of(self.group)
+        self._fits = False  # whether the state is known to be of these options and this shape
         self._derive()
+
+    def is_current(self) -> bool:
+        """Whether the parameter is still in its place, with the options that all this follows from."""
+        groups, (group_index, position) = self.owner.param_groups, self._place_in_groups
+        if group_index >= len(groups):
+            return False
+        group = groups[group_index]
+        params = group["params"]
+        return position < len(params) and params[position] is self.param and _options_of(group) == self._options
 
     def _derive(self) -> None:
         """Work out what follows from the options and the shape."""
@@ -96,7 +114,7 @@ class Trained:
     @property
     def group(self) -> Group:
         """Its parameter group, which schedulers move and loading replaces."""
-        return self.owner.param_groups[self._group_index]
+        return self.owner.param_groups[self._place_in_groups.group]
 
     @property
     def present_state(self) -> State:
@@ -108,20 +126,24 @@ class Trained:
         """What the optimizer keeps of it; made where there is none.
 
         Raises:
-            ValueError: the parameter has another shape than when the optimizer was made.
+            ValueError: it is of another shape or other options than the parameter has now.
         """
         states = self.owner.state
         state = cast("State", states[self.param])
         if not state:  # frozen when the optimizer was made, or forgotten on purpose
             self._derive()
             state = states[self.param] = self.new_state(self.param)
-        elif self.param.shape != self._shape:
-            check_unchanged(self.name, self.param.shape, state, self.made_now().new_state(self.param))
+            self._fits = True
+        elif not self._fits or self.param.shape != self._shape:
+            check_fits(self.name, self.param.shape, state, self.new_state_on_meta())
+            self._fits = True
         return state
 
-    def made_now(self) -> Trained:
-        """What this would be if it were made now: of the shape and the options that the parameter has now."""
-        return type(self)(self.owner, self.param, self._group_index, self.index, self._rule)
+    def new_state_on_meta(self) -> State:
+        """The state that would be made now, of the parameter's present shape and options: its shapes and dtypes."""
+        now = type(self)(self.owner, self.param, self._place_in_groups, self.index, self._rule)
+        with torch.device("meta"):
+            return now.new_state(self.param.detach().to("meta"))
 
     def new_state(self, like: Tensor) -> State:
         """A state before the first step, on the device of `like`."""
@@ -210,6 +232,11 @@ class FullRank(Trained):
         direction, factor = self.rule.direction(gradient, moments, group, step, skip)
         rows = direction.reshape(-1) if direction.ndim == 0 else direction
         self._add_rounded(group, rows.__getitem__, -factor, step, skip)
+
+
+def _options_of(group: Group) -> tuple[Any, ...]:
+    """The options of a group that shapes follow from."""
+    return tuple(map(group.get, ("rank", "proj_type", "proj_bits", "rule", "lazy_refresh")))
 
 
 def decay_of(group: Group) -> float:

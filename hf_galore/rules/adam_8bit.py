@@ -49,8 +49,8 @@ class Adam32bit(Adam):
         """Check that the kernels know the weight's dtype."""
         if param.dtype not in kernels.DTYPES:
             raise ValueError(
-                f"bitsandbytes trains float32, bfloat16 and float16 weights, but {name} of shape "
-                f"{tuple(param.shape)} is {param.dtype}. Use GaLoreAdamW for it."
+                f"bitsandbytes trains float32, bfloat16 and float16 weights, but {name} is {param.dtype}. Use "
+                "GaLoreAdamW for it."
             )
 
     def update_(

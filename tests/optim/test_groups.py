@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_galore import GaLoreAdamW
 from hf_galore.config import GROUP_OPTIONS
-from hf_galore.optim.groups import check_group_keys, check_options, check_plain_state, check_unchanged
+from hf_galore.optim.groups import check_fits, check_group_keys, check_options, check_plain_state
 
 OPTIONS = ["param_options", "module", "layerwise", "projected_backward", "hold_gradients", "stochastic_rounding"]
 KNOWN = [*OPTIONS, "lr", "betas", "eps", "weight_decay"]
@@ -187,13 +187,13 @@ def test_what_is_no_state_dict_says_so(state: dict[str, Any]) -> None:
 def test_a_parameter_that_has_changed_is_named() -> None:
     """Before: the error blamed the checkpoint's state."""
     current = {"step": torch.tensor(1.0), "exp_avg": torch.zeros(128, 8)}
-    check_unchanged("embed", (128, 64), current, current)
-    check_unchanged("embed", (128, 64), {}, current)  # frozen then
+    check_fits("embed", (128, 64), current, current)
+    check_fits("embed", (128, 64), {}, current)  # frozen then
     needed = {"step": torch.tensor(0.0), "exp_avg": torch.zeros(131, 8)}
     with pytest.raises(ValueError, match=r"embed has changed since the optimizer was made: its shape is \(131, 64\)"):
-        check_unchanged("embed", (131, 64), current, needed)
+        check_fits("embed", (131, 64), current, needed)
     with pytest.raises(ValueError, match="resize_token_embeddings"):
-        check_unchanged("embed", (131, 64), current, {**current, "exp_avg_absmax": torch.zeros(2)})
+        check_fits("embed", (131, 64), current, {**current, "exp_avg_absmax": torch.zeros(2)})
 
 
 # ---- what the optimizers make of them
