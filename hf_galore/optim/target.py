@@ -135,7 +135,7 @@ class Target(Trained):
 
         def low_rank(gradient: Tensor) -> Tensor:
             target = me()
-            if target is None:
+            if target is None or target.is_orphan:
                 raise RuntimeError(f"The optimizer of the low-rank gradient in {name}.grad is gone: set it to None.")
             return project(gradient, target.bases())
 

@@ -107,6 +107,11 @@ class Trained:
         return owner
 
     @property
+    def is_orphan(self) -> bool:
+        """Whether the optimizer is gone."""
+        return self._owner() is None
+
+    @property
     def name(self) -> str:
         """Its name in the model, or words for it where none is known."""
         return self.owner.name_of(self.param)

@@ -27,8 +27,9 @@ HOOKED = [way for way in WAYS if way != "plain"]
 
 
 def weight_of(layer: nn.Module) -> nn.Parameter:
-    assert isinstance(layer, nn.Linear)
-    return layer.weight
+    weight = layer.weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
 
 
 def net() -> nn.Sequential:
