@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from ..log import and_others, logger
@@ -19,6 +18,7 @@ from ..lowrank.projection import Bases
 from .gradient import HOLD, LowRankGradient
 from .linear import ProjectedLinear, patch_linear, why_not_patchable
 from .passes import PassCounter, Passes
+from .processes import check_processes
 from .window import Mode, Window
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class BackwardHooks:
         self._counted: set[int] = set()  # modules that have a counter, by their ids
         self._attached = False
         self._said_why_not = False
-        self.check_processes()
+        check_processes()
         self.attach()
 
     @property
@@ -92,21 +92,6 @@ class BackwardHooks:
     @hold_gradients.setter
     def hold_gradients(self, value: bool) -> None:
         self._mode.hold_gradients = value
-
-    def check_processes(self) -> None:
-        """Check that no other process trains the same model.
-
-        Raises:
-            ValueError: torch.distributed runs more than one process.
-        """
-        distributed = torch.distributed
-        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-            raise ValueError(
-                f"layerwise=True and projected_backward=True do not work with {distributed.get_world_size()} "
-                "processes: low-rank gradients are not reduced over them, and the processes' weights would drift "
-                "apart. Launch one process, or make the optimizer with layerwise=False and projected_backward=False, "
-                "which trains under DistributedDataParallel."
-            )
 
     # ---- on and off the model
 
@@ -130,8 +115,9 @@ class BackwardHooks:
         if model is None:
             return
         for trained in self._lacking():
-            self._windows[id(trained.param)] = Window(trained, self._mode)
-            self._handles.append(trained.param.register_post_accumulate_grad_hook(_GradientHook(me)))
+            handle = trained.param.register_post_accumulate_grad_hook(_GradientHook(me))
+            self._handles.append(handle)
+            self._windows[id(trained.param)] = Window(trained, self._mode, handle)
         not_served: dict[str, str] = {}
         for name, module in model.named_modules():
             windows = [self._windows.get(id(param)) for param in module.parameters(recurse=False)]
@@ -209,7 +195,7 @@ class BackwardHooks:
             RuntimeError: gradients were dropped after the backward pass had updated weights with them.
             ValueError: torch.distributed runs more than one process by now.
         """
-        self.check_processes()
+        check_processes()
         self._renew()
         for window in self._present():
             if window.was_dropped:
@@ -241,9 +227,12 @@ class BackwardHooks:
         optimizer = self._optimizer()
         parameters = [] if optimizer is None else optimizer.trained_parameters()
         present = {id(trained.param): trained for trained in parameters}
-        self._windows = {key: window for key, window in self._windows.items() if key in present}
-        for key, window in self._windows.items():
-            window.trained = present[key]
+        for key, window in list(self._windows.items()):
+            if key in present:
+                window.trained = present[key]
+            else:
+                window.handle.remove()
+                del self._windows[key]
 
     def drop_gradients(self) -> None:
         """Forget what the backward passes of this window brought; a forward pass may have begun the next."""
@@ -264,8 +253,7 @@ class BackwardHooks:
             return None
         try:
             window.trained = optimizer.trained(param)
-        except ValueError:  # it has left the groups
-            del self._windows[id(param)]
+        except ValueError:  # it has left the groups: the next step forgets it
             return None
         return window
 

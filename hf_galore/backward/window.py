@@ -21,7 +21,7 @@ refresh.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -67,9 +67,11 @@ class Window:
     Args:
         trained: the parameter.
         mode: of the hooks.
+        handle: takes the hook off the parameter, by `remove()`.
     """
 
-    def __init__(self, trained: Trained, mode: Mode) -> None:
+    def __init__(self, trained: Trained, mode: Mode, handle: Any) -> None:
+        self.handle = handle
         self.trained = trained
         self.param = trained.param
         self.passes = Passes()

@@ -128,6 +128,27 @@ def test_what_has_left_the_groups_is_not_trained_and_not_kept(way: str) -> None:
         optimizer.refresh_next([nn.Parameter(torch.zeros(2, 2))])
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_parameter_that_comes_back_is_trained_again(way: str) -> None:
+    ends = []
+    for used in (way, "plain"):
+        model = net()
+        optimizer = made(model, used, stagger=False)
+        train(model, optimizer, 2)
+        weight = weight_of(model[1])
+        group = group_with(optimizer, weight)
+        kept = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        place = next(i for i, other in enumerate(group["params"]) if other is weight)
+        del group["params"][place], group["param_names"][place]
+        train(model, optimizer, 1)
+        model.zero_grad()  # it has a gradient that nobody has used
+        optimizer.add_param_group({**kept, "params": [weight]})
+        train(model, optimizer, 3)
+        ends.append(snapshot(model))
+    for name, expected in ends[1].items():
+        torch.testing.assert_close(ends[0][name], expected, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize(("option", "value"), [("proj_type", "left"), ("rank", 3), ("proj_bits", 8), ("rule", "lion")])
 def test_an_option_that_shapes_follow_from_cannot_be_changed_in_a_run(option: str, value: Any) -> None:
     model = net()
