@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .registering import register_on_import
+from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .config import GaLoreConfig
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     from .optim.build import make_optimizer
     from .optim.classes import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
     from .plan import MemoryPlan, measure, plan
-
-__version__ = "0.1.0"
 
 __all__ = [
     "GaLoreAdafactor",
@@ -43,7 +42,6 @@ _MODULES = {
     "MemoryPlan": ".plan",
     "make_optimizer": ".optim.build",
     "measure": ".plan",
-    "plan": ".plan",
     "register": ".integrations.trainer",
     "unregister": ".integrations.trainer",
 }
@@ -51,13 +49,15 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:
     """A public name, from the module that it is in, once somebody asks for it."""
+    if name == "plan":  # a package that is its own function
+        return importlib.import_module(".plan", __name__)
     if name in _MODULES:
         return getattr(importlib.import_module(_MODULES[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
 
 
 register_on_import(__spec__)

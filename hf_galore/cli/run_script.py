@@ -20,14 +20,13 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import hf_galore
-
 from ..config import nearest
 from ..recipes.errors import UserError
+from ..version import __version__
 
 PROG = "python -m hf_galore"
 USER_ERROR = 2
-BOOTSTRAP = Path(hf_galore.__file__).with_name("bootstrap")
+BOOTSTRAP = Path(__file__).parents[1] / "bootstrap"
 
 HELP = f"""usage: {PROG} [-h] [--version] SCRIPT [arguments of the script]
 
@@ -65,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
         print(HELP)
         return 0
     if arguments[0] == "--version":
-        print(f"hf_galore {hf_galore.__version__}")
+        print(f"hf_galore {__version__}")
         return 0
     try:
         _check_interpreter()

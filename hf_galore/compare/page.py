@@ -7,6 +7,7 @@ import datetime
 from collections.abc import Sequence
 from html import escape
 
+from ..version import __version__
 from .figures import Picture
 from .runs import Run
 from .tables import Table, notes, results_table, settings_table, versions_table
@@ -45,8 +46,6 @@ _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 def page(runs: Sequence[Run], drawn: Sequence[Picture]) -> str:
     """Return the page: tables, pictures, notes, versions; light or dark as the reader's system is."""
-    from .. import __version__  # here, since importing the package itself registers the optimizers
-
     title = f"{runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs compared"
     made = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="minutes")
     parts = [

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,12 +56,7 @@ def check_group(group: Group, own: Rule, name_of: Callable[[Tensor], str]) -> No
     """
     rule = rule_of(own, group)
     rule.check(group)
-    if group.get("lazy_refresh") and not METHODS[group["refresh"]].by_gradient:
-        others = ", ".join(name for name, method in METHODS.items() if method.by_gradient)
-        raise ValueError(
-            f"GaLore's lazy_refresh=true does nothing with refresh={group['refresh']}: random bases overlap by chance "
-            f"alone, so no subspace ever counts as stable. Set lazy_refresh=false, or refresh to one of {others}."
-        )
+    check_refresh(group)
     too_small = []
     for param in group["params"]:
         if _is_dtensor(param):
@@ -84,6 +79,20 @@ def check_group(group: Group, own: Rule, name_of: Callable[[Tensor], str]) -> No
             "Trained full-rank, because rank %d is not below the smaller side: %s.",
             group["rank"],
             ", ".join(too_small),
+        )
+
+
+def check_refresh(group: Mapping[str, Any]) -> None:
+    """Check that options of refreshes go together.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if group.get("lazy_refresh") and not METHODS[group["refresh"]].by_gradient:
+        others = ", ".join(name for name, method in METHODS.items() if method.by_gradient)
+        raise ValueError(
+            f"GaLore's lazy_refresh=true does nothing with refresh={group['refresh']}: random bases overlap by chance "
+            f"alone, so no subspace ever counts as stable. Set lazy_refresh=false, or refresh to one of {others}."
         )
 
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config import GaLoreConfig
+from ..config import GaLoreConfig, nearest
 from ..integrations.target_modules import embedding_weights, find_targets, summarize
 from ..log import logger
+from ..rules import RULES
 from .admission import check_parameters
 from .classes import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 from .optimizer import GaLoreOptimizer
@@ -77,6 +78,9 @@ def make_optimizer(
             nothing; parameters that GaLore cannot train.
         TypeError: a keyword that the optimizer's class does not have, or arguments of other types.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"make_optimizer takes the model itself, but was given a {type(model).__name__}.")
+    _check_keywords(_kind(optim).cls, hyperparameters)
     cls, kwargs = optimizer_cls_and_kwargs(
         model,
         target_modules,
@@ -147,6 +151,27 @@ def optimizer_cls_and_kwargs(
         "hold_gradients": hold_gradients,
         "stochastic_rounding": config.stochastic_rounding,
     }
+
+
+def _check_keywords(cls: type[GaLoreOptimizer], given: Iterable[str]) -> None:
+    """Check the keywords for a class besides those that `make_optimizer` has itself.
+
+    Raises:
+        TypeError: one is unknown; the message says where it belongs, or what is nearest.
+    """
+    own = RULES[cls.rule_name].defaults.keys() - {"lr", "weight_decay"}
+    options = [field.name for field in dataclasses.fields(GaLoreConfig)]
+    known = ["target_modules", "optim", "optim_args", "lr", "weight_decay", "hold_gradients", *sorted(own)]
+    for name in given:
+        if name in own:
+            continue
+        if name in options:
+            advice = f"It is an option of GaLore: optim_args={{{name!r}: ...}}."
+        elif name == "layerwise":
+            advice = "Take an optim that ends in _layerwise."
+        else:
+            advice = f"It has {', '.join(known)}.{nearest(name, [*known, *options])}"
+        raise TypeError(f"make_optimizer has no keyword {name!r}. {advice}")
 
 
 def _kind(optim: Any) -> Kind:

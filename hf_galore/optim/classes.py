@@ -42,7 +42,7 @@ class GaLoreAdamW(GaLoreOptimizer):
         weight_decay: float = 1e-2,
         **options: Unpack[GaLoreOptions],
     ) -> None:
-        super().__init__(params, self._rule, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **options)
+        super().__init__(params, self.rule_name, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **options)
 
 
 class GaLoreAdamW8bit(GaLoreAdamW):
@@ -60,7 +60,7 @@ class GaLoreAdamW8bit(GaLoreAdamW):
     Source: GaLore (arXiv:2403.03507), section 4.3; 8-bit optimizers (arXiv:2110.02861).
     """
 
-    _rule = "adam_8bit"
+    rule_name = "adam_8bit"
 
 
 class GaLoreAdafactor(GaLoreOptimizer):
@@ -80,7 +80,7 @@ class GaLoreAdafactor(GaLoreOptimizer):
     Source: GaLore (arXiv:2403.03507), section 4.3; Adafactor (arXiv:1804.04235), algorithm 4.
     """
 
-    _rule = "adafactor"
+    rule_name = "adafactor"
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class GaLoreAdafactor(GaLoreOptimizer):
     ) -> None:
         super().__init__(
             params,
-            self._rule,
+            self.rule_name,
             lr=lr,
             eps=eps,
             clip_threshold=clip_threshold,

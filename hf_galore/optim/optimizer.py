@@ -17,7 +17,7 @@ from ..backward.gradient import LowRankGradient, UsedGradient
 from ..backward.hooks import BackwardHooks
 from ..config import GaLoreConfig
 from ..lowrank.projection import norm_of
-from ..rules import RULES, options_of
+from ..rules import RULES, options_of, without_own_name
 from . import checkpoint
 from .admission import check_group, check_parameters, check_stochastic_rounding, say_if_decay_is_lost
 from .groups import GaLoreOptions as GaLoreOptions
@@ -43,7 +43,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         TypeError: an option is unknown.
     """
 
-    _rule: ClassVar[str] = "adam"
+    rule_name: ClassVar[str] = "adam"
     _hooks: BackwardHooks | None
     _names: Names
 
@@ -97,7 +97,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_hooks" not in self.__dict__:  # a copy, to which torch's optimizers give groups and state only
-            self._init_unsaved(state.get("rule", self._rule), None)
+            self._init_unsaved(state.get("rule", self.rule_name), None)
 
     # ---- groups
 
@@ -110,7 +110,9 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         check_group_keys(param_group)
         config = GaLoreConfig.from_group(param_group)
         if config is not None:
-            param_group = {**options_of(RULES[self.rule], param_group), **param_group, **config.group_options()}
+            own = RULES[self.rule]
+            options = without_own_name(own, config.group_options())
+            param_group = {**options_of(own, param_group), **param_group, **options}
         param_group = with_seeds({**self.defaults, **param_group})
         super().add_param_group(self._names.in_group(param_group, self.param_groups))
         group = self.param_groups[-1]

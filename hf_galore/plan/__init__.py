@@ -2,7 +2,7 @@
 
 The package can be called: `hf_galore.plan(...)` is `hf_galore.plan.plan(...)`.
 
-    plan = hf_galore.plan("recipes/llama2_7b_oasst2.yaml", vram=24 * 2**30)
+    plan = hf_galore.plan("recipes/llama2_7b_oasst2.yaml", vram="24GiB")
     plan = hf_galore.plan(lambda: SFTTrainer("meta-llama/Llama-2-7b-hf", args, train_dataset=data))
     print(plan)
 
@@ -11,6 +11,7 @@ The package can be called: `hf_galore.plan(...)` is `hf_galore.plan.plan(...)`.
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 import types
@@ -34,7 +35,7 @@ def plan(
     source: Callable[[], Trainer] | Arguments | str | os.PathLike[str],
     *,
     overrides: Sequence[str] = (),
-    vram: int | None = None,
+    vram: int | str | None = None,
     target: Target = "cuda",
     layers: int | None = None,
     progress: Progress | None = None,
@@ -49,7 +50,7 @@ def plan(
             called where tensors are fake: a model that it makes, with or without `from_pretrained`, has no weights.
             The Trainer, and what was parsed, are of no use afterwards.
         overrides: for a recipe's file, `["--key", "value", ...]` as on the command line.
-        vram: bytes of the card's memory; by default those of the GPU, if there is one.
+        vram: the card's memory in bytes, or as text (`"24GiB"`); by default that of the GPU, if there is one.
         target: the device that the tensors stand for; `cpu` gives what the run takes on a CPU.
         layers: for a recipe, how many layers the model is to have, instead of its own number.
         progress: called with the phase and the number of the step.
@@ -64,6 +65,15 @@ def plan(
                 "Make the Trainer with other arguments, or give a recipe's file."
             )
         return planner.plan(source, vram=vram, target=target, progress=progress)
+    if not isinstance(source, (str, os.PathLike)) and not hasattr(source, "make_trainer"):
+        raise ValueError(
+            f"A plan is of a recipe's file, or of a function that makes a Trainer, but was given a "
+            f"{type(source).__name__}: {source!r}."
+        )
+    if isinstance(overrides, str) or not all(isinstance(word, str) for word in overrides):
+        raise ValueError(f"overrides is a list of texts, ['--max_length', '512'], but was given {overrides!r}.")
+    if layers is not None and layers < 1:
+        raise ValueError(f"layers has to be at least 1, but is {layers!r}.")
     from ..recipes.planning import plan_recipe
 
     return plan_recipe(source, overrides=overrides, vram=vram, target=target, layers=layers, progress=progress)
@@ -76,4 +86,6 @@ class _Callable(types.ModuleType):
         return plan(*args, **kwargs)
 
 
-sys.modules[__name__].__class__ = _Callable
+_module: Any = sys.modules[__name__]
+_module.__class__ = _Callable
+_module.__signature__ = inspect.signature(plan)

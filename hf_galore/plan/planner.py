@@ -15,7 +15,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, get_args
 
 import datasets
 import torch
@@ -113,7 +113,7 @@ def parse_size(text: str) -> int:
 def plan(
     make_trainer: Callable[[], Trainer],
     *,
-    vram: int | None = None,
+    vram: int | str | None = None,
     target: Target = "cuda",
     progress: Progress | None = None,
 ) -> MemoryPlan:
@@ -125,22 +125,35 @@ def plan(
     Args:
         make_trainer: makes the Trainer, which is of no use afterwards. It is called where tensors are fake: a model
             that it makes, with or without `from_pretrained`, has no weights.
-        vram: bytes of the card's memory; by default those of the GPU, if there is one.
+        vram: the card's memory in bytes, or as text (`"24GiB"`); by default that of the GPU, if there is one.
         target: the device that the tensors stand for; `cpu` gives what the run takes on a CPU.
         progress: called with the phase and the number of the step.
 
     Raises:
         ValueError: something that was given is wrong; the message says what.
+        TypeError: the function returns no Trainer.
     """
+    if target not in get_args(Target):
+        raise ValueError(f"target has to be one of {', '.join(get_args(Target))}, but is {target!r}.")
+    vram = card_bytes() if vram is None else _bytes_of(vram)
     start = time.perf_counter()
     with quiet(), fake_training(target) as fakes:
         trainer = make_trainer()
+        if not isinstance(trainer, Trainer):
+            raise TypeError(f"The function has to return a Trainer, but returned a {type(trainer).__name__}.")
         record = rehearse(trainer, fakes, progress)
         device = str(trainer.args.device)
         parameters = sum(param.numel() for param in trainer.model.parameters())
     stood_for = target if device.startswith(target) else f"{target} (stood in for by {device} tensors)"
-    vram = card_bytes() if vram is None else vram
     return _summary(record, stood_for, time.perf_counter() - start, parameters, vram)
+
+
+def _bytes_of(vram: Any) -> int:
+    if isinstance(vram, str):
+        return parse_size(vram)
+    if not isinstance(vram, int) or vram < 2**20:
+        raise ValueError(f"vram is a card's memory in bytes (24 * 2**30) or a text ('24GiB'), but was given {vram!r}.")
+    return vram
 
 
 def card_bytes() -> int | None:

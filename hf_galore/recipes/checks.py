@@ -7,6 +7,7 @@ from trl import ModelConfig
 
 from ..config import GaLoreConfig
 from ..integrations.trainer import KINDS, optim_name
+from ..optim.admission import check_refresh
 from .checkpoints import check_folders
 from .errors import UserError
 from .trackers import check_trackers
@@ -47,4 +48,6 @@ def galore_config(training_args: TrainingArguments) -> GaLoreConfig | None:
     """
     if optim_name(training_args) not in KINDS:
         return None
-    return GaLoreConfig.from_optim_args(training_args.optim_args)
+    config = GaLoreConfig.from_optim_args(training_args.optim_args)
+    check_refresh(config.group_options())
+    return config

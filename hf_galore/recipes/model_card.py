@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from ..config import GaLoreConfig
 from ..integrations.trainer import KINDS, optim_name
 from ..plan.planner import CONTEXT_BYTES, FRAGMENTATION, GIB, MemoryPlan, in_gib
+from ..version import __version__
 
 TAG = "galore"
 _BEFORE = "### Framework versions"  # a heading in the cards of TRL and of transformers
@@ -35,8 +36,6 @@ def add_galore(path: Path, args: TrainingArguments, plan: MemoryPlan | None) -> 
 
 
 def _section(optim: str, args: TrainingArguments, plan: MemoryPlan | None) -> str:
-    from .. import __version__  # here, since importing the package itself registers the optimizers
-
     config = GaLoreConfig.from_optim_args(args.optim_args)
     lines = [
         "### GaLore",

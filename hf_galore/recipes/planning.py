@@ -20,7 +20,7 @@ def plan_recipe(
     recipe: Arguments | str | os.PathLike[str],
     *,
     overrides: Sequence[str] = (),
-    vram: int | None = None,
+    vram: int | str | None = None,
     target: Target = "cuda",
     layers: int | None = None,
     progress: Progress | None = None,
@@ -30,7 +30,7 @@ def plan_recipe(
     Args:
         recipe: its file, or what was parsed from one, which is of no use afterwards.
         overrides: for a file, `["--key", "value", ...]` as on the command line.
-        vram: bytes of the card's memory; by default those of the GPU, if there is one.
+        vram: the card's memory in bytes, or as text (`"24GiB"`); by default that of the GPU, if there is one.
         target: the device that the tensors stand for; `cpu` gives what the run takes on a CPU.
         layers: how many layers the model is to have, instead of its own number.
         progress: called with the phase and the number of the step.

@@ -11,7 +11,7 @@ from .adam_8bit import Adam8bit
 from .lion import Lion
 from .rule import Rule
 
-__all__ = ["RULES", "Rule", "options_of", "rule_of"]
+__all__ = ["RULES", "Rule", "options_of", "rule_of", "without_own_name"]
 
 # By the names that optimizers have for them. The option `rule` of a group of targets names them by `Rule.option`.
 RULES: dict[str, Rule] = {
@@ -31,6 +31,11 @@ def rule_of(own: Rule, group: Mapping[str, Any]) -> Rule:
     """
     name = group.get("rule")
     return own if name is None or name == own.option else RULES[name]
+
+
+def without_own_name(own: Rule, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A group's options with no `rule` where they name the optimizer's own: groups that mean the same are the same."""
+    return {key: None if key == "rule" and value == own.option else value for key, value in options.items()}
 
 
 def options_of(own: Rule, group: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -109,11 +109,14 @@ def check_not_negative(group: Group, *keys: str) -> None:
     """Check that options are at least 0.
 
     Raises:
-        ValueError: one is not.
+        ValueError: one is not, or is no number.
     """
     for key in keys:
-        if not group[key] >= 0:
-            raise ValueError(f"{key} has to be at least 0, but is {group[key]!r}.")
+        value = group[key]
+        if not isinstance(value, (int, float, Tensor)):
+            raise ValueError(f"{key} has to be a number, but is {value!r}.")  # noqa: TRY004
+        if not value >= 0:
+            raise ValueError(f"{key} has to be at least 0, but is {value!r}.")
 
 
 def check_betas(group: Group) -> None:
@@ -123,5 +126,5 @@ def check_betas(group: Group) -> None:
         ValueError: they are not two numbers of at least 0 and below 1.
     """
     betas = group["betas"]
-    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+    if not isinstance(betas, Sequence) or len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
         raise ValueError(f"betas have to be two numbers of at least 0 and below 1, but are {betas!r}.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -167,7 +167,7 @@ def test_a_member_of_transformers_names_is_a_name() -> None:
 def test_hyperparameters_go_to_the_class(optim: str) -> None:
     optimizer = make_optimizer(model(), TARGETS, optim=optim, optim_args=OPTIM_ARGS, clip_threshold=2.0, beta1=0.9)
     assert {(group["clip_threshold"], group["beta1"]) for group in optimizer.param_groups} == {(2.0, 0.9)}
-    with pytest.raises(TypeError, match="GaLoreAdafactor has no keyword 'betas'"):
+    with pytest.raises(TypeError, match="make_optimizer has no keyword 'betas'"):
         make_optimizer(model(), TARGETS, optim=optim, optim_args=OPTIM_ARGS, betas=(0.9, 0.99))
 
 
@@ -225,7 +225,7 @@ def test_an_unknown_name_is_answered_with_those_there_are(name: str, hint: str) 
 
 
 def test_an_unknown_keyword_is_an_error() -> None:
-    with pytest.raises(TypeError, match="GaLoreAdamW has no keyword 'learning_rate'"):
+    with pytest.raises(TypeError, match="make_optimizer has no keyword 'learning_rate'"):
         make_optimizer(model(), TARGETS, optim_args=OPTIM_ARGS, learning_rate=1e-3)
 
 
@@ -271,3 +271,30 @@ def test_it_needs_no_registration() -> None:
         assert dict(vars(Trainer)) == before
     finally:
         hf_galore.register()
+
+
+@pytest.mark.parametrize(
+    ("keyword", "words"),
+    [
+        ("rank", r"optim_args=\{'rank': \.\.\.\}"),
+        ("stochastic_rounding", r"optim_args=\{'stochastic_rounding'"),
+        ("projected_backward", r"optim_args=\{'projected_backward'"),
+        ("rule", r"optim_args=\{'rule'"),
+        ("layerwise", "an optim that ends in _layerwise"),
+        ("optm", "Did you mean 'optim'?"),
+        ("module", "It has target_modules, optim, optim_args, lr,"),
+    ],
+)
+def test_a_keyword_that_belongs_elsewhere_is_sent_there(keyword: str, words: str) -> None:
+    """Before anything else: of a small model the default rank would be complained of first."""
+    with pytest.raises(TypeError, match=rf"make_optimizer has no keyword '{keyword}'\. .*{words}"):
+        make_optimizer(tiny_llama(), **cast("dict[str, Any]", {keyword: 1}))
+
+
+def test_arguments_of_other_types_are_named() -> None:
+    with pytest.raises(TypeError, match="takes the model itself, but was given a generator"):
+        make_optimizer(tiny_llama().parameters())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="lr has to be a number, but is '1e-3'"):
+        make_optimizer(tiny_llama(), optim_args={"rank": 16}, lr="1e-3")  # type: ignore[arg-type, unused-ignore]
+    with pytest.raises(ValueError, match=r"betas have to be two numbers .*, but are 0\.9"):
+        make_optimizer(tiny_llama(), optim_args={"rank": 16}, betas=0.9)

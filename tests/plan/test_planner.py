@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import importlib
+import inspect
 import math
 import os
 import subprocess
@@ -459,6 +460,41 @@ def test_the_planner_does_without_recipes_and_commands() -> None:
     rooms = {name.split(".")[1] for name in run.stdout.split()}
     assert "plan" in rooms
     assert rooms.isdisjoint({"recipes", "compare", "cli"})
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "words"),
+    [
+        (5, {}, "of a recipe's file, or of a function that makes a Trainer, but was given a int: 5"),
+        (None, {}, "but was given a NoneType"),
+        ("x.yaml", {"overrides": "--max_length 5"}, r"overrides is a list of texts, \['--max_length', '512'\]"),
+        ("x.yaml", {"overrides": ["--max_length", 5]}, "overrides is a list of texts"),
+        ("x.yaml", {"layers": 0}, "layers has to be at least 1, but is 0"),
+        (lambda: 5, {"layers": 1}, "overrides and layers are for a recipe"),
+        (lambda: 5, {"vram": 24}, r"in bytes \(24 \* 2\*\*30\) or a text \('24GiB'\), but was given 24"),
+        (lambda: 5, {"vram": -1}, "but was given -1"),
+        (lambda: 5, {"vram": "24 lightyears"}, "A memory size reads 24GiB"),
+        (lambda: 5, {"target": "gpu"}, "target has to be one of cuda, cpu, but is 'gpu'"),
+        (lambda: 5, {}, "has to return a Trainer, but returned a int"),
+    ],
+)
+def test_nonsense_is_refused_in_words(source: Any, options: dict[str, Any], words: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=words):
+        hf_galore.plan(source, **options)
+
+
+def test_the_card_may_be_given_as_text(tmp_path: Path) -> None:
+    assert hf_galore.plan(sft(tmp_path, "adamw_torch"), vram="24GiB").vram_bytes == 24 * 2**30
+
+
+def test_the_package_is_its_function_each_time() -> None:
+    package: Any = hf_galore
+    first, second = package.plan, package.plan
+    module: Any = sys.modules["hf_galore.plan"]
+    assert first is second
+    assert first is module
+    assert inspect.signature(first) == inspect.signature(module.plan)
+    assert {"plan", "measure", "make_optimizer", "GaLoreAdamW", "__version__"} <= set(dir(hf_galore))
 
 
 def test_the_package_has_the_planner() -> None:

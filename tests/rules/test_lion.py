@@ -170,6 +170,9 @@ def test_its_own_name_as_option_is_no_other_rule() -> None:
     options = {"rank": 64}
     optimizer = GaLoreAdamW8bit([projected(matrix, rule="adam", **options)])
     assert optimizer.state[matrix]["exp_avg"].dtype == torch.uint8
+    unnamed = GaLoreAdamW8bit([projected(matrix, **options)])
+    optimizer.load_state_dict(unnamed.state_dict())
+    unnamed.load_state_dict(optimizer.state_dict())
 
 
 def test_an_option_that_the_rule_refuses() -> None:
