@@ -293,7 +293,7 @@ def test_a_keyword_that_belongs_elsewhere_is_sent_there(keyword: str, words: str
 
 def test_arguments_of_other_types_are_named() -> None:
     with pytest.raises(TypeError, match="takes the model itself, but was given a generator"):
-        make_optimizer(tiny_llama().parameters())  # type: ignore[arg-type]
+        make_optimizer(tiny_llama().parameters())
     with pytest.raises(ValueError, match="lr has to be a number, but is '1e-3'"):
         make_optimizer(tiny_llama(), optim_args={"rank": 16}, lr="1e-3")  # type: ignore[arg-type, unused-ignore]
     with pytest.raises(ValueError, match=r"betas have to be two numbers .*, but are 0\.9"):
