@@ -204,7 +204,6 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         for trained in parameters:
             gradient = trained.param.grad
             if isinstance(gradient, LowRankGradient) and gradient.addend is None:
-                assert isinstance(trained, Target)
                 self._update_held(trained, gradient)
             elif gradient is not None and not isinstance(gradient, UsedGradient):
                 whole = gradient.addend if isinstance(gradient, LowRankGradient) else gradient
@@ -219,14 +218,14 @@ class GaLoreOptimizer(torch.optim.Optimizer):
             self.warn_of_skipped()
         return loss
 
-    def _update_held(self, target: Target, gradient: LowRankGradient) -> None:
+    def _update_held(self, target: Trained, gradient: LowRankGradient) -> None:
         """One optimizer step of a target from the low-rank gradient that its hook has left in `.grad`.
 
         Raises:
             RuntimeError: the gradient is in another basis than the present one.
         """
         before = None if self._hooks is None else self._hooks.before(target.param)
-        if not gradient.is_zero and gradient.basis is not target.version:
+        if not isinstance(target, Target) or not (gradient.is_zero or gradient.basis is target.version):
             raise RuntimeError(
                 f"The low-rank gradient in {target.name}.grad is in an earlier basis than the present one: it "
                 "was kept over a refresh, or over a backward pass that was dropped. Call optimizer.zero_grad() after "
