@@ -111,10 +111,10 @@ class BackwardHooks:
 
     def attach_new(self) -> None:
         """Put hooks on parameters that have none yet: of a new group, or frozen until now."""
-        model, me = self._model(), weakref.ref(self)
-        if model is None:
+        optimizer, model, me = self._optimizer(), self._model(), weakref.ref(self)
+        if optimizer is None or model is None:
             return
-        for trained in self._lacking():
+        for trained in self._lacking(optimizer.trained_parameters()):
             handle = trained.param.register_post_accumulate_grad_hook(_GradientHook(me))
             self._handles.append(handle)
             self._windows[id(trained.param)] = Window(trained, self._mode, handle)
@@ -137,10 +137,8 @@ class BackwardHooks:
                     not_served[name] = reason
         self._say_why_not(not_served)
 
-    def _lacking(self) -> list[Trained]:
-        """The parameters that should have a hook and have none."""
-        optimizer = self._optimizer()
-        parameters = [] if optimizer is None else optimizer.trained_parameters()
+    def _lacking(self, parameters: list[Trained]) -> list[Trained]:
+        """Those of the optimizer's parameters that should have a hook and have none."""
         return [
             trained
             for trained in parameters
@@ -188,16 +186,19 @@ class BackwardHooks:
         window = self._mode.touched.get(id(param))
         return None if window is None else window.before
 
-    def check_before_step(self) -> None:
+    def check_before_step(self, parameters: list[Trained]) -> None:
         """Check that what updates have used in this window is what the step is meant to be made with.
+
+        Args:
+            parameters: what each of the optimizer's is by now.
 
         Raises:
             RuntimeError: gradients were dropped after the backward pass had updated weights with them.
             ValueError: torch.distributed runs more than one process by now.
         """
         check_processes()
-        self._renew()
-        for window in self._present():
+        self._renew(parameters)
+        for window in self._windows.values():
             if window.was_dropped:
                 raise RuntimeError(
                     f"The gradient of {window.trained.name} was dropped or replaced before step(), but the backward "
@@ -206,10 +207,10 @@ class BackwardHooks:
                 )
         self.look()
 
-    def start_window(self) -> None:
+    def start_window(self, parameters: list[Trained]) -> None:
         """Forget everything about the window that is over, and put hooks on parameters that need one from now on."""
         self._start_windows()
-        if self._attached and self._lacking():
+        if self._attached and self._lacking(parameters):
             self.attach_new()
 
     def _start_windows(self) -> None:
@@ -222,10 +223,8 @@ class BackwardHooks:
         """The windows, if their optimizer is still there."""
         return [] if self._optimizer() is None else list(self._windows.values())
 
-    def _renew(self) -> None:
+    def _renew(self, parameters: list[Trained]) -> None:
         """Forget parameters that the optimizer no longer has, and learn what the others are by now."""
-        optimizer = self._optimizer()
-        parameters = [] if optimizer is None else optimizer.trained_parameters()
         present = {id(trained.param): trained for trained in parameters}
         for key, window in list(self._windows.items()):
             if key in present:

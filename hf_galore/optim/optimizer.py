@@ -198,9 +198,9 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._hooks is not None:
-            self._hooks.check_before_step()
         parameters = self.trained_parameters()
+        if self._hooks is not None:
+            self._hooks.check_before_step(parameters)
         for trained in parameters:
             gradient = trained.param.grad
             if isinstance(gradient, LowRankGradient) and gradient.addend is None:
@@ -213,7 +213,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
             if isinstance(trained, Target):
                 trained.refresh_asked = False
         if self._hooks is not None:
-            self._hooks.start_window()
+            self._hooks.start_window(parameters)
         if all(group["params"][0].device.type == "cpu" for group in self.param_groups if group["params"]):
             self.warn_of_skipped()
         return loss
