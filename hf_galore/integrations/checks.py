@@ -16,6 +16,7 @@ from ..optim.admission import check_parameters
 from ..optim.build import KINDS
 from ..optim.groups import FROM_WEIGHTS, written_by_galore_torch
 from ..optim.optimizer import GaLoreOptimizer
+from ..rules import RULES, without_own_name
 from .callback import galore_callback
 
 
@@ -55,7 +56,8 @@ def _check_targets(trainer: Trainer, optimizer: GaLoreOptimizer) -> None:
         )
     if name in KINDS and args.optim_args and galore_callback(trainer) is None:  # once
         config = GaLoreConfig.from_optim_args(args.optim_args)
-        if not any(found is not None and found.group_options() == config.group_options() for found in options):
+        asked = without_own_name(RULES[optimizer.rule], config.group_options())
+        if not any(found is not None and found.group_options() == asked for found in options):
             logger.warning(
                 "optim_args is %r, but no parameter group of the %s that this Trainer was given has these options: it "
                 "trains as it was made.",

@@ -7,7 +7,6 @@ parameter groups itself.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -177,18 +176,21 @@ def _check_keywords(cls: type[GaLoreOptimizer], given: Iterable[str]) -> None:
 def _kind(optim: Any) -> Kind:
     name = str(getattr(optim, "value", optim))  # a member of transformers' OptimizerNames too
     if name not in KINDS:
-        close = difflib.get_close_matches(name, KINDS, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"optim has to be one of {', '.join(KINDS)}, but is {name!r}.{hint}")
+        known = list(KINDS)
+        raise ValueError(f"optim has to be one of {', '.join(known)}, but is {name!r}.{nearest(name, known)}")
     return KINDS[name]
 
 
 def _config(optim_args: GaLoreConfig | Mapping[str, Any] | str | None) -> GaLoreConfig:
     if isinstance(optim_args, GaLoreConfig):
         return optim_args
+    unset: dict[str, Any] = {}
     if isinstance(optim_args, Mapping):
-        optim_args = ", ".join(f"{key}={value}" for key, value in optim_args.items() if value is not None)
-    return GaLoreConfig.from_optim_args(optim_args)
+        # A text has no word for it.
+        fields = {field.name for field in dataclasses.fields(GaLoreConfig)}
+        unset = {key: None for key, value in optim_args.items() if value is None and key in fields}
+        optim_args = ", ".join(f"{key}={value}" for key, value in optim_args.items() if key not in unset)
+    return dataclasses.replace(GaLoreConfig.from_optim_args(optim_args), **unset)
 
 
 def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -263,7 +263,7 @@ class Target(Trained):
         # Moments that began anew at the last refresh have a bias to correct that is no older.
         moments_step = step - refreshed_at(state) if group["moments"] == "reset" else step
         direction, factor = self.rule.direction(low_rank, self.moments(), group, moments_step, skip)
-        bases = self.bases() if bases is None else bases
+        bases = self._layout.read(state, param.dtype) if bases is None else bases
         alpha, decay = -factor * group["scale"], decay_of(group)
         if self._rounds_stochastically(group):
             self._add_rounded(group, functools.partial(projected_back, direction, bases), alpha, step, skip)

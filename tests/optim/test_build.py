@@ -209,6 +209,8 @@ def test_mistakes_are_answered_as_under_the_trainer(mistake: dict[str, Any], tmp
         ({"rank": True}, "rank has to be an integer"),
         ({"rank": 8, "scale": -1}, "scale has to be a finite number above 0"),
         ({"rank": 8, "stagger": 1}, "stagger has to be true or false"),
+        ({"rank": None}, "rank has to be an integer of at least 1, but was given None"),
+        ({"rnak": None}, "Did you mean 'rank'"),
     ],
     ids=str,
 )

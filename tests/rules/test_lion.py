@@ -197,6 +197,14 @@ def test_layerwise_is_plain_under_the_trainer(tmp_path: Path) -> None:
     assert_identical(ends[0], ends[1])
 
 
+def test_a_trainer_warns_of_no_option_that_its_own_optimizer_has(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, rule in (("galore_adamw", "adam"), ("galore_adamw_8bit", "adam"), ("galore_adamw", "lion")):
+        train_model(tiny_llama(), tmp_path, name, optim_args=f"{OPTIM_ARGS}, rule={rule}", max_steps=1)
+    assert "trains as it was made" not in caplog.text
+
+
 def test_a_resumed_run_is_an_uninterrupted_one(tmp_path: Path) -> None:
     options: dict[str, Any] = {"optim_args": f"{OPTIM_ARGS}, rule=lion", "save_strategy": "steps", "save_steps": 4}
     whole, resumed = tiny_llama(), tiny_llama(seed=1)
