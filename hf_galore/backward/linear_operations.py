@@ -214,7 +214,7 @@ def _norm(
 
 
 @_implements(_aten._foreach_norm)
-def _foreach_norm(func: Any, gradients: Sequence[Tensor], ord: Any = 2, *, dtype: Any = None) -> Any:
+def _foreach_norm(func: Any, gradients: Sequence[Tensor], ord: Any = 2, dtype: Any = None) -> Any:
     return [torch.linalg.vector_norm(gradient, ord, dtype=dtype) for gradient in gradients]
 
 

@@ -6,35 +6,49 @@ GPU the device alone does, and updates are computed so that nothing comes of the
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 
-def skip_unless_finite(norm: Tensor) -> Tensor:
-    """1 where a gradient's norm is NaN or infinite and its update has to be skipped, else 0; no waiting for the device.
+class Skip:
+    """Whether an update is skipped: where the norm of its gradient is NaN or infinite.
 
     A norm that overflows counts: so would the second moment.
 
     Args:
         norm: 0-dimensional.
     """
+
+    __slots__ = ("_flag", "known", "norm")
+
+    def __init__(self, norm: Tensor) -> None:
+        self.norm = norm
+        self.known = _look(norm)
+        """Whether it is, where the host can tell without waiting for a device; else `None`."""
+        self._flag: Tensor | None = None
+
+    @property
+    def flag(self) -> Tensor | None:
+        """1 where it is and 0 where not, 0-dimensional float32, on the device; `None` where it is known not to be."""
+        if self.known is False:
+            return None
+        if self._flag is None:  # made for those who ask: kernels that look at the norm themselves need none
+            self._flag = flags_of(self.norm)
+        return self._flag
+
+
+def flags_of(norms: Tensor) -> Tensor:
+    """1 where a norm is NaN or infinite, else 0, float32; no waiting for the device."""
     # Three small kernels instead of the six of isfinite().
-    return (norm * 0).ne(0).to(torch.float32)
+    return (norms * 0).ne(0).to(torch.float32)
 
 
-def known_skip(skip: Tensor) -> bool | None:
-    """Whether an update is skipped, where the host can tell without waiting for a device; else `None`.
-
-    Args:
-        skip: 0-dimensional, 1 or 0.
-    """
-    return _look(skip)
-
-
-def _look(skip: Tensor) -> bool | None:
+def _look(norm: Tensor) -> bool | None:
     # A function of its own, for plans to replace: their tensors have no numbers, and stand for a GPU's or a CPU's.
-    return bool(skip.item()) if skip.device.type == "cpu" else None
+    return not math.isfinite(norm.item()) if norm.device.type == "cpu" else None
 
 
 def has_numbers(tensor: Tensor) -> bool:

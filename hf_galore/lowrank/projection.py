@@ -163,6 +163,18 @@ def norm_of(tensor: Tensor) -> Tensor:
     return norm
 
 
+def norms_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What `norm_of` gives of each tensor, in few kernels for all of them."""
+    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        alike.setdefault((tensor.device, tensor.dtype), []).append(index)
+    norms: dict[int, Tensor] = {}
+    for (_, dtype), indices in alike.items():
+        found = torch._foreach_norm([tensors[index] for index in indices], dtype=at_least_float32(dtype))
+        norms.update(zip(indices, found, strict=True))
+    return [norms[index] for index in range(len(tensors))]
+
+
 def nonzero_columns(basis: Tensor) -> Tensor:
     """Which columns of a basis stand for a direction, r booleans: the others are zero (see `bases_of_lower_rank`)."""
     size: Tensor = torch.linalg.vector_norm(basis, dim=0, dtype=at_least_float32(basis.dtype))

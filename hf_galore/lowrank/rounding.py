@@ -13,7 +13,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .nonfinite import known_skip
 from .projection import at_least_float32
 from .seeds import mixed_seed
 
@@ -70,7 +69,7 @@ def add_rounded_(
         generator: rounds stochastically to bfloat16; `None` to the nearest.
     """
     weight = weight.reshape(-1) if weight.ndim == 0 else weight  # a view
-    factor = decay if skip is None else decay_unless(skip, weight.dtype, decay)
+    factor = decay_unless(skip, weight.dtype, decay)
     precise = at_least_float32(weight.dtype)
     if weight.dtype == precise:
         if decay != 1:
@@ -97,8 +96,14 @@ def is_identity(dtype: torch.dtype, decay: float) -> bool:
     return 0 <= 1 - decay < torch.finfo(dtype).eps / 4
 
 
-def decay_unless(skip: Tensor, dtype: torch.dtype, decay: float) -> Tensor | float:
-    """The decay, or 1 where `skip` is 1: a number if the host knows, else on the device, precise enough for `dtype`."""
-    if decay == 1 or known_skip(skip) is False:
+def decay_unless(skip: Tensor | None, dtype: torch.dtype, decay: float) -> Tensor | float:
+    """The decay, or 1 where `skip` is 1: a number if the host knows, else on the device, precise enough for `dtype`.
+
+    Args:
+        skip: 0-dimensional, 1 or 0; `None` for never.
+        dtype: of the weight.
+        decay: 1 − ηλ.
+    """
+    if decay == 1 or skip is None:
         return decay
     return 1 - (1 - decay) * (1 - skip.to(at_least_float32(dtype)))

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from ..backward.gradient import LowRankGradient, UsedGradient
 from ..backward.hooks import BackwardHooks
 from ..config import GaLoreConfig
-from ..lowrank.projection import norm_of
+from ..lowrank.projection import norms_of
 from ..rules import RULES, options_of, without_own_name
 from . import checkpoint
 from .admission import check_group, check_parameters, check_stochastic_rounding, say_if_decay_is_lost
+from .gradients import clip_, norm_of_all, norms_for_step
 from .groups import GaLoreOptions as GaLoreOptions
 from .groups import check_group_keys, check_options, split_groups, with_seeds
 from .names import Names
@@ -201,24 +202,26 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         parameters = self.trained_parameters()
         if self._hooks is not None:
             self._hooks.check_before_step(parameters)
+        norms = norms_for_step(parameters)
         for trained in parameters:
-            gradient = trained.param.grad
+            gradient, norm = trained.param.grad, norms.get(id(trained.param))
             if isinstance(gradient, LowRankGradient) and gradient.addend is None:
-                self._update_held(trained, gradient)
+                self._update_held(trained, gradient, norm)
             elif gradient is not None and not isinstance(gradient, UsedGradient):
                 whole = gradient.addend if isinstance(gradient, LowRankGradient) else gradient
                 assert whole is not None
-                trained.step(whole)
+                trained.step(whole, norm)
                 del whole
             if isinstance(trained, Target):
                 trained.refresh_asked = False
+        self.journal.skipped.count()
         if self._hooks is not None:
             self._hooks.start_window(parameters)
         if all(group["params"][0].device.type == "cpu" for group in self.param_groups if group["params"]):
             self.warn_of_skipped()
         return loss
 
-    def _update_held(self, target: Trained, gradient: LowRankGradient) -> None:
+    def _update_held(self, target: Trained, gradient: LowRankGradient, norm: Tensor | None) -> None:
         """One optimizer step of a target from the low-rank gradient that its hook has left in `.grad`.
 
         Raises:
@@ -231,7 +234,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
                 "was kept over a refresh, or over a backward pass that was dropped. Call optimizer.zero_grad() after "
                 "each step; to keep gradients make the optimizer with layerwise=False and projected_backward=False."
             )
-        target.update(gradient.low_rank, before=before)
+        target.update(gradient.low_rank, norm, before=before)
 
     # ---- hooks into the backward pass, and gradients
 
@@ -261,11 +264,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         where there is nothing.
         """
         norms = [] if self._hooks is None else self._hooks.norms()
-        for gradient in self._gradients():
-            norms.append(gradient.frobenius_norm() if isinstance(gradient, LowRankGradient) else norm_of(gradient))
-        if not norms:
-            return None
-        return norm_of(torch.stack([norm.to(norms[0].device) for norm in norms]))
+        return norm_of_all(norms + norms_of(self._gradients()))
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor | None:
@@ -284,11 +283,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
             )
         norm = self.grad_norm()
         if norm is not None:
-            # As torch.nn.utils.clip_grad_norm_, but that a norm that is not finite skips all updates, not only those
-            # that it came from: the others would be made with a gradient of zero.
-            factor = (max_norm / (norm + 1e-6)).clamp_(max=1.0) + norm * 0
-            for gradient in self._gradients():
-                gradient.mul_(factor.to(gradient.device))
+            clip_(self._gradients(), norm, max_norm)
         return norm
 
     def _gradients(self) -> list[Tensor]:

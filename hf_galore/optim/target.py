@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..backward.gradient import BasisVersion
 from ..lowrank.methods import METHODS
-from ..lowrank.nonfinite import known_skip, skip_unless_finite
+from ..lowrank.nonfinite import Skip
 from ..lowrank.projection import (
     Bases,
     Gradient,
@@ -226,7 +226,7 @@ class Target(Trained):
 
     # ---- the update
 
-    def _step(self, gradient: Tensor) -> None:
+    def _step(self, gradient: Tensor, norm: Tensor | None) -> None:
         if self.due():
             self.update(self.project(gradient, refresh=True))
         else:
@@ -250,14 +250,13 @@ class Target(Trained):
             bases: `bases()`, where they are at hand: quantised ones take time to read.
         """
         state, group, param = self._with_placed_bases(), self.group, self.param
-        skip = skip_unless_finite(norm_of(low_rank) if norm is None else norm)
-        known = known_skip(skip)
-        if before is not None and before.complete and known:
+        skip = Skip(norm_of(low_rank) if norm is None else norm)
+        if before is not None and before.complete and skip.known:
             self.take_back(before)
             before = None
         if before is not None:
             self._carry_moments(before)
-        step = self._begin(state, skip, known)
+        step = self._begin(state, skip)
         if step is None:
             return
         # Moments that began anew at the last refresh have a bias to correct that is no older.
@@ -267,13 +266,13 @@ class Target(Trained):
         alpha, decay = -factor * group["scale"], decay_of(group)
         if self._rounds_stochastically(group):
             self._add_rounded(group, functools.partial(projected_back, direction, bases), alpha, step, skip)
-        elif known is False or is_identity(param.dtype, decay):
+        elif skip.known is False or is_identity(param.dtype, decay):
             # Where only the device knows that the update is skipped, N is zero, and the decay alone changes nothing.
             add_projected_back_(param, direction, bases, alpha, decay=decay)
         elif param.dtype not in (torch.float32, torch.float64):
             self._add_rounded(group, functools.partial(projected_back, direction, bases), alpha, step, skip)
         else:
-            param.mul_(decay_unless(skip, param.dtype, decay))
+            param.mul_(decay_unless(skip.flag, param.dtype, decay))
             add_projected_back_(param, direction, bases, alpha)
 
     def _carry_moments(self, before: Before) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-from ..lowrank.nonfinite import known_skip, skip_unless_finite
+from ..lowrank.nonfinite import Skip
 from ..lowrank.projection import norm_of
 from ..lowrank.rounding import add_rounded_, generator_for
 from ..rules import Rule
@@ -171,8 +171,12 @@ class Trained:
 
     # ---- the update
 
-    def step(self, gradient: Tensor) -> None:
+    def step(self, gradient: Tensor, norm: Tensor | None = None) -> None:
         """One optimizer step from the gradient, which is left as it is.
+
+        Args:
+            gradient: G.
+            norm: ‖G‖, where it is known already.
 
         Raises:
             RuntimeError: the gradient is sparse.
@@ -182,26 +186,23 @@ class Trained:
                 f"GaLore cannot use sparse gradients, but that of {self.name} is. Build the embedding with "
                 "sparse=False."
             )
-        self._step(gradient)
+        self._step(gradient, norm)
 
-    def _step(self, gradient: Tensor) -> None:
+    def _step(self, gradient: Tensor, norm: Tensor | None) -> None:
         raise NotImplementedError
 
-    def _begin(self, state: State, skip: Tensor, known: bool | None) -> int | None:
-        """Count an update, unless it is skipped because the gradient is not finite.
+    def _begin(self, state: State, skip: Skip) -> int | None:
+        """Count an update, unless it is known to be skipped.
 
-        Args:
-            skip: as `skip_unless_finite` gives it.
-            known: as `known_skip` gives it: on a GPU only the device knows, and what was counted is taken back when
-                the host reads it.
+        On a GPU only the device knows, and what was counted is taken back when the host reads it.
 
         Returns:
             The number of the update, from 1; `None` where the host knows that it is skipped.
         """
         step = int(state["step"].item()) + 1
-        if known is None:
-            self.owner.journal.skipped.note(self.param, skip, step)
-        elif known:
+        if skip.known is None:
+            self.owner.journal.skipped.note(self.param, skip.norm, step)
+        elif skip.known:
             self.owner.journal.skipped.note_known(self.param, step)
             return None
         # Out of place: under fake tensors the value of a CPU scalar survives that, and not `+=`.
@@ -212,22 +213,22 @@ class Trained:
         return bool(group.get("stochastic_rounding")) and self.param.dtype == torch.bfloat16
 
     def _add_rounded(
-        self, group: Group, update: Callable[[slice], Tensor], alpha: float, step: int, skip: Tensor
+        self, group: Group, update: Callable[[slice], Tensor], alpha: float, step: int, skip: Skip
     ) -> None:
         """Add an update in one rounding with the decay: stochastically if the group says so, else to the nearest."""
         generator = None
         if self._rounds_stochastically(group):
             generator = generator_for(self.param.device, group["rounding_seed"], self.index, step)
-        add_rounded_(self.param, update, alpha=alpha, decay=decay_of(group), skip=skip, generator=generator)
+        add_rounded_(self.param, update, alpha=alpha, decay=decay_of(group), skip=skip.flag, generator=generator)
 
 
 class FullRank(Trained):
     """A parameter that trains as it would without GaLore."""
 
-    def _step(self, gradient: Tensor) -> None:
+    def _step(self, gradient: Tensor, norm: Tensor | None) -> None:
         state, group, param = self.state, self.group, self.param
-        skip = skip_unless_finite(norm_of(gradient))
-        step = self._begin(state, skip, known_skip(skip))
+        skip = Skip(norm_of(gradient) if norm is None else norm)
+        step = self._begin(state, skip)
         if step is None:
             return
         moments = self.moments()

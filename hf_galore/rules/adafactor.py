@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..lowrank.nonfinite import Skip
 from ..lowrank.rotation import Rotation, rotate, rotate_factored
 from .rule import Group, Moment, Moments, Rule, check_not_negative, full_precision
 
@@ -53,7 +54,7 @@ class Adafactor(Rule):
         return found
 
     def direction(
-        self, gradient: Tensor, moments: Moments, group: Group, step: int, skip: Tensor
+        self, gradient: Tensor, moments: Moments, group: Group, step: int, skip: Skip
     ) -> tuple[Tensor, float]:
         """The clipped update and the learning rate; with `beta1` the mean of updates, which the rate is already in."""
         direction = adafactor_direction(
@@ -65,13 +66,16 @@ class Adafactor(Rule):
             decay_rate=group["decay_rate"],
             eps=group["eps"],
             clip_threshold=group["clip_threshold"],
-            skip=skip,
+            skip=skip.flag,
         )
         lr = float(group["lr"])
         if group["beta1"] is None:
             return direction, lr
-        keep = 1 - skip.to(direction.dtype)
-        exp_avg = moments["exp_avg"].lerp_(direction.mul_(lr), keep * (1 - group["beta1"]))
+        exp_avg = moments["exp_avg"]
+        if skip.flag is None:
+            return exp_avg.lerp_(direction.mul_(lr), 1 - group["beta1"]), 1.0
+        keep = 1 - skip.flag.to(direction.dtype)
+        exp_avg.lerp_(direction.mul_(lr), keep * (1 - group["beta1"]))
         return exp_avg * keep, 1.0
 
     def rotate_(self, moments: Moments, group: Group, rotation: Rotation, step: int) -> None:
@@ -93,7 +97,7 @@ def adafactor_direction(
     decay_rate: float,
     eps: float,
     clip_threshold: float,
-    skip: Tensor,
+    skip: Tensor | None,
 ) -> Tensor:
     """The clipped update U of Adafactor, before the learning rate.
 
@@ -106,13 +110,15 @@ def adafactor_direction(
         decay_rate: exponent of β₂ₜ = 1 − t^decay_rate.
         eps: added to the squared gradient.
         clip_threshold: the largest root mean square of U.
-        skip: 0-dimensional float32; at 1 the moments stay and U is zero.
+        skip: 0-dimensional float32; at 1 the moments stay and U is zero. `None` for never.
     """
     moment = exp_avg_sq if exp_avg_sq is not None else exp_avg_sq_row
     assert moment is not None
-    skipped = skip.bool()
-    gradient = gradient.to(moment.dtype).masked_fill(skipped, 0.0)
-    weight = (step**decay_rate) * (1 - skip.to(moment.dtype))  # 1 − β₂ₜ, or 0
+    gradient = gradient.to(moment.dtype)
+    weight: Tensor | float = step**decay_rate  # 1 − β₂ₜ, or 0
+    if skip is not None:
+        gradient = gradient.masked_fill(skip.bool(), 0.0)
+        weight = weight * (1 - skip.to(moment.dtype))
     squared = gradient.square().add_(eps)
     if exp_avg_sq is not None:
         exp_avg_sq.lerp_(squared, weight)
@@ -126,5 +132,6 @@ def adafactor_direction(
         column = exp_avg_sq_col.rsqrt().unsqueeze(-2)
         direction = (row * column).mul_(gradient)
     rms = direction.norm(2) / math.sqrt(direction.numel())
+    direction.div_((rms / clip_threshold).clamp_(min=1.0))
     # Moments that are still zero make 0 · ∞ of a gradient that is skipped.
-    return direction.div_((rms / clip_threshold).clamp_(min=1.0)).masked_fill_(skipped, 0.0)
+    return direction if skip is None else direction.masked_fill_(skip.bool(), 0.0)

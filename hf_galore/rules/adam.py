@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..lowrank.blockwise import AdamStep
+from ..lowrank.nonfinite import Skip
 from ..lowrank.rotation import Rotation, rotate_adam
 from .rule import Group, Moment, Moments, Rule, check_betas, check_not_negative, full_precision
 
@@ -32,20 +33,18 @@ class Adam(Rule):
         return {key: Moment(shape, full_precision(dtype)) for key in ("exp_avg", "exp_avg_sq")}
 
     def direction(
-        self, gradient: Tensor, moments: Moments, group: Group, step: int, skip: Tensor
+        self, gradient: Tensor, moments: Moments, group: Group, step: int, skip: Skip
     ) -> tuple[Tensor, float]:
         """N, and the learning rate."""
         now = direction_step(group, step)
-        return adam_direction(gradient, moments["exp_avg"], moments["exp_avg_sq"], now, skip), float(group["lr"])
+        return adam_direction(gradient, moments["exp_avg"], moments["exp_avg_sq"], now, skip.flag), float(group["lr"])
 
-    def update_(
-        self, weight: Tensor, gradient: Tensor, moments: Moments, group: Group, step: int, skip: Tensor
-    ) -> bool:
+    def update_(self, weight: Tensor, gradient: Tensor, moments: Moments, group: Group, step: int, skip: Skip) -> bool:
         """Update a weight of the moments' dtype by torch's fused kernel."""
         if weight.dtype != moments["exp_avg"].dtype:
             return False
         now = weight_step(group, step)
-        adam_(weight, gradient.contiguous(), moments["exp_avg"], moments["exp_avg_sq"], now, skip)
+        adam_(weight, gradient.contiguous(), moments["exp_avg"], moments["exp_avg_sq"], now, skip.flag)
         return True
 
     def rotate_(self, moments: Moments, group: Group, rotation: Rotation, step: int) -> None:
@@ -66,7 +65,9 @@ def direction_step(group: Group, step: int) -> AdamStep:
     return AdamStep(step, group["betas"], group["eps"], lr=-1.0, weight_decay=0.0)
 
 
-def adam_(weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, now: AdamStep, skip: Tensor) -> None:
+def adam_(
+    weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, now: AdamStep, skip: Tensor | None
+) -> None:
     """W ← (1 − ηλ)W − ηN in place, N = m̂ / (√v̂ + ε): the kernel of torch's own fused AdamW, on one tensor.
 
     Args:
@@ -75,7 +76,7 @@ def adam_(weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor,
         exp_avg: first moment m, updated in place.
         exp_avg_sq: second moment v, likewise.
         now: the step's number and options.
-        skip: 0-dimensional float32; at 1 nothing is changed.
+        skip: 0-dimensional float32; at 1 nothing is changed. `None` for never.
     """
     # The kernel itself: what torch.optim.adamw does before it (sorting lists by device and dtype, counting steps on the
     # device) takes the host longer than a small matrix takes the processor.
@@ -98,7 +99,7 @@ def adam_(weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor,
     )
 
 
-def adam_direction(gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, now: AdamStep, skip: Tensor) -> Tensor:
+def adam_direction(gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, now: AdamStep, skip: Tensor | None) -> Tensor:
     """N = m̂ / (√v̂ + ε), in the moments' dtype; zero where `skip` is 1.
 
     Args:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..integrations import bitsandbytes as kernels
 from ..lowrank.blockwise import AdamStep
-from ..lowrank.nonfinite import known_skip
+from ..lowrank.nonfinite import Skip
 from ..lowrank.rotation import Rotation, rotate_adam
 from ..lowrank.rounding import add_rounded_, part_of
 from .adam import Adam, adam_direction, direction_step, weight_step
@@ -53,13 +53,11 @@ class Adam32bit(Adam):
                 "GaLoreAdamW for it."
             )
 
-    def update_(
-        self, weight: Tensor, gradient: Tensor, moments: Moments, group: Group, step: int, skip: Tensor
-    ) -> bool:
+    def update_(self, weight: Tensor, gradient: Tensor, moments: Moments, group: Group, step: int, skip: Skip) -> bool:
         """Update a weight of any dtype by bitsandbytes' fused kernel, with no full-rank temporary."""
         exp_avg, exp_avg_sq, now = moments["exp_avg"], moments["exp_avg_sq"], weight_step(group, step)
-        if known_skip(skip) is None:
-            adam_in_parts_(weight, gradient, (exp_avg, exp_avg_sq), now, skip)
+        if skip.flag is not None:
+            adam_in_parts_(weight, gradient, (exp_avg, exp_avg_sq), now, skip.flag)
         else:
             # Its kernels ask for a gradient of the weight's dtype.
             kernels.adam_32bit_(weight, gradient.to(weight.dtype).contiguous(), exp_avg, exp_avg_sq, now)
@@ -83,19 +81,17 @@ class Adam8bit(Adam32bit):
         return found
 
     def direction(
-        self, gradient: Tensor, moments: Moments, group: Group, step: int, skip: Tensor
+        self, gradient: Tensor, moments: Moments, group: Group, step: int, skip: Skip
     ) -> tuple[Tensor, float]:
         """N in the gradient's dtype, and the learning rate."""
         now = direction_step(group, step)
-        return adam_8bit_direction(gradient, QuantizedMoments.of(moments), now, skip), float(group["lr"])
+        return adam_8bit_direction(gradient, QuantizedMoments.of(moments), now, skip.flag), float(group["lr"])
 
-    def update_(
-        self, weight: Tensor, gradient: Tensor, moments: Moments, group: Group, step: int, skip: Tensor
-    ) -> bool:
+    def update_(self, weight: Tensor, gradient: Tensor, moments: Moments, group: Group, step: int, skip: Skip) -> bool:
         """Update a weight of any dtype by bitsandbytes' fused kernel, with no full-rank temporary."""
         quantized, now = QuantizedMoments.of(moments), weight_step(group, step)
-        if known_skip(skip) is None:
-            adam_in_parts_(weight, gradient, quantized, now, skip)
+        if skip.flag is not None:
+            adam_in_parts_(weight, gradient, quantized, now, skip.flag)
         else:
             adam_8bit_(weight, gradient, quantized, now)
         return True
@@ -181,7 +177,7 @@ def adam_8bit_(weight: Tensor, gradient: Tensor, moments: QuantizedMoments, now:
     kernels.adam_8bit_(weight, gradient.to(weight.dtype).contiguous(), moments.in_table(), now)
 
 
-def adam_8bit_direction(gradient: Tensor, moments: QuantizedMoments, now: AdamStep, skip: Tensor) -> Tensor:
+def adam_8bit_direction(gradient: Tensor, moments: QuantizedMoments, now: AdamStep, skip: Tensor | None) -> Tensor:
     """N for a gradient with 8-bit moments, in its dtype; zero where `skip` is 1.
 
     The kernel computes in float32 whatever the dtype, and N is cast to the weight's in any case when it is projected
@@ -189,12 +185,13 @@ def adam_8bit_direction(gradient: Tensor, moments: QuantizedMoments, now: AdamSt
 
     Args:
         now: from `direction_step`.
+        skip: as in `adam_`.
     """
     direction = torch.zeros_like(gradient, memory_format=torch.contiguous_format)
     # What only the device knows to be skipped is computed, and the moments are put back.
-    before = None if known_skip(skip) is False else [moment.clone() for moment in moments]
+    before = [] if skip is None else [moment.clone() for moment in moments]
     adam_8bit_(direction, gradient, moments, now)
-    if before is not None:
+    if skip is not None:
         skipped = skip.bool()
         for moment, old in zip(moments, before, strict=True):
             torch.where(skipped, old, moment, out=moment)

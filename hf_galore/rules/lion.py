@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..lowrank.nonfinite import Skip
 from ..lowrank.rotation import Rotation, rotate
 from .rule import Group, Moment, Moments, Rule, check_betas, check_not_negative, full_precision
 
@@ -34,27 +35,32 @@ class Lion(Rule):
         return {"exp_avg": Moment(shape, full_precision(dtype))}
 
     def direction(
-        self, gradient: Tensor, moments: Moments, group: Group, step: int, skip: Tensor
+        self, gradient: Tensor, moments: Moments, group: Group, step: int, skip: Skip
     ) -> tuple[Tensor, float]:
         """N, and the learning rate."""
-        return lion_direction(gradient, moments["exp_avg"], group["betas"], skip), float(group["lr"])
+        return lion_direction(gradient, moments["exp_avg"], group["betas"], skip.flag), float(group["lr"])
 
     def rotate_(self, moments: Moments, group: Group, rotation: Rotation, step: int) -> None:
         """Carry the moment, a mean of gradients, into the new basis."""
         moments["exp_avg"].copy_(rotate(moments["exp_avg"], rotation))
 
 
-def lion_direction(gradient: Tensor, exp_avg: Tensor, betas: tuple[float, float], skip: Tensor) -> Tensor:
+def lion_direction(gradient: Tensor, exp_avg: Tensor, betas: tuple[float, float], skip: Tensor | None) -> Tensor:
     """N of Lion, in the moment's dtype.
 
     Args:
         gradient: G or R, any floating-point dtype.
         exp_avg: m, at least float32; updated in place.
         betas: β₁ and β₂.
-        skip: 0-dimensional float32; at 1 the moment stays and N is zero.
+        skip: 0-dimensional float32; at 1 the moment stays and N is zero. `None` for never.
     """
+    gradient = gradient.to(exp_avg.dtype)
+    if skip is None:
+        direction = exp_avg.lerp(gradient, 1 - betas[0]).sign_()
+        exp_avg.lerp_(gradient, 1 - betas[1])
+        return direction
     keep = 1 - skip.to(exp_avg.dtype)
-    gradient = gradient.to(exp_avg.dtype).masked_fill(skip.bool(), 0.0)
+    gradient = gradient.masked_fill(skip.bool(), 0.0)
     direction = exp_avg.lerp(gradient, 1 - betas[0]).sign_().mul_(keep)
     exp_avg.lerp_(gradient, keep * (1 - betas[1]))
     return direction

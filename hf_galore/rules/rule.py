@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from ..lowrank.nonfinite import Skip
 from ..lowrank.rotation import Rotation
 
 Group = Mapping[str, Any]
@@ -26,7 +27,8 @@ class Rule:
 
     To a rule a low-rank gradient and a whole one are alike. It has no state: moments are tensors in the optimizer's
     state, with the keys, shapes and dtypes that the rule says, and options are in the parameter group. `step` counts
-    from 1 and includes the present one. Where `skip` is 1 nothing moves: the moments stay, and N is zero.
+    from 1 and includes the present one. Where an
+    update is skipped nothing moves: the moments stay, and N is zero.
 
     A new rule is a subclass in a file of its own, a row of `hf_galore.rules.RULES`, and a value of the option `rule`.
     """
@@ -67,7 +69,7 @@ class Rule:
         raise NotImplementedError
 
     def direction(
-        self, gradient: Tensor, moments: Moments, group: Group, step: int, skip: Tensor
+        self, gradient: Tensor, moments: Moments, group: Group, step: int, skip: Skip
     ) -> tuple[Tensor, float]:
         """The direction N of the gradient's shape, and the factor that it is subtracted with; updates the moments.
 
@@ -76,13 +78,11 @@ class Rule:
             moments: updated in place.
             group: the parameter's.
             step: t ≥ 1, the updates that the moments have had with this one.
-            skip: 0-dimensional float32, 1 or 0.
+            skip: whether the update is skipped; never known to be.
         """
         raise NotImplementedError
 
-    def update_(
-        self, weight: Tensor, gradient: Tensor, moments: Moments, group: Group, step: int, skip: Tensor
-    ) -> bool:
+    def update_(self, weight: Tensor, gradient: Tensor, moments: Moments, group: Group, step: int, skip: Skip) -> bool:
         """Update a contiguous weight from its whole gradient by a kernel of the rule's own, rounding to the nearest.
 
         Returns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -17,7 +18,9 @@ def test_one_read_tells_of_all_parameters_of_a_device(monkeypatch: pytest.Monkey
     skipped = SkippedUpdates()
     for step in range(1, 5):
         for index, param in enumerate(params):
-            skipped.note(param, torch.tensor(float((index == 2 and step >= 3) or index == 4)), step)
+            is_skipped = (index == 2 and step >= 3) or index == 4
+            skipped.note(param, torch.tensor(math.nan if is_skipped else 1.0), step)
+        skipped.count()
     reads = []
     for name in ("item", "tolist"):
         original = getattr(Tensor, name)
@@ -37,8 +40,8 @@ def test_what_is_skipped_later_is_added() -> None:
     param = torch.zeros(2)
     skipped = SkippedUpdates()
     skipped.note_known(param, 2)
-    skipped.note(param, torch.tensor(1.0), 7)
+    skipped.note(param, torch.tensor(math.inf), 7)
     assert skipped.read() == {param: 1}
-    skipped.note(param, torch.tensor(1.0), 9)
+    skipped.note(param, torch.tensor(math.nan), 9)
     assert skipped.read() == {param: 1}
     assert skipped.known() == {param: Skipped(3, 2)}
