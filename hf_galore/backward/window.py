@@ -28,8 +28,8 @@ from torch import Tensor
 
 from ..integrations.accelerate import closes_window
 from ..log import logger
-from ..lowrank.projection import Bases, FactoredGradient, norm_of, project
-from .gradient import HOLD, LowRankGradient, UncommittedRefresh, UsedGradient
+from ..lowrank.projection import Bases, FactoredGradient, Gradient, norm_of, project
+from .gradient import HOLD, BasisVersion, LowRankGradient, UncommittedRefresh, UsedGradient
 from .passes import Passes
 
 if TYPE_CHECKING:
@@ -85,6 +85,8 @@ class Window:
         self._before: Before | None = None  # the basis before this window's refresh
         self._updated = False
         self._norm: Tensor | None = None  # of the gradient that the weight was updated with
+        # What a gradient was projected with, for the update that follows at once: quantised bases take time to read.
+        self._bases_at_hand: tuple[BasisVersion, Bases] | None = None
 
     @property
     def target(self) -> Target:
@@ -165,8 +167,7 @@ class Window:
         factors = FactoredGradient(output_gradient, inputs)
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
             if not self._refresh_due():
-                low_rank = project(factors, target.bases())
-                return LowRankGradient(weight, low_rank.to(weight.dtype), target.version)
+                return LowRankGradient(weight, self._projected(factors).to(weight.dtype), target.version)
             # With several uses each would be a refresh, and none that of the sum.
             if self._shared or self.passes.count() > 1 or not target.cheaper_from_factors(len(inputs)):
                 return None
@@ -176,6 +177,12 @@ class Window:
                 return LowRankGradient(weight, low_rank, target.version, is_zero=made.is_zero, is_lost=not made.is_zero)
             uncommitted = UncommittedRefresh(made, lambda: self._whole(factors))
             return LowRankGradient(weight, low_rank, target.new_version(), uncommitted=uncommitted)
+
+    def _projected(self, gradient: Gradient) -> Tensor:
+        """The low-rank gradient in the present basis, which is kept for an update that is to follow at once."""
+        bases = self.target.bases()
+        self._bases_at_hand = None if self._must_hold() else (self.target.version, bases)
+        return project(gradient, bases)
 
     def _whole(self, factors: FactoredGradient) -> Tensor:
         self._shared = True
@@ -247,8 +254,11 @@ class Window:
         param.grad = None
         low_rank_norm = norm_of(gradient.low_rank)
         self._norm = low_rank_norm if gradient.norm_of_whole is None else gradient.norm_of_whole
-        target.update(gradient.low_rank, low_rank_norm, before=self._before)
-        self._before = None
+        version, bases = self._bases_at_hand or (None, None)
+        if version is not target.version:
+            bases = None
+        target.update(gradient.low_rank, low_rank_norm, before=self._before, bases=bases)
+        self._before = self._bases_at_hand = None
         self._leave_used()
 
     def _project(self, whole: Tensor) -> LowRankGradient:
@@ -257,7 +267,7 @@ class Window:
         # With a projected backward the others' norms are those of R: be consistent.
         norm = None if self._mode.projected_backward else norm_of(whole)
         if not self._refresh_due():
-            return LowRankGradient(param, project(whole, target.bases()), target.version, norm=norm)
+            return LowRankGradient(param, self._projected(whole), target.version, norm=norm)
         made = target.new_basis(whole)
         if made.usable:
             self._before = target.use_basis(made, target.new_version(), keep=self._must_hold())

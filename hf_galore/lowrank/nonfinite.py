@@ -46,9 +46,16 @@ def flags_of(norms: Tensor) -> Tensor:
     return (norms * 0).ne(0).to(torch.float32)
 
 
+# Functions of their own, for plans to replace: their tensors have no numbers, and stand for a GPU's or a CPU's.
+
+
+def host_knows(tensor: Tensor) -> bool:
+    """Whether the host can look at a tensor's numbers without waiting for a device."""
+    return tensor.device.type == "cpu"
+
+
 def _look(norm: Tensor) -> bool | None:
-    # A function of its own, for plans to replace: their tensors have no numbers, and stand for a GPU's or a CPU's.
-    return not math.isfinite(norm.item()) if norm.device.type == "cpu" else None
+    return not math.isfinite(norm.item()) if host_knows(norm) else None
 
 
 def has_numbers(tensor: Tensor) -> bool:

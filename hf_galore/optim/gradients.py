@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backward.gradient import LowRankGradient, UsedGradient
+from ..lowrank import nonfinite
 from ..lowrank.projection import norm_of, norms_of
 from .trained import Trained
 
@@ -20,7 +21,7 @@ def norms_for_step(parameters: Sequence[Trained]) -> dict[int, Tensor]:
     found: dict[int, Tensor] = {}
     for trained in parameters:
         gradient = trained.param.grad
-        if gradient is None or gradient.device.type == "cpu" or isinstance(gradient, UsedGradient):
+        if gradient is None or isinstance(gradient, UsedGradient) or nonfinite.host_knows(gradient):
             continue
         if isinstance(gradient, LowRankGradient):
             if gradient.addend is None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..backward.gradient import LowRankGradient, UsedGradient
 from ..backward.hooks import BackwardHooks
 from ..config import GaLoreConfig
+from ..lowrank import nonfinite
 from ..lowrank.projection import norms_of
 from ..rules import RULES, options_of, without_own_name
 from . import checkpoint
@@ -217,7 +218,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         self.journal.skipped.count()
         if self._hooks is not None:
             self._hooks.start_window(parameters)
-        if all(group["params"][0].device.type == "cpu" for group in self.param_groups if group["params"]):
+        if all(nonfinite.host_knows(group["params"][0]) for group in self.param_groups if group["params"]):
             self.warn_of_skipped()
         return loss
 

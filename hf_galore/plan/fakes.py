@@ -91,7 +91,8 @@ def fake_training(target: Target) -> Iterator[Fakes]:
             (nn.Module, "_apply", _apply),
             (nn.functional, "scaled_dot_product_attention", _attention),
             # Gradients are finite, which the host of a CPU knows, and that of a GPU does not.
-            (nonfinite, "_look", lambda skip: None if target == "cuda" else False),
+            (nonfinite, "_look", lambda norm: None if target == "cuda" else False),
+            (nonfinite, "host_knows", lambda tensor: target == "cpu"),
         ):
             enter(mock.patch.object(module, name, replacement))
         # Tables of codes are cached for the process: no fake may stay there, and no real one be used.
