@@ -46,7 +46,8 @@ def gradient_of(numel: int, dtype: torch.dtype) -> Tensor:
 
 
 def norm_of(gradient: Tensor) -> Tensor:
-    return gradient.float().norm()
+    norm: Tensor = gradient.float().norm()
+    return norm
 
 
 def assert_rounded(found: Tensor, expected: Tensor, smallest: float = 1e-30) -> None:
@@ -334,7 +335,7 @@ def test_what_adam_may_get_wrong_is_seen(
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_basis_comes_back_by_them(bits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
-    original = blockwise.launch
+    original = where.launch
 
     def launch(name: str, *args: Any, **constants: Any) -> None:
         used.append(name)
