@@ -1,11 +1,16 @@
-"""Blockwise 4 and 8 bits and AdamW by bitsandbytes' kernels, or by plain torch where a kernel is wrong.
+"""Blockwise 4 and 8 bits and AdamW by the best kernel at hand: ours, bitsandbytes', or plain torch.
 
-`dequantize_4bit` of bitsandbytes 0.50.2 is wrong on CPUs with AVX-512, for rows whose length is a multiple of 16 but
-not of 64. (Given one flat row it is right: that is how it is called here.) `bitsandbytes_checks` finds such kernels on
-their first use, and plain torch (`hf_galore.lowrank.blockwise`) takes over from them.
+Blockwise 4 and 8 bits go to our Triton kernels (`hf_galore.kernels`) where they serve, on NVIDIA's cards; else to
+bitsandbytes. A kernel that is wrong or fails is found out on its first use (`bitsandbytes_checks`), and the next takes
+over; plain torch (`hf_galore.lowrank.blockwise`) is the last. `dequantize_4bit` of bitsandbytes 0.50.2 is wrong on CPUs
+with AVX-512, for rows whose length is a multiple of 16 but not of 64. (Given one flat row it is right: it is called so
+here.)
 
-Fake and meta tensors have no numbers to check, and always go to bitsandbytes: a plan counts what a training takes where
-the kernels are right. (Plain torch takes a few temporaries of the size of one tensor more.)
+`adam_8bit_` and `adam_32bit_` are bitsandbytes' or plain torch, which know no update that is skipped. `fused` says
+whether one of our kernels for that is to be called instead.
+
+Fake and meta tensors have no numbers to check, and always go to a kernel: a plan counts what a training takes where the
+kernels are right. (Plain torch takes a few temporaries of the size of one tensor more.)
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import kernels as own
 from ..lowrank.blockwise import (
     MOMENT_BLOCK,
     NF4,
@@ -45,6 +51,7 @@ __all__ = [
     "dequantize_8bit",
     "dynamic_tables",
     "functional",
+    "fused",
     "linear_table",
     "plain_adam_",
     "plain_adam_8bit_",
@@ -60,6 +67,17 @@ __all__ = [
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def fused(name: str, tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether to use a kernel of `hf_galore.kernels`: it serves where `tensor` is, knows `dtype`, and is right there.
+
+    Args:
+        name: of its function there.
+        tensor: any that it works on.
+        dtype: of the gradient for a direction, of the weight for an update, of what is quantised or read.
+    """
+    return own.serves(tensor) and dtype in own.DTYPES and checks.own_is_right(name, tensor, dtype)
+
+
 def quantize_4bit(values: Tensor, block: int) -> Quantized:
     """NormalFloat4 codes of float32 `values`, two to a byte: the first of each two in the upper half.
 
@@ -70,12 +88,23 @@ def quantize_4bit(values: Tensor, block: int) -> Quantized:
     Returns:
         The codes are one column of bytes, ⌈elements / 2⌉ of them.
     """
+    if fused("quantize_4bit", values, values.dtype):
+        return own.quantize_4bit(values, block)
     use = calls.quantize_4bit if checks.is_right("quantize_4bit", values, values.dtype) else plain_quantize_4bit
     return use(values, block)
 
 
 def dequantize_4bit(kept: Quantized, block: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The tensor of `shape` that NormalFloat4 codes stand for, in one of `DTYPES`."""
+    """The tensor of `shape` that NormalFloat4 codes stand for, in one of `DTYPES`.
+
+    Args:
+        kept: its scales in any floating-point dtype.
+        block: elements that share a scale.
+        shape: of the result.
+        dtype: likewise.
+    """
+    if fused("dequantize_4bit", kept.codes, dtype):
+        return own.dequantize_4bit(kept, block, shape, dtype)
     use = calls.dequantize_4bit if checks.is_right("dequantize_4bit", kept.codes, dtype) else plain_dequantize_4bit
     return use(kept, block, shape, dtype)
 
@@ -85,13 +114,19 @@ def quantize_8bit(values: Tensor, table: Tensor, block: int) -> Quantized:
 
     Args:
         values: contiguous.
+        table: on their device.
+        block: elements that share a scale.
     """
+    if fused("quantize_8bit", values, values.dtype):
+        return own.quantize_8bit(values, table, block)
     use = calls.quantize_8bit if checks.is_right("quantize_blockwise", values, values.dtype) else plain_quantize_8bit
     return use(values, table, block)
 
 
 def dequantize_8bit(kept: Quantized, table: Tensor, block: int, dtype: torch.dtype) -> Tensor:
-    """What 8-bit codes stand for, in their shape and in one of `DTYPES`."""
+    """What 8-bit codes stand for, in their shape and in one of `DTYPES`; the scales in any floating-point dtype."""
+    if fused("dequantize_8bit", kept.codes, dtype):
+        return own.dequantize_8bit(kept, table, block, dtype)
     use = calls.dequantize_8bit if checks.is_right("dequantize_blockwise", kept.codes, dtype) else plain_dequantize_8bit
     return use(kept, table, block, dtype)
 

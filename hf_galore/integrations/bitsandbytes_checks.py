@@ -1,8 +1,9 @@
-"""Whether bitsandbytes' kernels are right on this machine: each is checked once on each device and in each dtype.
+"""Whether bitsandbytes' kernels and ours are right on this machine: each is checked once on a device and in a dtype.
 
 A kernel that is wrong on some machine trains with wrong numbers in silence. So the first use of one puts small known
 tensors through it, for a few milliseconds and, on a GPU, one read, and compares what comes out with plain torch
-(`hf_galore.lowrank.blockwise`); where it is wrong, or fails, one warning says so.
+(`hf_galore.lowrank.blockwise`); where it is wrong, or fails, one warning says so. A kernel of ours is compiled then,
+which takes a second or two the first time on a machine.
 
 The known tensors are seen by no dispatch mode, leave random numbers alone and are made in explicit dtypes; their
 arithmetic is elementwise, which autocast leaves alone.
@@ -10,14 +11,16 @@ arithmetic is elementwise, which autocast leaves alone.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .. import kernels
 from ..log import logger
 from ..lowrank.blockwise import (
     MOMENT_BLOCK,
@@ -32,6 +35,7 @@ from ..lowrank.blockwise import (
     plain_quantize_8bit,
     scale_of_each,
 )
+from ..lowrank.nonfinite import has_numbers
 from . import bitsandbytes_calls as calls
 
 # Rows of 16 and 96 are what bitsandbytes 0.50.2 got wrong; the others have odd numbers of elements, less than a block
@@ -42,6 +46,9 @@ _SHAPES = ((70, 96), (40, 16), (33, 7), (2, 1), (1, 1))
 # that one 3e-5 from the middle between two may get the farther.
 _TIE = 1e-4
 
+# A check puts known tensors through a kernel, and gives where what comes out is right.
+Checks = dict[str, Callable[[torch.device, torch.dtype], Iterator[Tensor]]]
+
 # A kernel's name, device and dtype: whether it is right.
 _verdicts: dict[tuple[str, torch.device, torch.dtype], bool] = {}
 _warned: set[tuple[str, str, torch.dtype]] = set()
@@ -49,35 +56,46 @@ _warned: set[tuple[str, str, torch.dtype]] = set()
 
 def is_right(name: str, used: Tensor, dtype: torch.dtype) -> bool:
     """Whether to use bitsandbytes' kernel where `used` is; checked on first use."""
-    if used.device.type == "meta" or isinstance(used, FakeTensor):
+    return _verdict(name, CHECKS, used, dtype)
+
+
+def own_is_right(name: str, used: Tensor, dtype: torch.dtype) -> bool:
+    """Whether to use a kernel of `hf_galore.kernels`, where they serve; checked on first use."""
+    return _verdict(name, OWN_CHECKS, used, dtype)
+
+
+def _verdict(name: str, checks: Checks, used: Tensor, dtype: torch.dtype) -> bool:
+    if not has_numbers(used):
         return True
-    key = (name, used.device, dtype)
+    key = (name if checks is CHECKS else f"own {name}", used.device, dtype)
     if key not in _verdicts:
-        _verdicts[key] = _check(name, used.device, dtype)
+        _verdicts[key] = _check(name, checks, used.device, dtype)
     return _verdicts[key]
 
 
 @torch.no_grad()
-def _check(name: str, device: torch.device, dtype: torch.dtype) -> bool:
+def _check(name: str, checks: Checks, device: torch.device, dtype: torch.dtype) -> bool:
     calls.functional()  # where it is not installed, that is what to say
     with _disable_current_modes():
         try:
-            right = bool(torch.stack([agreed.all() for agreed in CHECKS[name](device, dtype)]).all())
+            right = bool(torch.stack([agreed.all() for agreed in checks[name](device, dtype)]).all())
             problem = "gives wrong results"
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             right, problem = False, f"fails ({type(error).__name__}: {error})"
-    if not right and (name, device.type, dtype) not in _warned:
-        _warned.add((name, device.type, dtype))
+    own = checks is OWN_CHECKS
+    key = (f"own {name}" if own else name, device.type, dtype)
+    if not right and key not in _warned:
+        _warned.add(key)
         logger.warning(
-            "The kernel %s of bitsandbytes %s %s in %s on this %s: plain torch is used instead, which is right, but "
-            "slower.",
+            "The kernel %s of %s %s in %s on this %s: %s is used instead, which is right, but slower.",
             name,
-            calls.version(),
+            f"hf_galore (Triton {kernels.triton_version()})" if own else f"bitsandbytes {calls.version()}",
             problem,
             str(dtype).removeprefix("torch."),
             device.type.upper(),
+            "bitsandbytes or plain torch" if own else "plain torch",
         )
     return right
 
@@ -125,40 +143,40 @@ def _codes_are_near(places: Tensor, absmax: Tensor, values: Tensor, table: Tenso
     yield found <= best + _TIE * of_each
 
 
-def _check_quantize_4bit(device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
+def _check_quantize_4bit(of: Any, device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
     known = _Known(device)
     for shape in _SHAPES:
         values = known.normal(*shape)
-        codes, absmax = calls.quantize_4bit(values, 64)
+        codes, absmax = of.quantize_4bit(values, 64)
         places = torch.stack([codes >> 4, codes & 15], dim=-1).view(-1)[: values.numel()]
         yield from _codes_are_near(places, absmax, values, nf4(device), 64)
 
 
-def _check_dequantize_4bit(device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
+def _check_dequantize_4bit(of: Any, device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
     known = _Known(device)
     for shape in _SHAPES:
         numel = math.prod(shape)
         kept = Quantized(known.codes(math.ceil(numel / 2), 1), known.scales(numel, 64))
-        yield _close(calls.dequantize_4bit(kept, 64, shape, dtype), plain_dequantize_4bit(kept, 64, shape, dtype))
+        yield _close(of.dequantize_4bit(kept, 64, shape, dtype), plain_dequantize_4bit(kept, 64, shape, dtype))
 
 
-def _check_quantize_8bit(device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
+def _check_quantize_8bit(of: Any, device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
     known = _Known(device)
     for table in _tables(device):
         for shape in _SHAPES:
             values = known.normal(*shape)
             if table[0] == 0:
                 values = values.abs()
-            codes, absmax = calls.quantize_8bit(values, table, 256)
+            codes, absmax = of.quantize_8bit(values, table, 256)
             yield from _codes_are_near(codes, absmax, values, table, 256)
 
 
-def _check_dequantize_8bit(device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
+def _check_dequantize_8bit(of: Any, device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
     known = _Known(device)
     for table in _tables(device):
         for shape in _SHAPES:
             kept = Quantized(known.codes(*shape), known.scales(math.prod(shape), 256))
-            yield _close(calls.dequantize_8bit(kept, table, 256, dtype), plain_dequantize_8bit(kept, table, 256, dtype))
+            yield _close(of.dequantize_8bit(kept, table, 256, dtype), plain_dequantize_8bit(kept, table, 256, dtype))
 
 
 # A first step and a later one, from a weight of zeros and moving against the learning rate, as N is got for a low-rank
@@ -170,10 +188,12 @@ _STEPS = (
 )
 
 
-def _adam_cases(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, AdamStep]]:
+def _adam_cases(
+    device: torch.device, dtype: torch.dtype, only_direction: bool
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, AdamStep]]:
     """Weight, gradient, both moments in float32 and what to do with them."""
     known = _Known(device)
-    for size, now in _STEPS:
+    for size, now in _STEPS[: 2 if only_direction else 3]:
         for shape in _SHAPES[::2]:  # that they are flat is nothing new to these kernels
             weight, gradient = (size * known.normal(*shape)).to(dtype), (0.01 * known.normal(*shape)).to(dtype)
             exp_avg, exp_avg_sq = 0.01 * known.normal(*shape), 1e-4 * (known.normal(*shape).abs() + 0.1)
@@ -192,9 +212,21 @@ def _weight_is_near(found: Tensor, before: Tensor, expected: Tensor, now: AdamSt
     return _close(found, expected, (1e-3 + abs(now.lr * now.weight_decay)) * moved + rounding)
 
 
-def _check_adam_8bit(device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
-    _, signed, unsigned = _tables(device)
-    for weight, gradient, exp_avg, exp_avg_sq, now in _adam_cases(device, dtype):
+# Moves a weight and moments, in 8 or 32 bits.
+_Adam8bit = Callable[[Tensor, Tensor, Moments8bit, AdamStep], None]
+_Adam32bit = Callable[[Tensor, Tensor, Tensor, Tensor, AdamStep], None]
+
+
+def _check_adam_8bit(
+    use: _Adam8bit,
+    tables: Callable[[torch.device], tuple[Tensor, Tensor]],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    only_direction: bool = False,
+) -> Iterator[Tensor]:
+    signed, unsigned = tables(device)
+    for weight, gradient, exp_avg, exp_avg_sq, now in _adam_cases(device, dtype, only_direction):
         first, second = (
             plain_quantize_8bit(values, table, MOMENT_BLOCK)
             for values, table in ((exp_avg, signed), (exp_avg_sq, unsigned))
@@ -205,28 +237,72 @@ def _check_adam_8bit(device: torch.device, dtype: torch.dtype) -> Iterator[Tenso
         )
         expected, before = weight.float().clone(), weight.clone()
         plain_adam_(expected, gradient, exact_first, exact_second, now)
-        calls.adam_8bit_(weight, gradient, Moments8bit(*first, *second, signed, unsigned), now)
+        use(weight, gradient, Moments8bit(*first, *second, signed, unsigned), now)
         yield _weight_is_near(weight, before, expected, now)
         for kept, values, table in ((first, exact_first, signed), (second, exact_second, unsigned)):
             yield from _codes_are_near(kept.codes, kept.absmax, values, table, MOMENT_BLOCK)
 
 
-def _check_adam_32bit(device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
-    for weight, gradient, exp_avg, exp_avg_sq, now in _adam_cases(device, dtype):
+def _check_adam_32bit(
+    use: _Adam32bit, device: torch.device, dtype: torch.dtype, *, only_direction: bool = False
+) -> Iterator[Tensor]:
+    for weight, gradient, exp_avg, exp_avg_sq, now in _adam_cases(device, dtype, only_direction):
         expected, before = weight.float().clone(), weight.clone()
         exact_first, exact_second = exp_avg.clone(), exp_avg_sq.clone()
         plain_adam_(expected, gradient, exact_first, exact_second, now)
-        calls.adam_32bit_(weight, gradient, exp_avg, exp_avg_sq, now)
+        use(weight, gradient, exp_avg, exp_avg_sq, now)
         yield _weight_is_near(weight, before, expected, now)
         yield _close(exp_avg, exact_first, 1e-7)  # of two terms that may cancel, each about 0.01
         yield _close(exp_avg_sq, exact_second, 1e-5 * exact_second)
 
 
-CHECKS: dict[str, Callable[[torch.device, torch.dtype], Iterator[Tensor]]] = {
-    "quantize_4bit": _check_quantize_4bit,
-    "dequantize_4bit": _check_dequantize_4bit,
-    "quantize_blockwise": _check_quantize_8bit,
-    "dequantize_blockwise": _check_dequantize_8bit,
-    "optimizer_update_8bit_blockwise": _check_adam_8bit,
-    "optimizer_update_32bit": _check_adam_32bit,
+def _cubic(device: torch.device) -> tuple[Tensor, Tensor]:
+    return _tables(device)[1:]
+
+
+CHECKS: Checks = {
+    "quantize_4bit": functools.partial(_check_quantize_4bit, calls),
+    "dequantize_4bit": functools.partial(_check_dequantize_4bit, calls),
+    "quantize_blockwise": functools.partial(_check_quantize_8bit, calls),
+    "dequantize_blockwise": functools.partial(_check_dequantize_8bit, calls),
+    "optimizer_update_8bit_blockwise": functools.partial(_check_adam_8bit, calls.adam_8bit_, _cubic),
+    "optimizer_update_32bit": functools.partial(_check_adam_32bit, calls.adam_32bit_),
+}
+
+
+# ---- ours
+
+
+def _dynamic(device: torch.device) -> tuple[Tensor, Tensor]:
+    signed, unsigned = calls.dynamic_tables()  # our kernel knows their form
+    return signed.to(device), unsigned.to(device)
+
+
+def _own_adam_8bit_(weight: Tensor, gradient: Tensor, moments: Moments8bit, now: AdamStep) -> None:
+    kernels.adam_8bit_(weight, gradient, moments, now, gradient.float().norm())
+
+
+def _own_adam_8bit_direction(weight: Tensor, gradient: Tensor, moments: Moments8bit, now: AdamStep) -> None:
+    weight.copy_(kernels.adam_8bit_direction(gradient, moments, now, gradient.float().norm()))
+
+
+def _own_adam_32bit_(weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, now: AdamStep) -> None:
+    kernels.adam_32bit_(weight, gradient, exp_avg, exp_avg_sq, now, gradient.float().norm())
+
+
+def _own_adam_32bit_direction(
+    weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, now: AdamStep
+) -> None:
+    weight.copy_(kernels.adam_32bit_direction(gradient, exp_avg, exp_avg_sq, now, gradient.float().norm()))
+
+
+OWN_CHECKS: Checks = {
+    "quantize_4bit": functools.partial(_check_quantize_4bit, kernels),
+    "dequantize_4bit": functools.partial(_check_dequantize_4bit, kernels),
+    "quantize_8bit": functools.partial(_check_quantize_8bit, kernels),
+    "dequantize_8bit": functools.partial(_check_dequantize_8bit, kernels),
+    "adam_8bit_": functools.partial(_check_adam_8bit, _own_adam_8bit_, _dynamic),
+    "adam_8bit_direction": functools.partial(_check_adam_8bit, _own_adam_8bit_direction, _dynamic, only_direction=True),
+    "adam_32bit_": functools.partial(_check_adam_32bit, _own_adam_32bit_),
+    "adam_32bit_direction": functools.partial(_check_adam_32bit, _own_adam_32bit_direction, only_direction=True),
 }

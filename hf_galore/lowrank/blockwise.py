@@ -1,8 +1,8 @@
 """Blockwise 4 and 8 bits, and AdamW on moments that are kept so, in plain torch: what bitsandbytes' kernels compute.
 
 A tensor is cut, flat, into blocks of elements that share one scale, their largest magnitude; each element is kept as
-the place of the nearest value in a table. `hf_galore.integrations.bitsandbytes` uses these functions where one of
-bitsandbytes' kernels is wrong, and to find that out.
+the place of the nearest value in a table. `hf_galore.integrations.bitsandbytes` uses these functions where a kernel,
+bitsandbytes' or one of `hf_galore.kernels`, is wrong, and to find that out.
 
 Sources: 8-bit Optimizers via Block-wise Quantization (Dettmers et al., 2022, arXiv:2110.02861); NormalFloat4 from QLoRA
 (Dettmers et al., 2023, arXiv:2305.14314), section 3; AdamW (arXiv:1711.05101), algorithm 2.
@@ -22,7 +22,7 @@ MOMENT_BLOCK = 256
 
 
 class Quantized(NamedTuple):
-    """Codes and the largest magnitude of each block, float32."""
+    """Codes and the largest magnitude of each block: float32 as quantised, any floating-point dtype to be read."""
 
     codes: Tensor
     absmax: Tensor

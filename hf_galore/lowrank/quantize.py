@@ -8,8 +8,8 @@ proj_bits  what is stored                                                  bits 
 4          NormalFloat4, two to a byte, one bfloat16 scale for 64 elements 4.25
 =========  ==============================================================  ======================
 
-8 and 4 bits are computed by bitsandbytes' kernels (`hf_galore.integrations.bitsandbytes`). A new storage is a row of
-`STORAGES`, with a function to quantise and one to dequantise, and its name in `hf_galore.config.ProjBits`.
+8 and 4 bits are computed by kernels, ours or bitsandbytes' (`hf_galore.integrations.bitsandbytes`). A new storage is a
+row of `STORAGES`, with a function to quantise and one to dequantise, and its name in `hf_galore.config.ProjBits`.
 
 The entries of an orthonormal basis of many rows are nearly normally distributed. NormalFloat4 is made for that;
 equal steps come closer to it than bitsandbytes' dynamic 8-bit code, which is made for moments that span many orders.
@@ -114,7 +114,7 @@ def _in_blocks(
         assert kept.absmax is not None
         _require_bitsandbytes()
         direct = dtype if dtype in kernels.DTYPES else torch.float32
-        return dequantize_(kernels.Quantized(kept.codes, kept.absmax.float()), block, shape, direct).to(dtype)
+        return dequantize_(kernels.Quantized(kept.codes, kept.absmax), block, shape, direct).to(dtype)
 
     return Storage(empty, quantize, dequantize)
 

@@ -6,6 +6,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -130,6 +131,69 @@ def test_tables_are_256_ascending_values_up_to_1(table: Tensor) -> None:
     assert bool((table.diff() >= 0).all())
     # That of equal steps has one for 0 and one next to it, which some processors round to 0.
     assert len(table.unique()) >= 255
+
+
+# ---- on a GPU, in the order of the current stream
+
+WRITING: dict[str, Callable[[Tensor], Any]] = {
+    "quantize_4bit": lambda used: calls.quantize_4bit(used, 64),
+    "quantize_8bit": lambda used: calls.quantize_8bit(used, used, 256),
+    "adam_8bit_": lambda used: calls.adam_8bit_(used, used, Moments8bit(*[used] * 6), NOW),
+    "adam_32bit_": lambda used: calls.adam_32bit_(used, used, used, used, NOW),
+}
+
+
+class Streams:
+    """What happens on a pretended card, in order; a tensor on it is `used`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, current: str) -> None:
+        self.order: list[str] = []
+        self.used = mock.Mock(spec=Tensor, device=torch.device("cuda", 0))
+        streams = {name: mock.Mock() for name in ("default", "current")}
+        for name, stream in streams.items():
+            stream.wait_stream.side_effect = lambda other, name=name: self.order.append(
+                f"{name} waits for {next(key for key, value in streams.items() if value is other)}"
+            )
+        monkeypatch.setattr(torch.cuda, "default_stream", lambda device: streams["default"])
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams[current])
+        monkeypatch.setattr(calls, "increment_version", lambda tensors: None)
+        library = mock.Mock()
+        library.quantize_blockwise.side_effect = self.kernel
+        library.optimizer_update_8bit_blockwise.side_effect = self.kernel
+        library.optimizer_update_32bit.side_effect = self.kernel
+        monkeypatch.setattr(calls, "functional", lambda: library)
+        monkeypatch.setattr(torch, "ops", mock.Mock(**{"bitsandbytes.quantize_4bit.side_effect": self.kernel}))
+        self.fails = False
+
+    def kernel(self, *args: Any, **kwargs: Any) -> Any:
+        self.order.append("kernel")
+        if self.fails:
+            raise RuntimeError("out of order")
+        return mock.Mock(), mock.Mock()
+
+
+@pytest.mark.parametrize("name", WRITING)
+def test_kernels_on_the_default_stream_are_ordered_with_another(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By events, which the host does not wait for: else they read what has not been written yet."""
+    card = Streams(monkeypatch, "current")
+    WRITING[name](card.used)
+    assert card.order == ["default waits for current", "kernel", "current waits for default"]
+
+
+@pytest.mark.parametrize("name", WRITING)
+def test_a_kernel_that_fails_leaves_the_streams_in_order(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Streams(monkeypatch, "current")
+    card.fails = True
+    with pytest.raises(RuntimeError, match="out of order"):
+        WRITING[name](card.used)
+    assert card.order[-1] == "current waits for default"
+
+
+@pytest.mark.parametrize("name", WRITING)
+def test_on_the_default_stream_nothing_waits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Streams(monkeypatch, "default")
+    WRITING[name](card.used)
+    assert card.order == ["kernel"]
 
 
 # ---- plain torch is what the kernels compute

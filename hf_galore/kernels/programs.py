@@ -1,0 +1,225 @@
+"""The kernels, in Triton. Imported on first use only: `triton` is missing where torch has no CUDA, and on Windows.
+
+All arithmetic is float32 whatever is read and written. Offsets have 64 bits. What changes with each step comes as
+float32 numbers, which Triton never compiles for anew.
+
+Moments are requantised to exactly the nearest value of the table, since the table is what a checkpoint's codes mean. A
+search by halves would be eight reads of the table, each waiting for the last, which on a card take longer than all the
+rest. bitsandbytes' dynamic tables have a closed form that is never off by more than one code; two reads then decide.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _magnitudes(values):
+    """The largest magnitude of each row, and what to divide the row by: 1 for one of zeros."""
+    largest = tl.max(tl.abs(values), axis=1)
+    return largest, tl.where(largest > 0, largest, 1.0)[:, None]
+
+
+@triton.jit
+def _dynamic_steps(size):
+    """How many steps of a dynamic table lie below a number from 0 to 1, and a fraction.
+
+    The decade up to 10⁻ⁱ, for i from 0 to 6, has 2⁶⁻ⁱ equal steps, so that steps by size are lines that meet at the
+    ends of decades. Each is flatter than the one before: the least of all of them is the one that holds.
+    """
+    steps = size * (1e6 / 0.9) + 8 / 9
+    for i in tl.static_range(1, 7):
+        steps = tl.minimum(steps, size * (1e6 / 0.9 / 5**i) + (8 / 9) * 2**i)
+    return steps
+
+
+@triton.jit
+def _nearer(values, places, table):
+    """The place of the nearest value in a table of 256, from one that is off by one at most."""
+    places = tl.minimum(tl.maximum(places, 0), 255)
+    there = tl.load(table + places)
+    others = tl.where(values > there, places + 1, places - 1)
+    others = tl.minimum(tl.maximum(others, 0), 255)
+    middle = (there + tl.load(table + others)) * 0.5
+    return tl.where(values > middle, tl.maximum(places, others), tl.minimum(places, others))
+
+
+@triton.jit
+def _nearest(values, table, bits: tl.constexpr):
+    """The place of the nearest value in an ascending table of 2^bits: how many middles between two lie below."""
+    places = tl.zeros_like(values).to(tl.int32)
+    for i in tl.static_range(bits):
+        upper = places + 2 ** (bits - 1 - i)
+        middle = (tl.load(table + upper - 1) + tl.load(table + upper)) * 0.5
+        places = tl.where(values > middle, upper, places)
+    return places
+
+
+@triton.jit
+def _moved(norm, numel):
+    """How many elements are moved: none where the norm is NaN or infinite."""
+    return tl.where(tl.abs(tl.load(norm)) < float("inf"), numel, 0)
+
+
+@triton.jit
+def _write(
+    target,
+    offsets,
+    mask,
+    moving,
+    exp_avg,
+    exp_avg_sq,
+    eps,
+    correction1,
+    correction2,
+    decay,
+    lr,
+    is_weight: tl.constexpr,
+):
+    """N in the target's place, or a weight moved by it; of what is skipped N is 0 and the weight left alone."""
+    direction = exp_avg * correction1 / (tl.sqrt(exp_avg_sq) * correction2 + eps)
+    if is_weight:
+        weight = tl.load(target + offsets, mask=moving, other=0.0).to(tl.float32)
+        moved = weight * decay - lr * direction
+        tl.store(target + offsets, moved.to(target.dtype.element_ty), mask=moving)
+    else:
+        direction = tl.where(moving, direction, 0.0)
+        tl.store(target + offsets, direction.to(target.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def adam_8bit(
+    target,
+    gradient,
+    norm,
+    exp_avg,
+    exp_avg_absmax,
+    exp_avg_sq,
+    exp_avg_sq_absmax,
+    signed,
+    unsigned,
+    numel,
+    beta1,
+    new1,
+    beta2,
+    new2,
+    eps,
+    correction1,
+    correction2,
+    decay,
+    lr,
+    is_weight: tl.constexpr,
+    block: tl.constexpr,
+    rows: tl.constexpr,
+):
+    """Adam with moments in dynamic 8 bits, for `rows` blocks of them."""
+    blocks = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)
+    offsets = blocks[:, None] * block + tl.arange(0, block)[None, :]
+    moved = _moved(norm, numel)
+    moving, moving_blocks = offsets < moved, blocks * block < moved
+
+    new = tl.load(gradient + offsets, mask=moving, other=0.0).to(tl.float32)
+    # Elements after the last count for nothing in a block's largest magnitude: 127 and 0 stand for 0.
+    codes = tl.load(exp_avg + offsets, mask=moving, other=127).to(tl.int32)
+    codes_sq = tl.load(exp_avg_sq + offsets, mask=moving, other=0).to(tl.int32)
+    scale = tl.load(exp_avg_absmax + blocks, mask=moving_blocks, other=0.0)[:, None]
+    scale_sq = tl.load(exp_avg_sq_absmax + blocks, mask=moving_blocks, other=0.0)[:, None]
+    first = tl.load(signed + codes) * scale * beta1 + new * new1
+    second = tl.load(unsigned + codes_sq) * scale_sq * beta2 + new * new * new2
+    _write(target, offsets, offsets < numel, moving, first, second, eps, correction1, correction2, decay, lr, is_weight)
+
+    largest, scale = _magnitudes(first)
+    scaled = first / scale
+    steps = _dynamic_steps(tl.abs(scaled)).to(tl.int32)
+    places = _nearer(scaled, tl.where(scaled < 0, 127 - steps, 127 + steps), signed)
+    tl.store(exp_avg + offsets, places.to(tl.uint8), mask=moving)
+    tl.store(exp_avg_absmax + blocks, largest, mask=moving_blocks)
+
+    largest, scale = _magnitudes(second)
+    scaled = second / scale
+    # With no sign to keep, a decade has twice as many steps.
+    places = _nearer(scaled, (2 * _dynamic_steps(scaled)).to(tl.int32) - 1, unsigned)
+    tl.store(exp_avg_sq + offsets, places.to(tl.uint8), mask=moving)
+    tl.store(exp_avg_sq_absmax + blocks, largest, mask=moving_blocks)
+
+
+@triton.jit
+def adam_32bit(
+    target,
+    gradient,
+    norm,
+    exp_avg,
+    exp_avg_sq,
+    numel,
+    beta1,
+    new1,
+    beta2,
+    new2,
+    eps,
+    correction1,
+    correction2,
+    decay,
+    lr,
+    is_weight: tl.constexpr,
+    size: tl.constexpr,
+):
+    """Adam with float32 moments, for `size` elements."""
+    offsets = tl.program_id(0).to(tl.int64) * size + tl.arange(0, size)
+    moving = offsets < _moved(norm, numel)
+    new = tl.load(gradient + offsets, mask=moving, other=0.0).to(tl.float32)
+    first = tl.load(exp_avg + offsets, mask=moving, other=0.0) * beta1 + new * new1
+    second = tl.load(exp_avg_sq + offsets, mask=moving, other=0.0) * beta2 + new * new * new2
+    _write(target, offsets, offsets < numel, moving, first, second, eps, correction1, correction2, decay, lr, is_weight)
+    tl.store(exp_avg + offsets, first, mask=moving)
+    tl.store(exp_avg_sq + offsets, second, mask=moving)
+
+
+@triton.jit
+def quantize_8bit(codes, absmax, values, table, numel, block: tl.constexpr, rows: tl.constexpr):
+    """Places in a table of 256 and scales, of `rows` blocks."""
+    blocks = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)
+    offsets = blocks[:, None] * block + tl.arange(0, block)[None, :]
+    found = tl.load(values + offsets, mask=offsets < numel, other=0.0).to(tl.float32)
+    largest, scale = _magnitudes(found)
+    tl.store(codes + offsets, _nearest(found / scale, table, 8).to(tl.uint8), mask=offsets < numel)
+    tl.store(absmax + blocks, largest, mask=blocks * block < numel)
+
+
+@triton.jit
+def dequantize_8bit(values, codes, absmax, table, numel, block: tl.constexpr, rows: tl.constexpr):
+    """What places in a table stand for, of `rows` blocks."""
+    blocks = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)
+    offsets = blocks[:, None] * block + tl.arange(0, block)[None, :]
+    places = tl.load(codes + offsets, mask=offsets < numel, other=0).to(tl.int32)
+    scale = tl.load(absmax + blocks, mask=blocks * block < numel, other=0.0).to(tl.float32)[:, None]
+    found = tl.load(table + places) * scale
+    tl.store(values + offsets, found.to(values.dtype.element_ty), mask=offsets < numel)
+
+
+@triton.jit
+def quantize_4bit(codes, absmax, values, table, numel, num_codes, block: tl.constexpr, rows: tl.constexpr):
+    """Places in a table of 16, two to a byte, and scales, of `rows` blocks. After the last element comes a 0."""
+    half: tl.constexpr = block // 2
+    blocks = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)
+    pairs = blocks[:, None] * half + tl.arange(0, half)[None, :]
+    upper = tl.load(values + 2 * pairs, mask=2 * pairs < numel, other=0.0).to(tl.float32)
+    lower = tl.load(values + 2 * pairs + 1, mask=2 * pairs + 1 < numel, other=0.0).to(tl.float32)
+    largest, scale = _magnitudes(tl.maximum(tl.abs(upper), tl.abs(lower)))
+    both = (_nearest(upper / scale, table, 4) << 4) | _nearest(lower / scale, table, 4)
+    tl.store(codes + pairs, both.to(tl.uint8), mask=pairs < num_codes)
+    tl.store(absmax + blocks, largest, mask=blocks * block < numel)
+
+
+@triton.jit
+def dequantize_4bit(values, codes, absmax, table, numel, num_codes, block: tl.constexpr, rows: tl.constexpr):
+    """What places in a table of 16 stand for, of `rows` blocks."""
+    half: tl.constexpr = block // 2
+    blocks = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)
+    pairs = blocks[:, None] * half + tl.arange(0, half)[None, :]
+    both = tl.load(codes + pairs, mask=pairs < num_codes, other=0).to(tl.int32)
+    places = tl.reshape(tl.join(both >> 4, both & 15), (rows, block))
+    scale = tl.load(absmax + blocks, mask=blocks * block < numel, other=0.0).to(tl.float32)[:, None]
+    found = tl.load(table + places) * scale
+    offsets = blocks[:, None] * block + tl.arange(0, block)[None, :]
+    tl.store(values + offsets, found.to(values.dtype.element_ty), mask=offsets < numel)
