@@ -228,7 +228,7 @@ class Window:
             elif not self._must_hold():
                 assert param.grad is not None
                 self._norm = norm_of(param.grad)
-                self.trained.step(param.grad)
+                self.trained.step(param.grad, self._norm)
                 self._leave_used()
 
     def _receive_target(self) -> None:

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ..lowrank.blockwise import MOMENT_BLOCK, AdamStep, Moments8bit
-from ..lowrank.nonfinite import has_numbers
 from .where import DTYPES, launch, require
 
 # Blocks and elements that one program takes: four warps, eight elements to a thread, which is 16 bytes of bfloat16.
@@ -87,8 +86,6 @@ def _adam_8bit_(
         *(("The moments' tables", table, 256) for table in (moments.signed, moments.unsigned)),
     ):
         _check_like(name, found, size, torch.float32, gradient.device)
-    if not has_numbers(gradient):
-        return
     launch(
         "adam_8bit",
         math.ceil(blocks / _ROWS),
@@ -109,8 +106,6 @@ def _adam_32bit_(
     target: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], now: AdamStep, norm: Tensor, *, is_weight: bool
 ) -> None:
     _check(target, gradient, moments, torch.float32, norm)
-    if not has_numbers(gradient):
-        return
     launch(
         "adam_32bit",
         math.ceil(gradient.numel() / _SIZE),

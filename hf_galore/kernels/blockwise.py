@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..lowrank.blockwise import Quantized, nf4
-from ..lowrank.nonfinite import has_numbers
 from .where import DTYPES, launch, require
 
 # Elements that one program takes: four warps, eight to a thread.
@@ -37,9 +36,8 @@ def quantize_4bit(values: Tensor, block: int) -> Quantized:
     _check(values, values.dtype, block)
     codes = values.new_empty((math.ceil(values.numel() / 2), 1), dtype=torch.uint8)
     absmax = values.new_empty(math.ceil(values.numel() / block), dtype=torch.float32)
-    if has_numbers(values):
-        tensors = (codes, absmax, values.contiguous(), _nf4(values.device))
-        _launch("quantize_4bit", block, values.numel(), tensors, codes.numel())
+    tensors = (codes, absmax, values.contiguous(), _nf4(values.device))
+    _launch("quantize_4bit", block, values.numel(), tensors, codes.numel())
     return Quantized(codes, absmax)
 
 
@@ -59,8 +57,7 @@ def dequantize_4bit(kept: Quantized, block: int, shape: Sequence[int], dtype: to
     _check(kept.codes, dtype, block)
     _check_kept(kept, math.ceil(numel / 2), math.ceil(numel / block))
     values = kept.codes.new_empty(tuple(shape), dtype=dtype)
-    if has_numbers(values):
-        _launch("dequantize_4bit", block, numel, (values, *kept, _nf4(values.device)), math.ceil(numel / 2))
+    _launch("dequantize_4bit", block, numel, (values, *kept, _nf4(values.device)), math.ceil(numel / 2))
     return values
 
 
@@ -79,8 +76,7 @@ def quantize_8bit(values: Tensor, table: Tensor, block: int) -> Quantized:
     _check_table(table, values)
     codes = torch.empty_like(values, dtype=torch.uint8, memory_format=torch.contiguous_format)
     absmax = values.new_empty(math.ceil(values.numel() / block), dtype=torch.float32)
-    if has_numbers(values):
-        _launch("quantize_8bit", block, values.numel(), (codes, absmax, values.contiguous(), table))
+    _launch("quantize_8bit", block, values.numel(), (codes, absmax, values.contiguous(), table))
     return Quantized(codes, absmax)
 
 
@@ -100,8 +96,7 @@ def dequantize_8bit(kept: Quantized, table: Tensor, block: int, dtype: torch.dty
     _check_kept(kept, kept.codes.numel(), math.ceil(kept.codes.numel() / block))
     _check_table(table, kept.codes)
     values = torch.empty_like(kept.codes, dtype=dtype, memory_format=torch.contiguous_format)
-    if has_numbers(values):
-        _launch("dequantize_8bit", block, values.numel(), (values, *kept, table))
+    _launch("dequantize_8bit", block, values.numel(), (values, *kept, table))
     return values
 
 

@@ -57,8 +57,8 @@ def triton_version() -> str:
 
 
 def launch(name: str, programs: int, first: Tensor, *others: Any, **constants: Any) -> None:
-    """Run so many programs of a kernel on the current stream of the first argument's device."""
-    if programs:
+    """Run so many programs of a kernel on the current stream of the first argument's device, if it has numbers."""
+    if programs and has_numbers(first):
         with torch.cuda.device_of(first):
             getattr(_programs(), name)[(programs,)](first, *others, **constants)
 

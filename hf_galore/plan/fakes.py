@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, cast
 from unittest import mock
@@ -26,6 +27,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..backward.gradient import StandIn
 from ..integrations.stand_ins import without_numbers
+from ..kernels import where as kernel_choice
 from ..lowrank import nonfinite, quantize
 from ..rules import adam_8bit
 from .shape_cache import ShapeCache
@@ -93,6 +95,8 @@ def fake_training(target: Target) -> Iterator[Fakes]:
             # Gradients are finite, which the host of a CPU knows, and that of a GPU does not.
             (nonfinite, "_look", lambda norm: None if target == "cuda" else False),
             (nonfinite, "host_knows", lambda tensor: target == "cpu"),
+            # A card's kernels are ours, but for systems that Triton is not made for.
+            (kernel_choice, "_look", lambda tensor: target == "cuda" and sys.platform != "win32"),
         ):
             enter(mock.patch.object(module, name, replacement))
         # Tables of codes are cached for the process: no fake may stay there, and no real one be used.

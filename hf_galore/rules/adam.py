@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .. import kernels as own
+from ..integrations import bitsandbytes as kernels
 from ..lowrank.blockwise import AdamStep
 from ..lowrank.nonfinite import Skip
 from ..lowrank.rotation import Rotation, rotate_adam
@@ -36,15 +38,21 @@ class Adam(Rule):
         self, gradient: Tensor, moments: Moments, group: Group, step: int, skip: Skip
     ) -> tuple[Tensor, float]:
         """N, and the learning rate."""
-        now = direction_step(group, step)
-        return adam_direction(gradient, moments["exp_avg"], moments["exp_avg_sq"], now, skip.flag), float(group["lr"])
+        now, exp_avg, exp_avg_sq = direction_step(group, step), moments["exp_avg"], moments["exp_avg_sq"]
+        if skip.known is None and kernels.fused("adam_32bit_direction", gradient, exp_avg.dtype):
+            precise = gradient.to(exp_avg.dtype)
+            return own.adam_32bit_direction(precise, exp_avg, exp_avg_sq, now, skip.norm), float(group["lr"])
+        return adam_direction(gradient, exp_avg, exp_avg_sq, now, skip.flag), float(group["lr"])
 
     def update_(self, weight: Tensor, gradient: Tensor, moments: Moments, group: Group, step: int, skip: Skip) -> bool:
-        """Update a weight of the moments' dtype by torch's fused kernel."""
-        if weight.dtype != moments["exp_avg"].dtype:
+        """Update a weight of any dtype by our kernel, or one of the moments' dtype by torch's fused kernel."""
+        now, exp_avg, exp_avg_sq = weight_step(group, step), moments["exp_avg"], moments["exp_avg_sq"]
+        if skip.known is None and exp_avg.dtype == torch.float32 and kernels.fused("adam_32bit_", weight, weight.dtype):
+            own.adam_32bit_(weight, gradient, exp_avg, exp_avg_sq, now, skip.norm)
+        elif weight.dtype == exp_avg.dtype:
+            adam_(weight, gradient.contiguous(), exp_avg, exp_avg_sq, now, skip.flag)
+        else:
             return False
-        now = weight_step(group, step)
-        adam_(weight, gradient.contiguous(), moments["exp_avg"], moments["exp_avg_sq"], now, skip.flag)
         return True
 
     def rotate_(self, moments: Moments, group: Group, rotation: Rotation, step: int) -> None:

@@ -1,4 +1,4 @@
-"""Adam with both moments in blockwise dynamic 8-bit, by bitsandbytes' kernels for the weight's device.
+"""Adam with both moments in blockwise dynamic 8-bit, by our kernels on NVIDIA's cards, elsewhere by bitsandbytes'.
 
 bitsandbytes' own rules hold: moments of fewer than 4,096 elements stay in 32 bits, and so do those of a group with
 `optim_bits: 32`. Its kernels walk the memory as if it were contiguous, and know no update that is skipped.
@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import kernels as own
 from ..integrations import bitsandbytes as kernels
 from ..lowrank.blockwise import AdamStep
 from ..lowrank.nonfinite import Skip
@@ -54,9 +55,11 @@ class Adam32bit(Adam):
             )
 
     def update_(self, weight: Tensor, gradient: Tensor, moments: Moments, group: Group, step: int, skip: Skip) -> bool:
-        """Update a weight of any dtype by bitsandbytes' fused kernel, with no full-rank temporary."""
+        """Update a weight of any dtype by one fused kernel, with no full-rank temporary."""
         exp_avg, exp_avg_sq, now = moments["exp_avg"], moments["exp_avg_sq"], weight_step(group, step)
-        if skip.flag is not None:
+        if skip.known is None and kernels.fused("adam_32bit_", weight, weight.dtype):
+            own.adam_32bit_(weight, gradient, exp_avg, exp_avg_sq, now, skip.norm)
+        elif skip.flag is not None:
             adam_in_parts_(weight, gradient, (exp_avg, exp_avg_sq), now, skip.flag)
         else:
             # Its kernels ask for a gradient of the weight's dtype.
@@ -84,13 +87,19 @@ class Adam8bit(Adam32bit):
         self, gradient: Tensor, moments: Moments, group: Group, step: int, skip: Skip
     ) -> tuple[Tensor, float]:
         """N in the gradient's dtype, and the learning rate."""
-        now = direction_step(group, step)
-        return adam_8bit_direction(gradient, QuantizedMoments.of(moments), now, skip.flag), float(group["lr"])
+        quantized, now = QuantizedMoments.of(moments), direction_step(group, step)
+        if skip.known is None and kernels.fused("adam_8bit_direction", gradient, gradient.dtype):
+            direction = own.adam_8bit_direction(gradient, quantized.in_table(), now, skip.norm)
+        else:
+            direction = adam_8bit_direction(gradient, quantized, now, skip.flag)
+        return direction, float(group["lr"])
 
     def update_(self, weight: Tensor, gradient: Tensor, moments: Moments, group: Group, step: int, skip: Skip) -> bool:
-        """Update a weight of any dtype by bitsandbytes' fused kernel, with no full-rank temporary."""
+        """Update a weight of any dtype by one fused kernel, with no full-rank temporary."""
         quantized, now = QuantizedMoments.of(moments), weight_step(group, step)
-        if skip.flag is not None:
+        if skip.known is None and kernels.fused("adam_8bit_", weight, weight.dtype):
+            own.adam_8bit_(weight, gradient, quantized.in_table(), now, skip.norm)
+        elif skip.flag is not None:
             adam_in_parts_(weight, gradient, quantized, now, skip.flag)
         else:
             adam_8bit_(weight, gradient, quantized, now)
