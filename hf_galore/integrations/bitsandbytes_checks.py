@@ -38,9 +38,15 @@ from ..lowrank.blockwise import (
 from ..lowrank.nonfinite import has_numbers
 from . import bitsandbytes_calls as calls
 
+Shapes = tuple[tuple[int, int], ...]
+
 # Rows of 16 and 96 are what bitsandbytes 0.50.2 got wrong; the others have odd numbers of elements, less than a block
 # and no whole number of them.
-_SHAPES = ((70, 96), (40, 16), (33, 7), (2, 1), (1, 1))
+_SHAPES: Shapes = ((70, 96), (40, 16), (33, 7), (2, 1), (1, 1))
+# That they are flat is nothing new to kernels for Adam, nor to ours. Of ours one is compiled for multiples of 16, and
+# one for other numbers.
+_FLAT_SHAPES: Shapes = ((70, 96), (33, 7), (1, 1))
+_OWN_SHAPES: Shapes = ((70, 16), (33, 7), (2, 1))
 
 # As a fraction of a block's largest magnitude: the CPU's 8-bit quantisation looks codes up by 16 bits of an element, so
 # that one 3e-5 from the middle between two may get the farther.
@@ -144,27 +150,27 @@ def _codes_are_near(places: Tensor, absmax: Tensor, values: Tensor, table: Tenso
     yield found <= best + _TIE * of_each
 
 
-def _check_quantize_4bit(of: Any, device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
+def _check_quantize_4bit(of: Any, shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
     known = _Known(device)
-    for shape in _SHAPES:
+    for shape in shapes:
         values = known.normal(*shape)
         codes, absmax = of.quantize_4bit(values, 64)
         places = torch.stack([codes >> 4, codes & 15], dim=-1).view(-1)[: values.numel()]
         yield from _codes_are_near(places, absmax, values, nf4(device), 64)
 
 
-def _check_dequantize_4bit(of: Any, device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
+def _check_dequantize_4bit(of: Any, shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
     known = _Known(device)
-    for shape in _SHAPES:
+    for shape in shapes:
         numel = math.prod(shape)
         kept = Quantized(known.codes(math.ceil(numel / 2), 1), known.scales(numel, 64))
         yield _close(of.dequantize_4bit(kept, 64, shape, dtype), plain_dequantize_4bit(kept, 64, shape, dtype))
 
 
-def _check_quantize_8bit(of: Any, device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
+def _check_quantize_8bit(of: Any, shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
     known = _Known(device)
     for table in _tables(device):
-        for shape in _SHAPES:
+        for shape in shapes:
             values = known.normal(*shape)
             if table[0] == 0:
                 values = values.abs()
@@ -172,10 +178,10 @@ def _check_quantize_8bit(of: Any, device: torch.device, dtype: torch.dtype) -> I
             yield from _codes_are_near(codes, absmax, values, table, 256)
 
 
-def _check_dequantize_8bit(of: Any, device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
+def _check_dequantize_8bit(of: Any, shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
     known = _Known(device)
     for table in _tables(device):
-        for shape in _SHAPES:
+        for shape in shapes:
             kept = Quantized(known.codes(*shape), known.scales(math.prod(shape), 256))
             yield _close(of.dequantize_8bit(kept, table, 256, dtype), plain_dequantize_8bit(kept, table, 256, dtype))
 
@@ -190,12 +196,12 @@ _STEPS = (
 
 
 def _adam_cases(
-    device: torch.device, dtype: torch.dtype, only_direction: bool
+    shapes: Shapes, device: torch.device, dtype: torch.dtype, only_direction: bool
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, AdamStep]]:
     """Weight, gradient, both moments in float32 and what to do with them."""
     known = _Known(device)
     for size, now in _STEPS[: 2 if only_direction else 3]:
-        for shape in _SHAPES[::2]:  # that they are flat is nothing new to these kernels
+        for shape in shapes:
             weight, gradient = (size * known.normal(*shape)).to(dtype), (0.01 * known.normal(*shape)).to(dtype)
             exp_avg, exp_avg_sq = 0.01 * known.normal(*shape), 1e-4 * (known.normal(*shape).abs() + 0.1)
             past = float(now.step > 1)
@@ -221,13 +227,14 @@ _Adam32bit = Callable[[Tensor, Tensor, Tensor, Tensor, AdamStep], None]
 def _check_adam_8bit(
     use: _Adam8bit,
     tables: Callable[[torch.device], tuple[Tensor, Tensor]],
+    shapes: Shapes,
     device: torch.device,
     dtype: torch.dtype,
     *,
     only_direction: bool = False,
 ) -> Iterator[Tensor]:
     signed, unsigned = tables(device)
-    for weight, gradient, exp_avg, exp_avg_sq, now in _adam_cases(device, dtype, only_direction):
+    for weight, gradient, exp_avg, exp_avg_sq, now in _adam_cases(shapes, device, dtype, only_direction):
         first, second = (
             plain_quantize_8bit(values, table, MOMENT_BLOCK)
             for values, table in ((exp_avg, signed), (exp_avg_sq, unsigned))
@@ -245,9 +252,9 @@ def _check_adam_8bit(
 
 
 def _check_adam_32bit(
-    use: _Adam32bit, device: torch.device, dtype: torch.dtype, *, only_direction: bool = False
+    use: _Adam32bit, shapes: Shapes, device: torch.device, dtype: torch.dtype, *, only_direction: bool = False
 ) -> Iterator[Tensor]:
-    for weight, gradient, exp_avg, exp_avg_sq, now in _adam_cases(device, dtype, only_direction):
+    for weight, gradient, exp_avg, exp_avg_sq, now in _adam_cases(shapes, device, dtype, only_direction):
         expected, before = weight.float().clone(), weight.clone()
         exact_first, exact_second = exp_avg.clone(), exp_avg_sq.clone()
         plain_adam_(expected, gradient, exact_first, exact_second, now)
@@ -262,12 +269,12 @@ def _cubic(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 CHECKS: Checks = {
-    "quantize_4bit": functools.partial(_check_quantize_4bit, calls),
-    "dequantize_4bit": functools.partial(_check_dequantize_4bit, calls),
-    "quantize_blockwise": functools.partial(_check_quantize_8bit, calls),
-    "dequantize_blockwise": functools.partial(_check_dequantize_8bit, calls),
-    "optimizer_update_8bit_blockwise": functools.partial(_check_adam_8bit, calls.adam_8bit_, _cubic),
-    "optimizer_update_32bit": functools.partial(_check_adam_32bit, calls.adam_32bit_),
+    "quantize_4bit": functools.partial(_check_quantize_4bit, calls, _SHAPES),
+    "dequantize_4bit": functools.partial(_check_dequantize_4bit, calls, _SHAPES),
+    "quantize_blockwise": functools.partial(_check_quantize_8bit, calls, _SHAPES),
+    "dequantize_blockwise": functools.partial(_check_dequantize_8bit, calls, _SHAPES),
+    "optimizer_update_8bit_blockwise": functools.partial(_check_adam_8bit, calls.adam_8bit_, _cubic, _FLAT_SHAPES),
+    "optimizer_update_32bit": functools.partial(_check_adam_32bit, calls.adam_32bit_, _FLAT_SHAPES),
 }
 
 
@@ -298,12 +305,16 @@ def _own_adam_32bit_direction(
 
 
 OWN_CHECKS: Checks = {
-    "quantize_4bit": functools.partial(_check_quantize_4bit, kernels),
-    "dequantize_4bit": functools.partial(_check_dequantize_4bit, kernels),
-    "quantize_8bit": functools.partial(_check_quantize_8bit, kernels),
-    "dequantize_8bit": functools.partial(_check_dequantize_8bit, kernels),
-    "adam_8bit_": functools.partial(_check_adam_8bit, _own_adam_8bit_, _dynamic),
-    "adam_8bit_direction": functools.partial(_check_adam_8bit, _own_adam_8bit_direction, _dynamic, only_direction=True),
-    "adam_32bit_": functools.partial(_check_adam_32bit, _own_adam_32bit_),
-    "adam_32bit_direction": functools.partial(_check_adam_32bit, _own_adam_32bit_direction, only_direction=True),
+    "quantize_4bit": functools.partial(_check_quantize_4bit, kernels, _OWN_SHAPES),
+    "dequantize_4bit": functools.partial(_check_dequantize_4bit, kernels, _OWN_SHAPES),
+    "quantize_8bit": functools.partial(_check_quantize_8bit, kernels, _OWN_SHAPES),
+    "dequantize_8bit": functools.partial(_check_dequantize_8bit, kernels, _OWN_SHAPES),
+    "adam_8bit_": functools.partial(_check_adam_8bit, _own_adam_8bit_, _dynamic, _OWN_SHAPES),
+    "adam_8bit_direction": functools.partial(
+        _check_adam_8bit, _own_adam_8bit_direction, _dynamic, _OWN_SHAPES, only_direction=True
+    ),
+    "adam_32bit_": functools.partial(_check_adam_32bit, _own_adam_32bit_, _OWN_SHAPES),
+    "adam_32bit_direction": functools.partial(
+        _check_adam_32bit, _own_adam_32bit_direction, _OWN_SHAPES, only_direction=True
+    ),
 }

@@ -1,4 +1,4 @@
-"""The kernels of a card against plain torch on the CPU, `torch.optim` and bitsandbytes."""
+"""The kernels of a card, ours and bitsandbytes', against plain torch on the CPU, `torch.optim` and each other."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import torch
 from bitsandbytes.optim.adamw import AdamW8bit
 from torch import Tensor, nn
 
+from hf_galore import kernels as own
 from hf_galore.config import ProjBits
 from hf_galore.integrations import bitsandbytes as kernels
+from hf_galore.integrations import bitsandbytes_calls as calls
 from hf_galore.lowrank.quantize import dequantize_basis, empty_basis, quantize_basis
 from hf_galore.lowrank.rounding import add_rounded_, generator_for, round_stochastically
 from hf_galore.optim import GaLoreAdamW, GaLoreAdamW8bit
@@ -40,12 +42,22 @@ def halves(codes: Tensor) -> Tensor:
     return torch.stack([codes >> 4, codes & 15], dim=-1).view(-1)
 
 
+@pytest.fixture(params=["ours", "bitsandbytes"])
+def of(request: pytest.FixtureRequest) -> Any:
+    """A module with kernels for blockwise 4 and 8 bits; ours are Triton's."""
+    if request.param == "bitsandbytes":
+        return calls
+    if not own.serves(torch.zeros(1, device=DEVICE)):
+        pytest.skip(f"no Triton kernels for this {DEVICE.type}")
+    return own
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-def test_bases_in_8_bits_are_those_of_plain_torch(shape: tuple[int, int]) -> None:
-    table = kernels.functional().create_linear_map().float()
+def test_bases_in_8_bits_are_those_of_plain_torch(of: Any, shape: tuple[int, int]) -> None:
+    table = kernels.linear_table()
     values = normal(*shape) * shape[0] ** -0.5
     expected = kernels.plain_quantize_8bit(values, table, 256)
-    found = kernels.quantize_8bit(values.to(DEVICE), table.to(DEVICE), 256)
+    found = of.quantize_8bit(values.to(DEVICE), table.to(DEVICE), 256)
     torch.testing.assert_close(found.absmax.cpu(), expected.absmax, rtol=0, atol=0)
     if DEVICE.type == "cuda":  # the CPU's kernel rounds to 16 bits first
         assert_codes_are_near(found.codes, expected.codes)
@@ -53,10 +65,10 @@ def test_bases_in_8_bits_are_those_of_plain_torch(shape: tuple[int, int]) -> Non
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_bases_in_4_bits_are_those_of_plain_torch(shape: tuple[int, int]) -> None:
+def test_bases_in_4_bits_are_those_of_plain_torch(of: Any, shape: tuple[int, int]) -> None:
     values = normal(*shape) * shape[0] ** -0.5
     expected = kernels.plain_quantize_4bit(values, 64)
-    found = kernels.quantize_4bit(values.to(DEVICE), 64)
+    found = of.quantize_4bit(values.to(DEVICE), 64)
     torch.testing.assert_close(found.absmax.cpu(), expected.absmax, rtol=0, atol=0)
     assert found.codes.shape == expected.codes.shape
     assert_codes_are_near(halves(found.codes), halves(expected.codes))
@@ -64,24 +76,25 @@ def test_bases_in_4_bits_are_those_of_plain_torch(shape: tuple[int, int]) -> Non
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_codes_mean_what_they_mean_to_plain_torch(shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_codes_mean_what_they_mean_to_plain_torch(of: Any, shape: tuple[int, int], dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     numel = math.prod(shape)
 
     def codes(*size: int) -> Tensor:
         return torch.randint(256, size, generator=generator, dtype=torch.uint8)
 
-    table = kernels.functional().create_linear_map().float()
+    table = kernels.linear_table()
     in_8 = kernels.Quantized(codes(*shape), normal(math.ceil(numel / 256)).abs() + 0.1)
-    in_4 = kernels.Quantized(codes(math.ceil(numel / 2), 1), normal(math.ceil(numel / 64)).abs() + 0.1)
+    scales = (normal(math.ceil(numel / 64)).abs() + 0.1).to(torch.bfloat16)  # as bases keep them
+    in_4 = kernels.Quantized(codes(math.ceil(numel / 2), 1), scales)
     there_8, there_4 = (kernels.Quantized(*(part.to(DEVICE) for part in kept)) for kept in (in_8, in_4))
     for found, expected in (
         (
-            kernels.dequantize_8bit(there_8, table.to(DEVICE), 256, dtype),
+            of.dequantize_8bit(there_8, table.to(DEVICE), 256, dtype),
             kernels.plain_dequantize_8bit(in_8, table, 256, torch.float32),
         ),
         (
-            kernels.dequantize_4bit(there_4, 64, shape, dtype),
+            of.dequantize_4bit(there_4, 64, shape, dtype),
             kernels.plain_dequantize_4bit(in_4, 64, shape, torch.float32),
         ),
     ):

@@ -26,6 +26,7 @@ from tests.support.own_kernels import (
     COUNTS,
     FIRST,
     LATER,
+    assert_quantised,
     copy_of,
     exact,
     in_float32,
@@ -55,21 +56,6 @@ def assert_rounded(found: Tensor, expected: Tensor, smallest: float = 1e-30) -> 
     relative = max(2 * torch.finfo(torch.float32).eps, torch.finfo(found.dtype).eps)
     limit = relative * expected.abs() + max(smallest, torch.finfo(found.dtype).smallest_normal)
     assert ((found.double() - expected).abs() <= limit).all()
-
-
-def assert_quantised(codes: Tensor, absmax: Tensor, values: Tensor, table: Tensor) -> None:
-    """Whether codes are those of float64 values.
-
-    Where two are equally near, either: moments differ in float32's last bits, a few 1e-7 of the largest of a block.
-    """
-    nearest, largest = plain.nearest_places(values.float(), table, MOMENT_BLOCK)
-    torch.testing.assert_close(absmax, largest, rtol=5e-7, atol=0)
-    apart = (codes.reshape(-1).int() - nearest).abs()
-    assert (apart <= 1).all()
-    of_each = plain.scale_of_each(largest, MOMENT_BLOCK, values.numel())
-    scaled = values.reshape(-1) / torch.where(of_each > 0, of_each, 1.0)
-    middle = (table[codes.reshape(-1).int()] + table[nearest]) / 2
-    assert ((scaled - middle).abs()[apart == 1] <= 1e-6).all()
 
 
 # ---- moments in 8 bits

@@ -19,8 +19,10 @@ from hf_galore.lowrank.blockwise import (
     AdamStep,
     Moments8bit,
     Quantized,
+    nearest_places,
     plain_dequantize_8bit,
     plain_quantize_8bit,
+    scale_of_each,
 )
 
 # Less than a block, one, and no whole number of them; odd; several programs.
@@ -80,6 +82,22 @@ def exact(gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, now: AdamStep) 
     second = beta2 * exp_avg_sq.double() + (1 - beta2) * gradient.double().square()
     corrected = first / (1 - beta1**now.step), second / (1 - beta2**now.step)
     return Exact(first, second, corrected[0] / (corrected[1].sqrt() + now.eps))
+
+
+def assert_quantised(codes: Tensor, absmax: Tensor, values: Tensor, table: Tensor) -> None:
+    """Whether codes are those of float64 values.
+
+    Where two are equally near, either: moments differ in float32's last bits, a few 1e-7 of the largest of a block.
+    """
+    codes, absmax = codes.cpu(), absmax.cpu()
+    nearest, largest = nearest_places(values.float(), table, MOMENT_BLOCK)
+    torch.testing.assert_close(absmax, largest, rtol=1e-6, atol=0)
+    apart = (codes.reshape(-1).int() - nearest).abs()
+    assert (apart <= 1).all()
+    of_each = scale_of_each(largest, MOMENT_BLOCK, values.numel())
+    scaled = values.reshape(-1) / torch.where(of_each > 0, of_each, 1.0)
+    middle = (table[codes.reshape(-1).int()] + table[nearest]) / 2
+    assert ((scaled - middle).abs()[apart == 1] <= 1e-6).all()
 
 
 @contextlib.contextmanager
