@@ -147,6 +147,22 @@ def test_the_arithmetic_and_the_optimizers_do_without_the_trainer_and_commands(n
     assert "hf_galore.integrations.trainer" not in reached
 
 
+def test_no_module_takes_a_room_from_the_package_itself() -> None:
+    """`from .. import kernels` looks like a user's first use of hf_galore, which registers, in the middle of imports."""
+    found = [
+        f"{name}: {ast.unparse(node)}"
+        for name, path in files().items()
+        if name.count(".") > 1 or path.name == "__init__.py"
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.ImportFrom)
+        and (
+            (node.module is None and node.level == name.count(".") + (path.name == "__init__.py"))
+            or (node.module == "hf_galore" and node.level == 0)
+        )
+    ]
+    assert found == []
+
+
 def test_no_file_is_too_long() -> None:
     lengths = {name: len(path.read_text("utf-8").splitlines()) for name, path in files().items()}
     assert not {name: length for name, length in lengths.items() if length > LONGEST}

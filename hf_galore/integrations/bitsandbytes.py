@@ -20,7 +20,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import kernels as own
+import hf_galore.kernels as own
+
 from ..lowrank.blockwise import (
     MOMENT_BLOCK,
     NF4,

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .. import kernels
+import hf_galore.kernels as kernels
+
 from ..log import logger
 from ..lowrank.blockwise import (
     MOMENT_BLOCK,

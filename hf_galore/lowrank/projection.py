@@ -15,6 +15,7 @@ Source: GaLore (Zhao et al., 2024, arXiv:2403.03507), section 4 and algorithm 2.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
@@ -152,6 +153,7 @@ def low_rank_shape(shape: Sequence[int], side: Side, rank: int) -> tuple[int, in
     return (rank if side != "right" else m, rank if side != "left" else n)
 
 
+@functools.cache  # torch dispatches the question as it does an operation
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """The dtype to compute in with tensors of `dtype`: float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)

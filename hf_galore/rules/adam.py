@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .. import kernels as own
+import hf_galore.kernels as own
+
 from ..integrations import bitsandbytes as kernels
 from ..lowrank.blockwise import AdamStep
 from ..lowrank.nonfinite import Skip

@@ -29,7 +29,7 @@ WAYS: dict[str, dict[str, Any]] = {
 VIEWS = {
     *("_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "expand", "permute", "select", "slice"),
     *("split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view"),
-    *("device", "empty", "empty_like", "new_empty", "new_empty_strided"),
+    *("device", "empty", "empty_like", "new_empty", "new_empty_strided", "promote_types"),
 }
 SMALL = 5  # parameters that one multi-tensor kernel takes
 
