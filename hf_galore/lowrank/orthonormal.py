@@ -77,7 +77,8 @@ def by_products(matrix: Tensor, runs: int = 2) -> Tensor:
         upper: Tensor = torch.linalg.cholesky_ex(products, upper=True)[0]
         del products
         if left:
-            q = torch.linalg.solve_triangular(upper, q, upper=True, left=False)
+            # In place, as the manual allows: this is where the memory of a step may peak.
+            torch.linalg.solve_triangular(upper, q, upper=True, left=False, out=q)
         else:
             # Q + Q(R⁻¹ − I), which is QR⁻¹: R is nearly I, so that a product in TF32 does no harm.
             rest = torch.linalg.solve_triangular(upper, upper.neg().diagonal_scatter(1 - upper.diagonal()), upper=True)
