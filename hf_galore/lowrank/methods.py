@@ -4,7 +4,11 @@ A new method is a function and a row here, and its name in `hf_galore.config.Ref
 
 Pure functions on tensors, which read nothing back from the device. (Inside torch, on a GPU, `svd` and the small `eigh`
 of `randomized` do.) All arithmetic is float32 (float64 for float64 gradients) whatever the gradient's dtype is. A
-gradient that is not finite gives bases that are orthonormal and mean nothing.
+gradient that is not finite gives bases that are finite and mean nothing.
+
+Methods are told how to orthonormalise (`hf_galore.lowrank.orthonormal`). With `products` it may fail, and the caller
+looks at what came out. What comes in between need not be looked at: the span of a result that is orthonormal does not
+depend on it.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..config import RefreshMethod
+from .orthonormal import TINY, Factorisation, orthonormal
 from .projection import (
     Bases,
     Gradient,
@@ -37,7 +42,6 @@ RANDOMIZED_ITERATIONS = 2
 # Directions with less than this share of the mean energy in the span are left where the old basis has them: rounding
 # decides where they point, and that a run and its repetition differ there would show for the rest of both.
 ENERGY_FLOOR = 1e-3
-TINY = torch.finfo(torch.float32).tiny
 # Added where everything else is about 1, so that a zero gradient gives the old basis back.
 _NEGLIGIBLE = 1e-20
 
@@ -45,8 +49,8 @@ _NEGLIGIBLE = 1e-20
 class Method(NamedTuple):
     """What a refresh method is."""
 
-    new_bases: Callable[[Gradient, Side, int, Bases | None, int], Bases]
-    """Takes the gradient, the side, the rank, the old bases if there are any, and a seed."""
+    new_bases: Callable[[Gradient, Side, int, Bases | None, int, Factorisation], Bases]
+    """Takes the gradient, the side, the rank, the old bases if there are any, a seed, and how to orthonormalise."""
     products: Callable[[tuple[int, int], int, Side], int]
     """How many products of an m × n gradient with r columns (or a few more) a refresh with an old basis takes."""
     from_factors: bool = True
@@ -55,12 +59,21 @@ class Method(NamedTuple):
     """Whether the columns are to be turned to the side of the old ones: they have no sign of their own."""
     by_gradient: bool = True
     """Whether the columns are directions of the gradient, so that those beyond its rank hold nothing but rounding."""
+    orthonormalises: bool = True
+    """Whether it calls `orthonormal`, and so may fail with `products`."""
     repeats: int = 0
     """Refreshes more, each from the bases of the last, after which nothing of the old basis is left in the directions
     of a gradient of less than rank r."""
 
 
-def svd_bases(gradient: Gradient, side: Side, rank: int, old: Bases | None = None, seed: int = 0) -> Bases:
+def svd_bases(
+    gradient: Gradient,
+    side: Side,
+    rank: int,
+    old: Bases | None = None,
+    seed: int = 0,
+    factorisation: Factorisation = "reflections",
+) -> Bases:
     """The leading singular vectors of G, from a full SVD: the published refresh.
 
     Args:
@@ -69,6 +82,7 @@ def svd_bases(gradient: Gradient, side: Side, rank: int, old: Bases | None = Non
         rank: r, below min(m, n).
         old: not used.
         seed: not used.
+        factorisation: not used.
 
     Source: GaLore (Zhao et al., 2024, arXiv:2403.03507), section 4.1, equation 12.
     """
@@ -82,7 +96,14 @@ def svd_bases(gradient: Gradient, side: Side, rank: int, old: Bases | None = Non
     )
 
 
-def randomized_bases(gradient: Gradient, side: Side, rank: int, old: Bases | None = None, seed: int = 0) -> Bases:
+def randomized_bases(
+    gradient: Gradient,
+    side: Side,
+    rank: int,
+    old: Bases | None = None,
+    seed: int = 0,
+    factorisation: Factorisation = "reflections",
+) -> Bases:
     """The leading singular vectors of G, approximately, from nothing but products with it.
 
     A range finder with oversampling and power iterations, and the singular vectors of G within that range. The random
@@ -94,27 +115,36 @@ def randomized_bases(gradient: Gradient, side: Side, rank: int, old: Bases | Non
         rank: r, below min(m, n).
         old: not used.
         seed: not used.
+        factorisation: how to orthonormalise.
 
     Source: Halko, Martinsson and Tropp (2011, arXiv:0909.4061), algorithms 4.4 and 5.1.
     """
     if side == "right":
-        return _swapped(randomized_bases(transposed(gradient), "left", rank))
+        return _swapped(randomized_bases(transposed(gradient), "left", rank, factorisation=factorisation))
     m, n = gradient.shape
     size = min(rank + OVERSAMPLING, m, n)
     sketch = times(gradient, gaussian(n, size, gradient))
     for _ in range(RANDOMIZED_ITERATIONS):
-        within = _orthonormal(transposed_times(gradient, _orthonormal(sketch)))
+        range_basis = _orthonormal(sketch, factorisation)
+        within = _orthonormal(transposed_times(gradient, range_basis), factorisation)
         sketch = times(gradient, within)
-    range_basis = _orthonormal(sketch)
+    range_basis = _orthonormal(sketch, factorisation)
     within = scale_(transposed_times(gradient, range_basis))  # n × size, the transpose of G within its range
     # Its right singular vectors from a small symmetric matrix: an SVD of n × size would cost more than all the rest.
     _, vectors = torch.linalg.eigh(within.mT @ within)
     vectors = vectors.flip(-1)[:, :rank]
     left = range_basis @ vectors
-    return Bases(left, _orthonormal(within @ vectors) if side == "full" else None)
+    return Bases(left, _orthonormal(within @ vectors, factorisation) if side == "full" else None)
 
 
-def subspace_bases(gradient: Gradient, side: Side, rank: int, old: Bases | None = None, seed: int = 0) -> Bases:
+def subspace_bases(
+    gradient: Gradient,
+    side: Side,
+    rank: int,
+    old: Bases | None = None,
+    seed: int = 0,
+    factorisation: Factorisation = "reflections",
+) -> Bases:
     """The leading left or right singular space of G, by block power iteration from the old basis.
 
     P ← orth(G(GᵀP)), started from the old basis; from Gaussian columns, and with one iteration more, where there is
@@ -126,13 +156,21 @@ def subspace_bases(gradient: Gradient, side: Side, rank: int, old: Bases | None 
         rank: r, below min(m, n).
         old: the old bases, whose columns of zeros are started from random ones; `None` if there are none.
         seed: not used.
+        factorisation: how to orthonormalise.
 
     Source: Golub and Van Loan, Matrix Computations, section 8.2.4 (orthogonal iteration).
     """
-    return _iterated(gradient, side, rank, None if old is None else _completed(old, gradient))
+    return _iterated(gradient, side, rank, None if old is None else _completed(old, gradient), factorisation)
 
 
-def random_bases(gradient: Gradient, side: Side, rank: int, old: Bases | None = None, seed: int = 0) -> Bases:
+def random_bases(
+    gradient: Gradient,
+    side: Side,
+    rank: int,
+    old: Bases | None = None,
+    seed: int = 0,
+    factorisation: Factorisation = "reflections",
+) -> Bases:
     """Random bases that have nothing to do with G: uniform on the Stiefel manifold, the two sides independent.
 
     P is orth(Z) for a Gaussian Z, with the signs that make the diagonal of R in Z = PR positive.
@@ -143,20 +181,20 @@ def random_bases(gradient: Gradient, side: Side, rank: int, old: Bases | None = 
         rank: r, below min(m, n).
         old: not used.
         seed: from 0 to 2⁶³ − 1; the same seed gives the same bases on every device of one kind.
+        factorisation: how to orthonormalise.
 
     Sources: GoLore (He et al., 2024, arXiv:2410.11289); APOLLO (Zhu et al., 2024, arXiv:2412.05270), with Gaussian
     columns that are not orthonormal; Mezzadri (2007, arXiv:math-ph/0609050) for the signs.
     """
     generator = torch.Generator(gradient.device).manual_seed(seed)
     dtype = at_least_float32(gradient.dtype)
-    return Bases(
-        *(
-            None
-            if shape is None
-            else _orthonormal(torch.randn(shape, generator=generator, dtype=dtype, device=gradient.device))
-            for shape in basis_shapes(gradient.shape, side, rank)
-        )
-    )
+
+    def basis(shape: tuple[int, int]) -> Tensor:
+        sample = torch.randn(shape, generator=generator, dtype=dtype, device=gradient.device)
+        return _orthonormal(sample, factorisation, runs=3)  # of nearly as many columns as rows some nearly depend
+
+    shapes = basis_shapes(gradient.shape, side, rank)
+    return Bases(*(None if shape is None else basis(shape) for shape in shapes))
 
 
 def power_iterations(shape: tuple[int, int], rank: int) -> int:
@@ -169,7 +207,7 @@ def power_iterations(shape: tuple[int, int], rank: int) -> int:
 
 
 METHODS: dict[RefreshMethod, Method] = {
-    "svd": Method(svd_bases, lambda shape, rank, side: 0, from_factors=False),
+    "svd": Method(svd_bases, lambda shape, rank, side: 0, from_factors=False, orthonormalises=False),
     "randomized": Method(randomized_bases, lambda shape, rank, side: 2 * RANDOMIZED_ITERATIONS + 2),
     "subspace": Method(
         subspace_bases,
@@ -194,30 +232,35 @@ def scale_(matrix: Tensor) -> Tensor:
     return matrix.div_(_largest(matrix)).nan_to_num_(0.0, 0.0, 0.0)
 
 
-def _iterated(gradient: Gradient, side: Side, rank: int, old: Bases | None) -> Bases:
+def _iterated(gradient: Gradient, side: Side, rank: int, old: Bases | None, factorisation: Factorisation) -> Bases:
     """`subspace_bases` from old bases without columns of zeros, in the dtype of the arithmetic."""
     if side == "right":
-        return _swapped(_iterated(transposed(gradient), "left", rank, None if old is None else _swapped(old)))
+        swapped = None if old is None else _swapped(old)
+        return _swapped(_iterated(transposed(gradient), "left", rank, swapped, factorisation))
     m, n = gradient.shape
     old_left, old_right = old or (None, None)
     basis = gaussian(m, rank, gradient) if old_left is None else old_left
-    for _ in range(power_iterations((m, n), rank) + (old_left is None)):
-        basis = _power_iteration(gradient, basis)
+    iterations = power_iterations((m, n), rank) + (old_left is None)
+    # The first iteration from an old basis or a random one has columns that nearly depend: all have most of the leading
+    # directions. After it they are nearly orthogonal, also where it has not been orthonormalised to the last digit.
+    for _ in range(iterations):
+        basis = _power_iteration(gradient, basis, factorisation, runs=3 if iterations == 1 else 2)
     if side == "left":
         return Bases(basis, None)
     start = gaussian(n, rank, gradient) if old_right is None else old_right
     within = scale_(transposed_times(gradient, basis))
     size = (within.square().sum() / rank).sqrt()
-    return Bases(basis, _orthonormal(within + (ENERGY_FLOOR * size + _NEGLIGIBLE) * start))
+    return Bases(basis, _orthonormal(within + (ENERGY_FLOOR * size + _NEGLIGIBLE) * start, factorisation))
 
 
-def _power_iteration(gradient: Gradient, basis: Tensor) -> Tensor:
+def _power_iteration(gradient: Gradient, basis: Tensor, factorisation: Factorisation, runs: int) -> Tensor:
     within = transposed_times(gradient, basis)
     largest = _largest(within)  # squares of 1e-30 are 0, and of 1e30 infinite
     within.div_(largest)
     floor = ENERGY_FLOOR * norm_of(within).square() / basis.shape[1]
     # In place throughout: at 4096 × 1024 the temporaries would take a tenth of the time.
-    return _orthonormal(times(gradient, within).div_(largest).addcmul_(basis, floor + _NEGLIGIBLE))
+    image = times(gradient, within).div_(largest).addcmul_(basis, floor + _NEGLIGIBLE)
+    return _orthonormal(image, factorisation, runs)
 
 
 def _completed(old: Bases, gradient: Gradient) -> Bases:
@@ -241,14 +284,9 @@ def _uniform(shape: Sequence[int], gradient: Gradient) -> Tensor:
     return sample.sub_(0.5).mul_((12 / shape[0]) ** 0.5)
 
 
-def _orthonormal(matrix: Tensor) -> Tensor:
-    """Orthonormal columns with the span of `matrix`, by Householder QR, each on the side of the column it came from.
-
-    Continuous in `matrix`, as QR without a fixed sign is not. The matrix is overwritten.
-    """
-    q: Tensor
-    q, r = torch.linalg.qr(scale_(matrix))  # as fast as a Cholesky QR run twice, and it never fails
-    return q.mul_(torch.where(r.diagonal() < 0, -1.0, 1.0))
+def _orthonormal(matrix: Tensor, factorisation: Factorisation, runs: int = 2) -> Tensor:
+    """`orthonormal` of a matrix of any size. The matrix is overwritten."""
+    return orthonormal(scale_(matrix), factorisation, runs=runs)
 
 
 def _largest(matrix: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """A refresh: new bases for a gradient, and what there is to know of them. Pure functions on tensors.
 
 How the bases are computed is in `hf_galore.lowrank.methods`. None of these reads a value back from the device. Of a
-gradient that is not finite come bases that are orthonormal and mean nothing: the caller, who reads its norm with
-whatever else it wants to know of a refresh, throws them away.
+gradient that is not finite come bases that mean nothing, and on a GPU others may be not orthonormal: the caller, who
+reads the norm and the defect with whatever else it wants to know of a refresh, throws them away.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..config import RefreshMethod
-from .methods import METHODS, TINY, gaussian, scale_
+from .methods import METHODS, gaussian, scale_
+from .orthonormal import TINY, Factorisation, defect, usual
 from .projection import (
     Bases,
     FactoredGradient,
@@ -36,7 +37,14 @@ _SAMPLE_ROWS = 64
 
 
 def new_bases(
-    gradient: Gradient, side: Side, rank: int, method: RefreshMethod, old: Bases | None, *, seed: int = 0
+    gradient: Gradient,
+    side: Side,
+    rank: int,
+    method: RefreshMethod,
+    old: Bases | None,
+    *,
+    seed: int = 0,
+    factorisation: Factorisation | None = None,
 ) -> Bases:
     """New bases for a gradient G, m × n, in float32 (float64 for float64 gradients).
 
@@ -47,8 +55,10 @@ def new_bases(
         method: one of `METHODS`.
         old: the present bases; `None` before the first refresh.
         seed: of `random`, another one for each target and refresh (`hf_galore.lowrank.seeds.basis_seed`).
+        factorisation: how to orthonormalise; `None` for the way that is quicker on the gradient's device. With
+            `products` the bases may have a `defect`.
     """
-    new = METHODS[method].new_bases(gradient, side, rank, old, seed)
+    new = METHODS[method].new_bases(gradient, side, rank, old, seed, factorisation or usual(gradient.device))
     if old is None or not METHODS[method].aligns_signs:
         return new
     return Bases(*(None if p is None or q is None else align_signs(p, q) for p, q in zip(new, old, strict=True)))
@@ -117,7 +127,7 @@ def bases_of_lower_rank(gradient: Gradient, side: Side, rank: int, method: Refre
         return bases
     # What the floor of a power iteration keeps of the old basis has tilted the directions that there are.
     for _ in range(made_by.repeats):
-        bases = made_by.new_bases(gradient, side, rank, bases, 0)
+        bases = made_by.new_bases(gradient, side, rank, bases, 0, "reflections")
     floor = _noise_floor(gradient)
     return Bases(
         *(
@@ -188,8 +198,18 @@ def overlap(new: Bases, old: Bases) -> Tensor:
     return torch.stack(shares).amin()
 
 
+def may_fail(method: RefreshMethod, device: torch.device) -> bool:
+    """Whether `new_bases` may give bases that are not orthonormal, if not told how to orthonormalise."""
+    return METHODS[method].orthonormalises and usual(device) == "products"
+
+
 def figures_of(
-    gradient: Gradient, low_rank: Tensor, new: Bases, old: Bases | None, computed: Bases | None = None
+    gradient: Gradient,
+    low_rank: Tensor,
+    new: Bases,
+    old: Bases | None,
+    computed: Bases | None = None,
+    check: bool = False,
 ) -> Tensor:
     """What there is to know of a refresh: ‖G‖_F, the captured energy and the overlap (1 for a first refresh).
 
@@ -201,10 +221,11 @@ def figures_of(
         low_rank: R, in the new bases.
         new: the new bases as they are kept.
         old: those before, if there were any.
-        computed: the new bases before they were quantised, to be told what `full_rank` says of them.
+        computed: the new bases before they were quantised, to be told what `full_rank` says of them, and their defect.
+        check: whether to compute the defect; it is 0 otherwise.
 
     Returns:
-        3 numbers, or 4, of at least float32 on the gradient's device.
+        3 numbers, or 5, of at least float32 on the gradient's device.
 
     Source: the estimate is Hutchinson's (1989).
     """
@@ -220,4 +241,9 @@ def figures_of(
     energy = (captured / total.clamp_min(TINY)).square().clamp_max(1.0)
     shared = torch.ones_like(total) if old is None else overlap(new, old)
     figures = [total, torch.where(total > 0, energy, 1.0), shared]
-    return torch.stack(figures if computed is None else [*figures, full_rank(computed, gradient, old).to(total.dtype)])
+    if computed is not None:
+        full = full_rank(computed, gradient, old)
+        defects = [defect(basis) for basis in computed if basis is not None and check]
+        worst = torch.stack(defects).amax() if defects else torch.zeros_like(full)
+        figures += [full.to(total.dtype), worst.to(total.dtype)]
+    return torch.stack(figures)

@@ -24,7 +24,7 @@ from ..lowrank.projection import (
     projected_back,
     side_of,
 )
-from ..lowrank.refresh import bases_of_lower_rank, cheaper_from_factors, figures_of, new_bases
+from ..lowrank.refresh import bases_of_lower_rank, cheaper_from_factors, figures_of, may_fail, new_bases
 from ..lowrank.rotation import rotation_between
 from ..lowrank.rounding import decay_unless, is_identity
 from ..lowrank.schedule import NEVER, next_gap_factor, phase_of, refreshes_by, step_of_next_refresh
@@ -166,12 +166,18 @@ class Target(Trained):
         old = None if refreshed_at(state) == NEVER else self.bases()
         seed = basis_seed(self.group.get("basis_seed", 0), self.index, int(state["refreshes"].item()))
         computed = new_bases(gradient, self.side, self.rank, method, old, seed=seed)
-        kept, low_rank, (norm, energy, shared, full) = self._figures(gradient, computed, old)
+        check = may_fail(method, gradient.device)
+        kept, low_rank, (norm, energy, shared, full, defect) = self._figures(gradient, computed, old, check)
+        if not defect <= 1 and 0 < norm < math.inf:  # or NaN
+            # Rare too. What is not orthonormal is not measured either: all is computed anew.
+            del kept, low_rank, computed
+            computed = new_bases(gradient, self.side, self.rank, method, old, seed=seed, factorisation="reflections")
+            kept, low_rank, (norm, energy, shared, full, _) = self._figures(gradient, computed, old)
         if not full and 0 < norm < math.inf and METHODS[method].by_gradient:
             # Rare, so that it may wait once more; and it takes no more memory than the first time.
             del kept, low_rank
             computed = bases_of_lower_rank(gradient, self.side, self.rank, method, computed)
-            kept, low_rank, (norm, energy, shared, _) = self._figures(gradient, computed, old)
+            kept, low_rank, (norm, energy, shared, *_) = self._figures(gradient, computed, old)
         if norm == 0:
             low_rank.zero_()
         elif not math.isfinite(norm):
@@ -179,12 +185,14 @@ class Target(Trained):
         watch.stop()
         return NewBasis(kept, low_rank, norm, energy, shared, watch)
 
-    def _figures(self, gradient: Gradient, computed: Bases, old: Bases | None) -> tuple[State, Tensor, list[float]]:
+    def _figures(
+        self, gradient: Gradient, computed: Bases, old: Bases | None, check: bool = False
+    ) -> tuple[State, Tensor, list[float]]:
         """New bases as they are kept, the gradient in them, and what there is to know of the refresh."""
         kept = self._layout.kept(computed, self.param.dtype)
         new = self._layout.read(kept, self.param.dtype)
         low_rank = project(gradient, new)
-        figures = figures_of(gradient, low_rank, new, old, computed)
+        figures = figures_of(gradient, low_rank, new, old, computed, check)
         # The one time that a refresh waits for the device.
         return kept, low_rank, [value.item() for value in figures.cpu().unbind()]
 

@@ -103,6 +103,13 @@ def assert_orthonormal(bases: Bases, *, directions: int | None = None) -> None:
             torch.testing.assert_close(basis.mT @ basis, identity, atol=1e-5, rtol=0)
 
 
+@pytest.fixture(params=["reflections", "products"])
+def factorisation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How bases are orthonormalised: as on a CPU, or as on a GPU."""
+    monkeypatch.setattr("hf_galore.lowrank.refresh.usual", lambda device: request.param)
+    return str(request.param)
+
+
 def shapes_of(bases: Bases) -> tuple[Any, ...]:
     return tuple(None if basis is None else tuple(basis.shape) for basis in bases)
 
@@ -208,6 +215,7 @@ def shares_on_real_gradients(gradients: list[dict[str, Tensor]], method: Refresh
 
 
 @pytest.mark.arithmetic
+@pytest.mark.usefixtures("factorisation")
 @pytest.mark.parametrize("divisor", [8, 4])
 @pytest.mark.parametrize("method", ["randomized", "subspace"])
 def test_real_gradients_are_captured_nearly_as_well_as_by_the_exact_bases(
@@ -219,6 +227,7 @@ def test_real_gradients_are_captured_nearly_as_well_as_by_the_exact_bases(
 
 
 @pytest.mark.arithmetic
+@pytest.mark.usefixtures("factorisation")
 @pytest.mark.parametrize("scale", [1e-30, 1e15], ids=str)
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("method", BY_GRADIENT)
@@ -245,13 +254,14 @@ def test_bases_are_orthonormal_whatever_the_gradient(method: RefreshMethod, side
 
 
 @pytest.mark.arithmetic
+@pytest.mark.usefixtures("factorisation")
 @pytest.mark.parametrize("side", SIDES)
 def test_subspace_gives_the_old_basis_back_for_a_zero_gradient(side: Side) -> None:
     old = new_bases(random(24, 20), side, 6, "subspace", None)
     new = new_bases(torch.zeros(24, 20), side, 6, "subspace", old)
     for found, expected in zip(new, old, strict=True):
         if expected is not None:
-            torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)  # a QR's rounding
+            torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)  # rounding
         else:
             assert found is None
 
@@ -511,25 +521,32 @@ class NeverWaits(TorchDispatchMode):
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize(("method", "form"), FORMS)
-def test_a_refresh_reads_nothing_from_the_device(method: RefreshMethod, form: str, side: Side) -> None:
+def test_a_refresh_reads_nothing_from_the_device(
+    method: RefreshMethod, form: str, side: Side, factorisation: str
+) -> None:
     gradient = either_form(form)
     with NeverWaits() as mode:
         cold = new_bases(gradient, side, 6, method, None)
         warm = new_bases(gradient, side, 6, method, cold)
-        figures_of(gradient, project(gradient, warm), warm, cold)
-    assert mode.called & {"linalg_qr", "_linalg_svd"}  # it saw the refresh
+        figures_of(gradient, project(gradient, warm), warm, cold, warm, check=True)
+    by_products = method != "svd" and factorisation == "products"
+    expected = {"linalg_cholesky_ex"} if by_products else {"linalg_qr", "_linalg_svd"}
+    assert mode.called & expected  # it saw the refresh
     with pytest.raises(AssertionError, match="was read from the device"), NeverWaits():
         warm[side == "right"].norm().item()  # type: ignore[union-attr]
 
 
-def test_the_default_refresh_factorises_nothing_that_waits_for_a_gpu() -> None:
-    """By their manuals svd, eigh and Cholesky look at an error code on the host; qr does not."""
+def test_the_default_refresh_factorises_nothing_that_waits_for_a_gpu(factorisation: str) -> None:
+    """By their manuals svd, eigh and cholesky look at an error code on the host; qr and cholesky_ex do not."""
     gradient = either_form("product")
     with NeverWaits() as mode:
         new_bases(gradient, "full", 6, "subspace", new_bases(gradient, "full", 6, "subspace", None))
-    assert mode.called & {"_linalg_eigh", "_linalg_svd", "linalg_cholesky_ex"} == set()
+    factorises = {name for name in mode.called if "linalg" in name and "norm" not in name}
+    by_products = {"linalg_cholesky_ex", "linalg_solve_triangular"}
+    assert factorises == (by_products if factorisation == "products" else {"linalg_qr"})
 
 
+@pytest.mark.usefixtures("factorisation")
 @pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize("method", REFRESH_METHODS)
 def test_all_that_an_optimizer_reads_from_the_device_is_one_tensor_a_refresh(
@@ -623,6 +640,7 @@ def good_gradient(step: int) -> Tensor:
     return power_law(TARGET, STEEP) + 0.01 * random(*TARGET, seed=step)
 
 
+@pytest.mark.usefixtures("factorisation")
 @pytest.mark.parametrize("before", [0, GAP], ids=["at the first refresh", "at a later refresh"])
 @pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize("method", REFRESH_METHODS)
@@ -700,6 +718,7 @@ class TwoLayers(nn.Module):
         return self.down(torch.tanh(self.up(x)))  # type: ignore[no-any-return]
 
 
+@pytest.mark.usefixtures("factorisation")
 @pytest.mark.parametrize("before", [0, GAP], ids=["at the first refresh", "at a later refresh"])
 @pytest.mark.parametrize("bad", [float("nan"), 1e30, 0.0], ids=str)
 @pytest.mark.parametrize("method", FROM_FACTORS)
@@ -769,6 +788,7 @@ def outside(update: Tensor, factor: Tensor) -> float:
     return float(rest.square().sum() / update.double().square().sum())
 
 
+@pytest.mark.usefixtures("factorisation")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", [(256, 192), (192, 256)])
 @pytest.mark.parametrize(("rows", "rank"), [(8, 64), (1, 32), (24, 48)])

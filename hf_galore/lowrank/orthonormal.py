@@ -1,0 +1,107 @@
+"""Orthonormal columns with the span of a matrix, two ways, and how far columns are from being so.
+
+`by_reflections` is Householder QR, which never fails. `by_products` is Cholesky QR, run two or three times, with a
+shift: little but matrix products, which suits a GPU, and may fail where columns are nearly dependent. It does not look
+whether it has, as the host would wait for the device; `defect` tells, whoever reads it.
+
+Both give the Q of QR with a positive diagonal of R: each column is on the side of the column it came from, and Q is
+continuous in the matrix.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Factorisation = Literal["reflections", "products"]
+
+TINY = torch.finfo(torch.float32).tiny
+# How far from orthonormal columns may be, in units of the dtype's precision: 1e-5 in float32.
+TOLERANCE = 84
+# What is added to the diagonal of a Gram matrix, in units of the dtype's precision and of its norm. A run divides a
+# condition number by up to 1/√(shift), about 1,000 in float32; without it, it fails above that.
+_SHIFT = 4
+# The bits of a float32 that TF32 leaves out, and half the last one that it keeps.
+_LEFT_OUT, _HALF = 2**13 - 1, 2**12
+
+
+def usual(device: torch.device) -> Factorisation:
+    """The way that is quicker: on CPUs QR takes 0.4 to 0.9 of the time, on an H200 2.6 times that of two bare runs.
+
+    (`python -m tests.benchmarks.refresh --only orthonormal`; on an H200 without the shift and the check.)
+    """
+    return "products" if device.type == "cuda" else "reflections"
+
+
+def orthonormal(matrix: Tensor, factorisation: Factorisation, *, runs: int = 2) -> Tensor:
+    """Orthonormal columns with the span of `matrix`, each on the side of the column that it came from.
+
+    Args:
+        matrix: m × r with m ≥ r, finite, float32 or float64. It may be overwritten.
+        factorisation: `products` may fail, see `by_products`.
+        runs: how often Cholesky QR is run.
+    """
+    return by_products(matrix, runs) if factorisation == "products" else by_reflections(matrix)
+
+
+def by_reflections(matrix: Tensor) -> Tensor:
+    """Householder QR with the signs that make the diagonal of R positive."""
+    q: Tensor
+    q, r = torch.linalg.qr(matrix)
+    return q.mul_(torch.where(r.diagonal() < 0, -1.0, 1.0))
+
+
+def by_products(matrix: Tensor, runs: int = 2) -> Tensor:
+    """Cholesky QR, run again on its own result, all runs but the last with a shift.
+
+    In float32 two runs are enough up to a condition number of about 500 once the columns have norm 1, and three up to
+    about 1e6. Where columns are more dependent than that, what comes back is finite, with elements of −1 to 1, and has
+    a `defect`.
+
+    Args:
+        matrix: m × r with m ≥ r, finite, its largest element about 1. It is overwritten.
+        runs: 1 or more.
+
+    Source: Fukaya et al. (2020, arXiv:1809.11085), shifted CholeskyQR3, with a shift that is no larger than rounding
+    asks for in practice; theirs, which covers the worst case, would be above 1 here.
+    """
+    q = matrix.div_(torch.linalg.vector_norm(matrix, dim=0).clamp_min(TINY))
+    for left in reversed(range(runs)):
+        products = gram(q)
+        if left:
+            norm = torch.linalg.vector_norm(products, 1, dim=0).amax()
+            products.diagonal().add_(norm, alpha=_SHIFT * torch.finfo(q.dtype).eps)
+        # Not `cholesky`, for which the host waits.
+        upper: Tensor = torch.linalg.cholesky_ex(products, upper=True)[0]
+        del products
+        if left:
+            # In place, as the manual allows: this is where the memory of a step may peak.
+            torch.linalg.solve_triangular(upper, q, upper=True, left=False, out=q)
+        else:
+            # Q + Q(R⁻¹ − I), which is QR⁻¹: R is nearly I, so that a product in TF32 does no harm.
+            rest = torch.linalg.solve_triangular(upper, upper.neg().diagonal_scatter(1 - upper.diagonal()), upper=True)
+            q = torch.addmm(q, q, rest)
+    return q.nan_to_num_(0.0, 1.0, -1.0).clamp_(-1.0, 1.0)
+
+
+def defect(basis: Tensor) -> Tensor:
+    """The largest element of |PᵀP − I|, as a share of what is allowed: 1 is the limit. 0-dimensional; may be NaN."""
+    products = gram(basis)
+    products.diagonal().sub_(1)
+    return products.abs_().amax().div_(TOLERANCE * torch.finfo(basis.dtype).eps)
+
+
+def gram(matrix: Tensor) -> Tensor:
+    """MᵀM, r × r, in full precision even where products of float32 matrices are computed in TF32.
+
+    There M is taken apart into C + F, C with no more bits than TF32 has, so that products of C are exact; what rounding
+    does to those of F, which is 2⁻¹¹ of M, is no more than float32's own. FᵀF is as small.
+    """
+    if matrix.dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision in ("none", "ieee"):
+        return matrix.mT @ matrix
+    coarse = matrix.view(torch.int32).add(_HALF).bitwise_and_(~_LEFT_OUT).view(torch.float32)
+    fine = matrix - coarse
+    mixed = coarse.mT @ fine
+    return (coarse.mT @ coarse).add_(mixed).add_(mixed.mT)
