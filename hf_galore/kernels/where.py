@@ -65,9 +65,3 @@ def launch(name: str, programs: int, first: Tensor, *others: Any, **constants: A
 
 def _programs() -> Any:
     return importlib.import_module("hf_galore.kernels.programs")
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise a `ValueError` unless a condition holds: a kernel would read and write memory that is not its own."""
-    if not condition:
-        raise ValueError(message)
