@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ..lowrank.blockwise import MOMENT_BLOCK, AdamStep, Moments8bit
-from .where import DTYPES, launch, require
+from ..lowrank.nonfinite import has_numbers
+from .where import DTYPES, launch
 
 # Blocks and elements that one program takes: four warps, eight elements to a thread, which is 16 bytes of bfloat16.
 _ROWS = 4
@@ -81,11 +82,12 @@ def _adam_8bit_(
     codes, scales = (moments.exp_avg, moments.exp_avg_sq), (moments.exp_avg_absmax, moments.exp_avg_sq_absmax)
     _check(target, gradient, codes, torch.uint8, norm)
     blocks = math.ceil(gradient.numel() / MOMENT_BLOCK)
-    for name, found, size in (
-        *(("The moments' scales", scale, blocks) for scale in scales),
-        *(("The moments' tables", table, 256) for table in (moments.signed, moments.unsigned)),
-    ):
-        _check_like(name, found, size, torch.float32, gradient.device)
+    for scale in scales:
+        _check_like("The moments' scales", scale, blocks, torch.float32, gradient.device)
+    for table in (moments.signed, moments.unsigned):
+        _check_like("The moments' tables", table, 256, torch.float32, gradient.device)
+    if not has_numbers(gradient):
+        return
     launch(
         "adam_8bit",
         math.ceil(blocks / _ROWS),
@@ -106,6 +108,8 @@ def _adam_32bit_(
     target: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], now: AdamStep, norm: Tensor, *, is_weight: bool
 ) -> None:
     _check(target, gradient, moments, torch.float32, norm)
+    if not has_numbers(gradient):
+        return
     launch(
         "adam_32bit",
         math.ceil(gradient.numel() / _SIZE),
@@ -133,24 +137,26 @@ def _numbers(now: AdamStep) -> tuple[float, ...]:
 
 
 def _check(target: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], dtype: torch.dtype, norm: Tensor) -> None:
+    device, numel = gradient.device, gradient.numel()
     for name, tensor in (("weight", target), ("gradient", gradient)):
-        require(
-            tensor.dtype in DTYPES,
-            f"The {name} has to be float32, bfloat16 or float16, but is {tensor.dtype}: use plain torch for it.",
+        if tensor.dtype not in DTYPES:
+            raise ValueError(
+                f"The {name} has to be float32, bfloat16 or float16, but is {tensor.dtype}: use plain torch for it."
+            )
+    if norm.numel() != 1 or not norm.is_floating_point() or norm.device != device:
+        raise ValueError(
+            f"The norm has to be one floating-point number on {device}, but is {tuple(norm.shape)} {norm.dtype} on "
+            f"{norm.device}."
         )
-    require(
-        norm.numel() == 1 and norm.is_floating_point() and norm.device == gradient.device,
-        f"The norm has to be one floating-point number on {gradient.device}, but is {tuple(norm.shape)} {norm.dtype} "
-        f"on {norm.device}.",
-    )
-    _check_like("The weight", target, gradient.numel(), target.dtype, gradient.device)
+    _check_like("The weight", target, numel, target.dtype, device)
     for moment in moments:
-        _check_like("A moment", moment, gradient.numel(), dtype, gradient.device)
+        _check_like("A moment", moment, numel, dtype, device)
 
 
 def _check_like(name: str, tensor: Tensor, numel: int, dtype: torch.dtype, device: torch.device) -> None:
-    require(
-        tensor.numel() == numel and tensor.dtype == dtype and tensor.device == device and tensor.is_contiguous(),
-        f"{name}: has to be {numel} contiguous elements of {dtype} on {device}, but is {tensor.numel()} "
-        f"{'contiguous' if tensor.is_contiguous() else 'strided'} elements of {tensor.dtype} on {tensor.device}.",
-    )
+    """Raise an error unless a tensor is what a kernel takes it for: it would use memory that is not the tensor's."""
+    if tensor.numel() != numel or tensor.dtype != dtype or tensor.device != device or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name}: has to be {numel} contiguous elements of {dtype} on {device}, but is {tensor.numel()} "
+            f"{'contiguous' if tensor.is_contiguous() else 'strided'} elements of {tensor.dtype} on {tensor.device}."
+        )

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..lowrank.blockwise import Quantized, nf4
-from .where import DTYPES, launch, require
+from ..lowrank.nonfinite import has_numbers
+from .where import DTYPES, launch
 
 # Elements that one program takes: four warps, eight to a thread.
 _SIZE = 1024
@@ -33,11 +34,12 @@ def quantize_4bit(values: Tensor, block: int) -> Quantized:
     Raises:
         ValueError: The dtype or the block is another.
     """
-    _check(values, values.dtype, block)
+    _check(values.dtype, block)
     codes = values.new_empty((math.ceil(values.numel() / 2), 1), dtype=torch.uint8)
     absmax = values.new_empty(math.ceil(values.numel() / block), dtype=torch.float32)
-    tensors = (codes, absmax, values.contiguous(), _nf4(values.device))
-    _launch("quantize_4bit", block, values.numel(), tensors, codes.numel())
+    if has_numbers(values):
+        tensors = (codes, absmax, values.contiguous(), _nf4(values.device))
+        _launch("quantize_4bit", block, values.numel(), tensors, codes.numel())
     return Quantized(codes, absmax)
 
 
@@ -54,10 +56,11 @@ def dequantize_4bit(kept: Quantized, block: int, shape: Sequence[int], dtype: to
         ValueError: The dtype or the block is another, or codes or scales are too few.
     """
     numel = math.prod(shape)
-    _check(kept.codes, dtype, block)
+    _check(dtype, block)
     _check_kept(kept, math.ceil(numel / 2), math.ceil(numel / block))
     values = kept.codes.new_empty(tuple(shape), dtype=dtype)
-    _launch("dequantize_4bit", block, numel, (values, *kept, _nf4(values.device)), math.ceil(numel / 2))
+    if has_numbers(values):
+        _launch("dequantize_4bit", block, numel, (values, *kept, _nf4(values.device)), math.ceil(numel / 2))
     return values
 
 
@@ -72,11 +75,12 @@ def quantize_8bit(values: Tensor, table: Tensor, block: int) -> Quantized:
     Raises:
         ValueError: The dtype, the block or the table is another.
     """
-    _check(values, values.dtype, block)
-    _check_table(table, values)
+    _check(values.dtype, block)
+    _check_table(table, values.device)
     codes = torch.empty_like(values, dtype=torch.uint8, memory_format=torch.contiguous_format)
     absmax = values.new_empty(math.ceil(values.numel() / block), dtype=torch.float32)
-    _launch("quantize_8bit", block, values.numel(), (codes, absmax, values.contiguous(), table))
+    if has_numbers(values):
+        _launch("quantize_8bit", block, values.numel(), (codes, absmax, values.contiguous(), table))
     return Quantized(codes, absmax)
 
 
@@ -92,11 +96,12 @@ def dequantize_8bit(kept: Quantized, table: Tensor, block: int, dtype: torch.dty
     Raises:
         ValueError: The dtype, the block or the table is another, or scales are too few.
     """
-    _check(kept.codes, dtype, block)
+    _check(dtype, block)
     _check_kept(kept, kept.codes.numel(), math.ceil(kept.codes.numel() / block))
-    _check_table(table, kept.codes)
+    _check_table(table, kept.codes.device)
     values = torch.empty_like(kept.codes, dtype=dtype, memory_format=torch.contiguous_format)
-    _launch("dequantize_8bit", block, values.numel(), (values, *kept, table))
+    if has_numbers(values):
+        _launch("dequantize_8bit", block, values.numel(), (values, *kept, table))
     return values
 
 
@@ -112,33 +117,29 @@ def _nf4(device: torch.device) -> Tensor:
         return nf4(device)
 
 
-def _check(used: Tensor, dtype: torch.dtype, block: int) -> None:
-    require(dtype in DTYPES, f"The values have to be float32, bfloat16 or float16, but are {dtype}.")
-    require(
-        2 <= block <= _SIZE and block & (block - 1) == 0,
-        f"A block has to be a power of two from 2 to {_SIZE}, but is {block}.",
-    )
+def _check(dtype: torch.dtype, block: int) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f"The values have to be float32, bfloat16 or float16, but are {dtype}.")
+    if not 2 <= block <= _SIZE or block & (block - 1):
+        raise ValueError(f"A block has to be a power of two from 2 to {_SIZE}, but is {block}.")
 
 
-def _check_kept(kept: Quantized, codes: int, scales: int) -> None:
-    require(
-        kept.codes.numel() >= codes and kept.codes.dtype == torch.uint8 and kept.codes.is_contiguous(),
-        f"The codes have to be {codes} contiguous bytes, but are {kept.codes.numel()} of {kept.codes.dtype}.",
-    )
-    require(
-        kept.absmax.numel() >= scales and kept.absmax.is_floating_point() and kept.absmax.is_contiguous(),
-        f"The scales have to be {scales} contiguous floating-point numbers, but are {kept.absmax.numel()} of "
-        f"{kept.absmax.dtype}.",
-    )
-    require(
-        kept.absmax.device == kept.codes.device,
-        f"Codes and scales have to be on one device, but are on {kept.codes.device} and {kept.absmax.device}.",
-    )
+def _check_kept(kept: Quantized, num_codes: int, num_scales: int) -> None:
+    codes, absmax = kept
+    if codes.numel() < num_codes or codes.dtype != torch.uint8 or not codes.is_contiguous():
+        raise ValueError(f"The codes have to be {num_codes} contiguous bytes, but are {codes.numel()} {codes.dtype}.")
+    if absmax.numel() < num_scales or not absmax.is_floating_point() or not absmax.is_contiguous():
+        raise ValueError(
+            f"The scales have to be {num_scales} contiguous floating-point numbers, but are {absmax.numel()} "
+            f"{absmax.dtype}."
+        )
+    if absmax.device != codes.device:
+        raise ValueError(f"Codes and scales have to be on one device, but are on {codes.device} and {absmax.device}.")
 
 
-def _check_table(table: Tensor, used: Tensor) -> None:
-    require(
-        table.numel() == 256 and table.dtype == torch.float32 and table.device == used.device,
-        f"The table has to be 256 float32 values on {used.device}, but is {table.numel()} of {table.dtype} on "
-        f"{table.device}.",
-    )
+def _check_table(table: Tensor, device: torch.device) -> None:
+    if table.numel() != 256 or table.dtype != torch.float32 or table.device != device or not table.is_contiguous():
+        raise ValueError(
+            f"The table has to be 256 contiguous float32 values on {device}, but is {table.numel()} {table.dtype} on "
+            f"{table.device}."
+        )

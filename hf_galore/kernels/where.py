@@ -57,17 +57,11 @@ def triton_version() -> str:
 
 
 def launch(name: str, programs: int, first: Tensor, *others: Any, **constants: Any) -> None:
-    """Run so many programs of a kernel on the current stream of the first argument's device, if it has numbers."""
-    if programs and has_numbers(first):
+    """Run so many programs of a kernel on the current stream of the first argument's device."""
+    if programs:
         with torch.cuda.device_of(first):
             getattr(_programs(), name)[(programs,)](first, *others, **constants)
 
 
 def _programs() -> Any:
     return importlib.import_module("hf_galore.kernels.programs")
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise a `ValueError` unless a condition holds: a kernel would read and write memory that is not its own."""
-    if not condition:
-        raise ValueError(message)
