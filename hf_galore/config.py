@@ -19,6 +19,8 @@ Moments = Literal["keep", "rotate", "reset"]
 MOMENTS: tuple[Moments, ...] = get_args(Moments)
 ProjBits = Literal[16, 8, 4]
 PROJ_BITS: tuple[ProjBits, ...] = get_args(ProjBits)
+GradientBits = Literal[16, 8]
+GRADIENT_BITS: tuple[GradientBits, ...] = get_args(GradientBits)
 RuleName = Literal["adam", "adafactor", "lion"]
 RULE_NAMES: tuple[RuleName, ...] = get_args(RuleName)
 EmbeddingBits = Literal[32, 8]
@@ -76,6 +78,7 @@ _GROUP_OPTIONS: dict[str, _Option] = {
     "lazy_refresh": _bool(),
     "moments": _one_of(MOMENTS),
     "proj_bits": _one_of(PROJ_BITS),
+    "gradient_bits": _one_of(GRADIENT_BITS),
     "rule": _or_none(_one_of(RULE_NAMES)),
 }
 # These concern the optimizer as a whole.
@@ -153,6 +156,9 @@ class GaLoreConfig:
         moments: what happens to the moments when the basis changes. `keep` leaves them, as published; `rotate` carries
             them into the new basis; `reset` starts them, and their bias correction, anew.
         proj_bits: bits that an element of a basis is kept in; 16 stands for the weight's own dtype.
+        gradient_bits: bits that an element of a low-rank gradient is kept in while it is held until the step, by
+            layerwise with accumulation or clipping and by the projected backward without layerwise; 16 stands for the
+            weight's own dtype. Gradients that are used at once are never kept.
         rule: how low-rank gradients become directions; `None` stands for what the optimizer's name says, which all
             other parameters follow in any case. Only the 8-bit optimizers' own rule, `adam`, has moments in 8 bits.
         stochastic_rounding: whether updates of bfloat16 weights are rounded up or down at random, without bias, rather
@@ -176,6 +182,7 @@ class GaLoreConfig:
     lazy_refresh: bool = False
     moments: Moments = "keep"
     proj_bits: ProjBits = 4
+    gradient_bits: GradientBits = 16
     rule: RuleName | None = None
     stochastic_rounding: bool = False
     projected_backward: bool | None = None

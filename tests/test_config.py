@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hf_galore import GaLoreConfig
-from hf_galore.config import MOMENTS, PROJ_BITS, PROJ_TYPES, REFRESH_METHODS
+from hf_galore.config import GRADIENT_BITS, MOMENTS, PROJ_BITS, PROJ_TYPES, REFRESH_METHODS
 
 configs = st.builds(
     GaLoreConfig,
@@ -24,6 +24,7 @@ configs = st.builds(
     lazy_refresh=st.booleans(),
     moments=st.sampled_from(MOMENTS),
     proj_bits=st.sampled_from(PROJ_BITS),
+    gradient_bits=st.sampled_from(GRADIENT_BITS),
     stochastic_rounding=st.booleans(),
     projected_backward=st.sampled_from([None, True, False]),
 )
@@ -50,10 +51,12 @@ def test_spaces_order_and_stray_commas_do_not_matter(text: str) -> None:
 
 
 def test_every_key_is_read_as_what_it_is() -> None:
-    text = "refresh=randomized, stagger=false, lazy_refresh=true, moments=reset, proj_bits=4, stochastic_rounding=true"
+    text = "refresh=randomized, stagger=false, lazy_refresh=true, moments=reset, proj_bits=4, gradient_bits=8, "
+    text += "stochastic_rounding=true"
     config = GaLoreConfig.from_optim_args(text)
     assert (config.refresh, config.stagger, config.lazy_refresh) == ("randomized", False, True)
     assert (config.moments, config.proj_bits, config.stochastic_rounding) == ("reset", 4, True)
+    assert config.gradient_bits == 8
 
 
 def test_a_trailing_comma_is_fine() -> None:
@@ -109,6 +112,10 @@ REFUSED = {
     "proj_bits=-8": ["proj_bits", "-8", "one of 16, 8, 4"],
     "proj_bits=8.0": ["proj_bits", "'8.0'", "one of 16, 8, 4"],
     "proj_bits=nf4": ["proj_bits", "'nf4'", "one of 16, 8, 4"],
+    "gradient_bits=4": ["gradient_bits", "4", "one of 16, 8"],
+    "gradient_bits=32": ["gradient_bits", "32", "one of 16, 8"],
+    "gradient_bits=fp8": ["gradient_bits", "'fp8'", "one of 16, 8"],
+    "gradients_bits=8": ["'gradients_bits'", "Did you mean 'gradient_bits'?"],
     "proj_bit=8": ["'proj_bit'", "Did you mean 'proj_bits'?"],
     "stochastic_rounding=on": ["stochastic_rounding", "'on'", "true or false"],
     "stochastic_round=true": ["'stochastic_round'", "Did you mean 'stochastic_rounding'?"],
@@ -153,6 +160,10 @@ def test_refused_with_the_key_the_value_and_what_is_allowed(text: str, words: li
         ("lazy_refresh", None),
         ("moments", "drop"),
         ("moments", None),
+        ("gradient_bits", 4),
+        ("gradient_bits", 8.0),
+        ("gradient_bits", "8"),
+        ("gradient_bits", None),
         ("proj_bits", 5),
         ("proj_bits", 8.0),
         ("proj_bits", "8"),
@@ -230,6 +241,7 @@ def test_any_string_gives_a_config_or_a_value_error(text: str) -> None:
     assert config.refresh in REFRESH_METHODS
     assert config.moments in MOMENTS
     assert config.proj_bits in PROJ_BITS
+    assert config.gradient_bits in GRADIENT_BITS
     assert {config.stagger, config.lazy_refresh, config.stochastic_rounding} <= {True, False}
 
 

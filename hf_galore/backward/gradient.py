@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from .held import linear_part
 from .linear_operations import CHECKS, OPERATIONS, is_2_norm
 from .stand_in import HOLD, BasisVersion, LowRankTensor, StandIn, UncommittedRefresh, in_backward
 
@@ -40,7 +41,7 @@ class LowRankGradient(LowRankTensor):
         # Made of several operations each, one of which is not linear.
         check = CHECKS.get(func)
         if check is not None and isinstance(args[0], LowRankGradient):
-            return check(args[0].low_rank).expand(args[0].shape)
+            return check(linear_part(args[0].kept)).expand(args[0].shape)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
@@ -125,7 +126,7 @@ def _leaves(values: Sequence[Any]) -> list[Any]:
 def _refuse(func: Any, args: Any) -> NoReturn:
     gradient = next(leaf for leaf in _leaves(args) if isinstance(leaf, LowRankGradient))
     raise RuntimeError(
-        f"{gradient.basis.name}.grad is a low-rank gradient, {tuple(gradient.low_rank.shape)} in place of "
+        f"{gradient.basis.name}.grad is a low-rank gradient, {tuple(gradient.held()[0].shape)} in place of "
         f"{tuple(gradient.shape)}: {func.overloadpacket.__name__} needs the gradient itself, which was never built or "
         "is gone. It can be scaled, added to, zeroed, unscaled by a GradScaler, its 2-norm taken, clipped (by "
         "optimizer.clip_grad_norm_ or torch.nn.utils.clip_grad_norm_), or dropped. For all else make the optimizer "

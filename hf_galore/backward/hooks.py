@@ -173,9 +173,9 @@ class BackwardHooks:
         return any(window.has_updated for window in self._present())
 
     def held(self) -> list[Tensor]:
-        """The low-rank gradients held."""
+        """What holds the low-rank gradients."""
         gradients = (window.param.grad for window in self._present())
-        return [gradient.low_rank for gradient in gradients if isinstance(gradient, LowRankGradient)]
+        return [part for gradient in gradients if isinstance(gradient, LowRankGradient) for part in gradient.held()]
 
     def norms(self) -> list[Tensor]:
         """The norms of the gradients that updates have used in this window, one a parameter."""

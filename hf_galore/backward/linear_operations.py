@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from .held import Held8bit, linear_part, zeros_like
 from .stand_in import LowRankTensor, UncommittedRefresh, in_backward
 
 _aten = torch.ops.aten
@@ -38,21 +39,21 @@ def _is_factor(value: Any) -> bool:
 
 @_implements(_aten.detach, _aten.alias)
 def _same(func: Any, gradient: LowRankTensor) -> LowRankTensor:
-    made = gradient.with_low_rank(gradient.low_rank, gradient.norm_of_whole)
+    made = gradient.with_low_rank(gradient.kept, gradient.norm_of_whole)
     made.content = gradient.content
     return made
 
 
 @_implements(_aten.clone)
 def _clone(func: Any, gradient: LowRankTensor, **_: Any) -> LowRankTensor:
-    made = gradient.with_low_rank(gradient.low_rank, None)
+    made = gradient.with_low_rank(gradient.kept, None)
     made.replace(gradient)
     return made
 
 
 @_implements(_aten._to_copy)
 def _to_copy(func: Any, gradient: LowRankTensor, *, dtype: Any = None, device: Any = None, **_: Any) -> LowRankTensor:
-    low_rank = gradient.low_rank.to(device=device, dtype=dtype, copy=True)
+    low_rank = gradient.kept.to(device=device, dtype=dtype, copy=True)
     norm = gradient.norm_of_whole
     return gradient.with_low_rank(low_rank, None if norm is None else norm.to(low_rank.device))
 
@@ -61,7 +62,7 @@ def _to_copy(func: Any, gradient: LowRankTensor, *, dtype: Any = None, device: A
 def _zeros(func: Any, gradient: LowRankTensor, *args: Any, **_: Any) -> Any:
     if func.overloadpacket is _aten.new_empty_strided and tuple(args[0]) != tuple(gradient.shape):
         return NotImplemented
-    made = gradient.with_low_rank(torch.zeros_like(gradient.low_rank), None)
+    made = gradient.with_low_rank(zeros_like(gradient.kept), None)
     made.uncommitted = made.addend = None
     made.is_zero, made.is_lost = True, False
     return made
@@ -75,7 +76,7 @@ def _copy_(func: Any, gradient: Any, other: Any, *_: Any) -> Any:
         if other.content is not gradient.content:
             gradient.replace(other)
     else:
-        gradient.low_rank.copy_(gradient.basis.project(other))
+        gradient.kept.copy_(gradient.basis.project(other))
         gradient.norm_of_whole = gradient.uncommitted = gradient.addend = None
         gradient.is_zero = gradient.is_lost = False
     return gradient
@@ -83,7 +84,7 @@ def _copy_(func: Any, gradient: Any, other: Any, *_: Any) -> Any:
 
 @_implements(_aten.zero_)
 def _zero_(func: Any, gradient: LowRankTensor) -> LowRankTensor:
-    gradient.low_rank.zero_()
+    gradient.kept.zero_()
     gradient.norm_of_whole = gradient.uncommitted = gradient.addend = None
     gradient.is_zero, gradient.is_lost = True, False
     return gradient
@@ -106,11 +107,13 @@ def _scale(func: Any, gradient: Any, factor: Any, **_: Any) -> Any:
     if uncommitted is not None:  # the basis of a multiple is the same
         whole = uncommitted.gradient
         uncommitted = UncommittedRefresh(uncommitted.made, lambda: operation(whole(), factor))
-    if in_place:
-        operation(gradient.low_rank, factor, out=gradient.low_rank)
-        made = gradient
-    else:
-        made = gradient.with_low_rank(operation(gradient.low_rank, factor), None)
+    made = gradient
+    if not in_place:
+        kept = gradient.kept
+        made = gradient.with_low_rank(kept.clone() if isinstance(kept, Held8bit) else operation(kept, factor), None)
+    if in_place or isinstance(made.kept, Held8bit):
+        multiplied = linear_part(made.kept)
+        operation(multiplied, factor, out=multiplied)
     made.norm_of_whole, made.addend, made.uncommitted = norm, addend, uncommitted
     return made
 
@@ -177,7 +180,7 @@ def _add_(func: Any, gradient: Any, other: Any, *, alpha: Any = 1) -> Any:
         else:
             gradient.addend = other.clone()
         return gradient
-    gradient.low_rank.add_(_low_rank_of(other, gradient), alpha=alpha)
+    gradient.kept.add_(_low_rank_of(other, gradient), alpha=alpha)
     gradient.norm_of_whole = None  # that of the first part, no longer of the whole
     return gradient
 
@@ -221,15 +224,15 @@ def _foreach_norm(func: Any, gradients: Sequence[Tensor], ord: Any = 2, dtype: A
 @_implements(_aten.isnan)
 def _isnan(func: Any, gradient: LowRankTensor) -> Tensor:
     # For autograd's anomaly mode, too.
-    return gradient.low_rank.isnan().any().expand(gradient.shape)
+    return linear_part(gradient.kept).isnan().any().expand(gradient.shape)
 
 
-def _any_infinite(low_rank: Tensor) -> Tensor:
-    return low_rank.isinf().any()
+def _any_infinite(factor: Tensor) -> Tensor:
+    return factor.isinf().any()
 
 
-def _all_finite(low_rank: Tensor) -> Tensor:
-    return low_rank.isfinite().all()
+def _all_finite(factor: Tensor) -> Tensor:
+    return factor.isfinite().all()
 
 
 CHECKS: dict[Any, Callable[[Tensor], Tensor]] = {
@@ -259,7 +262,7 @@ def _unscale_(func: Any, gradients: Sequence[Tensor], found_inf: Tensor, inverse
     plain = []
     for gradient in gradients:
         if isinstance(gradient, LowRankTensor):
-            plain += gradient.stored()
+            plain += gradient.linear_parts()
             if gradient.norm_of_whole is not None:
                 gradient.norm_of_whole = gradient.norm_of_whole * inverse_scale
         else:

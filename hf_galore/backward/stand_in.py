@@ -14,6 +14,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ..lowrank.projection import norm_of
+from .held import Held8bit, LowRank, held_in_8_bits, linear_part
 
 HOLD = "hold_gradients=True (with a Trainer: max_grad_norm above 0)"
 """For messages: what keeps the gradients of a layerwise optimizer until its step."""
@@ -97,7 +98,7 @@ class StandIn(Tensor):
 class _Content:
     """What a low-rank gradient and its aliases (`.data`, `.detach()`) have in common."""
 
-    low_rank: Tensor
+    kept: LowRank
     basis: BasisVersion
     norm_of_whole: Tensor | None = None
     is_zero: bool = False
@@ -123,7 +124,7 @@ class LowRankTensor(StandIn):
 
     Args:
         like: the parameter.
-        low_rank: R.
+        low_rank: R, which may be held in 8 bits.
         basis: the basis that R is in.
         norm: ‖G‖_F, 0-dimensional, where G was at hand; else the norm of R stands for it.
         is_zero: whether G is known to be zero.
@@ -132,7 +133,7 @@ class LowRankTensor(StandIn):
     """
 
     content: _Content
-    low_rank: Tensor = _shared("low_rank", "R.")
+    kept: LowRank = _shared("kept", "R, as it is held.")
     basis: BasisVersion = _shared("basis", "The basis that R is in.")
     norm_of_whole: Tensor | None = _shared("norm_of_whole", "‖G‖_F, where it is known.")
     is_zero: bool = _shared("is_zero", "Whether G is known to be zero.")
@@ -145,7 +146,7 @@ class LowRankTensor(StandIn):
     def __init__(
         self,
         like: Tensor,
-        low_rank: Tensor,
+        low_rank: LowRank,
         basis: BasisVersion,
         *,
         norm: Tensor | None = None,
@@ -166,9 +167,35 @@ class LowRankTensor(StandIn):
     def data(self, value: Tensor) -> None:
         self.copy_(value)
 
+    @property
+    def low_rank(self) -> Tensor:
+        """R; a copy, computed anew at each call, where it is held in 8 bits."""
+        kept = self.kept
+        return kept.tensor() if isinstance(kept, Held8bit) else kept
+
+    def hold_in_8_bits(self, seed: int) -> None:
+        """Hold R in 8 bits from now on, unless it is small.
+
+        Args:
+            seed: of what sums are rounded with.
+        """
+        self.kept = held_in_8_bits(self.kept, seed)
+
+    def held(self) -> list[Tensor]:
+        """The tensors that hold R."""
+        kept = self.kept
+        return kept.stored() if isinstance(kept, Held8bit) else [kept]
+
     def stored(self) -> list[Tensor]:
-        """R, and what has arrived on top of a zero one."""
-        return [self.low_rank] if self.addend is None else [self.low_rank, self.addend]
+        """What holds R, and what has arrived on top of a zero one."""
+        return self.held() + self._addends()
+
+    def linear_parts(self) -> list[Tensor]:
+        """The tensors that are multiplied where G is; they are finite where all that is stored is."""
+        return [linear_part(self.kept), *self._addends()]
+
+    def _addends(self) -> list[Tensor]:
+        return [] if self.addend is None else [self.addend]
 
     def frobenius_norm(self) -> Tensor:
         """‖G‖_F where it is known, else ‖R‖_F; 0-dimensional."""
@@ -178,9 +205,9 @@ class LowRankTensor(StandIn):
         """Take over the numbers of another one of the same weight."""
         for field in dataclasses.fields(_Content):
             value = getattr(other.content, field.name)
-            setattr(self.content, field.name, value.clone() if isinstance(value, Tensor) else value)
+            setattr(self.content, field.name, value.clone() if isinstance(value, (Tensor, Held8bit)) else value)
 
-    def with_low_rank(self, low_rank: Tensor, norm: Tensor | None) -> Self:
+    def with_low_rank(self, low_rank: LowRank, norm: Tensor | None) -> Self:
         """One with another R in the same basis."""
         made = type(self)(
             self, low_rank, self.basis, norm=norm, is_zero=self.is_zero, dtype=low_rank.dtype, device=low_rank.device

@@ -29,6 +29,7 @@ from torch import Tensor
 from ..integrations.accelerate import closes_window
 from ..log import logger
 from ..lowrank.projection import Bases, FactoredGradient, Gradient, norm_of, project
+from ..lowrank.seeds import held_seed
 from .gradient import HOLD, BasisVersion, LowRankGradient, UncommittedRefresh, UsedGradient
 from .passes import Passes
 
@@ -248,6 +249,7 @@ class Window:
             self._before = target.use_basis(made, gradient.basis, keep=self._must_hold())
         if self._must_hold():
             self._filled = True
+            self._hold(gradient)
             if param.grad is not gradient:
                 param.grad = gradient
             return
@@ -273,6 +275,15 @@ class Window:
             self._before = target.use_basis(made, target.new_version(), keep=self._must_hold())
         is_lost = not (made.usable or made.is_zero)
         return LowRankGradient(param, made.low_rank, target.version, norm=norm, is_zero=made.is_zero, is_lost=is_lost)
+
+    def _hold(self, gradient: LowRankGradient) -> None:
+        """Let a low-rank gradient take no more memory until `step()` than it has to."""
+        target = self.target
+        group = target.group
+        if group.get("gradient_bits", 16) == 8:
+            gradient.hold_in_8_bits(
+                held_seed(group.get("gradient_seed", 0), target.index, int(target.state["step"].item()))
+            )
 
     def _leave_used(self) -> None:
         param, used = self.param, self._used

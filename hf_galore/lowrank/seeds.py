@@ -22,3 +22,15 @@ def basis_seed(seed: int, index: int, refreshes: int) -> int:
     """
     # Negative: an update that is rounded stochastically (`rounding.generator_for`) has other numbers, then.
     return mixed_seed(seed, -1 - index, refreshes)
+
+
+def held_seed(seed: int, index: int, step: int) -> int:
+    """The seed that sums of a target's low-rank gradients are rounded with, in one accumulation window.
+
+    Args:
+        seed: of the run.
+        index: of the target in its optimizer, 0 or more.
+        step: that the window belongs to.
+    """
+    # Twice: what rounds the update of the same weight at the same step has other numbers.
+    return mixed_seed(mixed_seed(seed, index, step), index, step)

@@ -24,8 +24,9 @@ def norms_for_step(parameters: Sequence[Trained]) -> dict[int, Tensor]:
         if gradient is None or isinstance(gradient, UsedGradient) or nonfinite.host_knows(gradient):
             continue
         if isinstance(gradient, LowRankGradient):
-            if gradient.addend is None:
-                found[id(trained.param)] = gradient.low_rank
+            # In 8 bits it is read for one update at a time: all at once would take what they save.
+            if gradient.addend is None and isinstance(gradient.kept, Tensor):
+                found[id(trained.param)] = gradient.kept
         elif not trained.projected and not gradient.is_sparse:
             found[id(trained.param)] = gradient
     return dict(zip(found, norms_of(list(found.values())), strict=True))

@@ -64,9 +64,29 @@ def with_seeds(group: dict[str, Any]) -> dict[str, Any]:
     """
     asked = {
         "rounding_seed": bool(group.get("stochastic_rounding")),
+        "gradient_seed": group.get("gradient_bits") == 8,
         "basis_seed": "refresh" in group and not METHODS[group["refresh"]].by_gradient,
     }
     return {**{key: torch.initial_seed() for key, needed in asked.items() if needed}, **group}
+
+
+def check_gradient_bits(groups: Iterable[Group], *, hooked: bool) -> None:
+    """Check that low-rank gradients are to be in 8 bits only where they are held at all.
+
+    Args:
+        groups: of the optimizer.
+        hooked: whether it has hooks into the backward pass.
+
+    Raises:
+        ValueError: it has none, so that there are gradients only, whole ones, until the step.
+    """
+    if not hooked and any(group.get("gradient_bits") == 8 for group in groups):
+        raise ValueError(
+            "gradient_bits=8 is for low-rank gradients that are held until the step, and this optimizer gets whole "
+            "gradients, in their own dtype. Leave it out, or make the optimizer with layerwise=True or "
+            "projected_backward=True (with a Trainer: an optim that ends in _layerwise, or projected_backward=true in "
+            "optim_args)."
+        )
 
 
 def is_target(param: Tensor, group: Group) -> bool:

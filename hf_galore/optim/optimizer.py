@@ -23,7 +23,7 @@ from . import checkpoint
 from .admission import check_group, check_parameters, check_stochastic_rounding, say_if_decay_is_lost
 from .gradients import clip_, norm_of_all, norms_for_step
 from .groups import GaLoreOptions as GaLoreOptions
-from .groups import check_group_keys, check_options, split_groups, with_seeds
+from .groups import check_gradient_bits, check_group_keys, check_options, split_groups, with_seeds
 from .names import Names
 from .report import Journal, Memory, refresh_figures
 from .skipped import Skipped
@@ -70,6 +70,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         say_if_decay_is_lost(self.param_groups)
         if projected_backward is None:
             projected_backward = layerwise
+        check_gradient_bits(self.param_groups, hooked=layerwise or projected_backward)
         if layerwise or projected_backward:
             if model is None:
                 raise ValueError(
@@ -123,6 +124,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
             check_group(group, RULES[self.rule], self.name_of)
             if not self._constructing:
                 check_parameters(self._names.of_entries(self.param_groups))
+                check_gradient_bits([group], hooked=self._hooks is not None)
         except ValueError:
             del self.param_groups[-1]
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ from tests.support.helpers import (
     train,
 )
 
+# As they are, and in 8 bits between the micro-batches of a window: those of the MLP, as the others are small.
+BITS = ["", ", gradient_bits=8"]
+
 # Four micro-batches a step, and so few rows (10 batches of 4) that each epoch ends with a window of two.
 ACCUMULATION: dict[str, Any] = {"gradient_accumulation_steps": 4, "num_train_epochs": 3, "max_steps": -1}
 ROWS = 40
@@ -45,11 +49,15 @@ def windowed(name: str, folder: Path, **overrides: Any) -> Trainer:
 
 @pytest.mark.parametrize("plain", PLAIN)
 @pytest.mark.parametrize("max_grad_norm", [0.0, 0.5])
-def test_layerwise_accumulates_and_clips_as_plain_does(plain: str, max_grad_norm: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", BITS)
+def test_layerwise_accumulates_and_clips_as_plain_does(
+    plain: str, max_grad_norm: float, bits: str, tmp_path: Path
+) -> None:
     """BASELINE: layerwise refuses accumulation, is silently unclipped and logs a norm of 0."""
-    projected = f"{OPTIM_ARGS}, projected_backward=true"
+    optim_args = OPTIM_ARGS + bits
+    projected = f"{optim_args}, projected_backward=true"
     expected = windowed(plain, tmp_path / "plain", optim_args=projected, max_grad_norm=max_grad_norm)
-    found = windowed(f"{plain}_layerwise", tmp_path / "layerwise", max_grad_norm=max_grad_norm)
+    found = windowed(f"{plain}_layerwise", tmp_path / "layerwise", max_grad_norm=max_grad_norm, optim_args=optim_args)
     assert found.state.global_step == expected.state.global_step == 9
     assert_identical(snapshot(found.model), snapshot(expected.model))
     assert logged(found, "grad_norm") == logged(expected, "grad_norm")
@@ -135,7 +143,8 @@ def test_a_window_holds_no_gradient_of_a_target(name: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("name", "optim_args"),
-    [(name, OPTIM_ARGS) for name in LAYERWISE] + [(name, f"{OPTIM_ARGS}, projected_backward=true") for name in PLAIN],
+    [(name, OPTIM_ARGS + bits) for name in LAYERWISE for bits in BITS]
+    + [(name, f"{OPTIM_ARGS}, projected_backward=true{bits}") for name in PLAIN for bits in BITS],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(name: str, optim_args: str, tmp_path: Path) -> None:
     """Bit for bit, with windows, clipping and a checkpoint between two refreshes and in the middle of an epoch."""
@@ -188,12 +197,14 @@ class Skipping(TrainerCallback):
 
 @pytest.mark.parametrize("how", ["model", "none", "scale"])
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
-@pytest.mark.parametrize("name", ["adamw_torch", *PLAIN, *LAYERWISE])
+@pytest.mark.parametrize(
+    ("name", "bits"), [("adamw_torch", ""), *((name, "") for name in PLAIN), *itertools.product(LAYERWISE, BITS)]
+)
 def test_a_step_that_a_callback_drops_moves_nothing(
-    name: str, max_grad_norm: float, how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    name: str, bits: str, max_grad_norm: float, how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It moved weights by two whole Adam steps. With β₁ = 0 a step with gradients of zero moves nothing either."""
-    overrides: dict[str, Any] = {"max_grad_norm": max_grad_norm, "weight_decay": 0.0}
+    overrides: dict[str, Any] = {"max_grad_norm": max_grad_norm, "weight_decay": 0.0, "optim_args": OPTIM_ARGS + bits}
     if "adafactor" not in name:
         overrides["adam_beta1"] = 0.0
     if name == "adamw_torch":
@@ -232,10 +243,11 @@ def test_a_callback_that_does_not_look_in_before_the_step_changes_nothing(name: 
 
 
 @pytest.mark.parametrize("plain", PLAIN)
-@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+# What is used at once is in no bits at all.
+@pytest.mark.parametrize(("max_grad_norm", "bits"), [(0.0, ""), *((1.0, bits) for bits in BITS)])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_step_that_is_not_finite_is_the_same_for_all_names(
-    plain: str, max_grad_norm: float, bad: float, tmp_path: Path
+    plain: str, max_grad_norm: float, bad: float, bits: str, tmp_path: Path
 ) -> None:
     """Clipped, all of it is skipped; else the weights whose gradients are not finite. Plain is layerwise, as always."""
 
@@ -257,7 +269,7 @@ def test_a_step_that_is_not_finite_is_the_same_for_all_names(
 
     runs = []
     # Clipping scales what there is: the same thing, if both are to end in the same bits.
-    args = f"{OPTIM_ARGS}, projected_backward=true" if max_grad_norm else EXACT_ARGS
+    args = f"{OPTIM_ARGS}, projected_backward=true{bits}" if max_grad_norm else EXACT_ARGS
     for name in (plain, f"{plain}_layerwise"):
         overrides: dict[str, Any] = {"max_steps": 4, "max_grad_norm": max_grad_norm, "optim_args": args}
         trainer = make_trainer(tiny_llama(), tmp_path / name, name, Spiking, **overrides)

@@ -376,6 +376,11 @@ OTHER_RUNS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         {"optim_args": "rank=16, proj_bits=8"},
         ["proj_bits=4", "proj_bits=8"],
     ),
+    "gradient_bits": (
+        {"optim": "galore_adamw_layerwise", "optim_args": "rank=16, gradient_bits=8"},
+        {"optim": "galore_adamw_layerwise", "optim_args": "rank=16"},
+        ["gradient_bits=8", "gradient_bits=16"],
+    ),
     "fewer targets": ({}, {"optim_target_modules": ["mlp"]}, ["optim_target_modules", "{saved}", "{own}"]),
     "other targets of the same shapes": (
         {"optim_target_modules": ["gate_proj"]},

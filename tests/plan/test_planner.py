@@ -35,6 +35,7 @@ from hf_galore.integrations.trainer import is_registered
 from hf_galore.lowrank.quantize import _equal_steps
 from hf_galore.plan.fakes import fake_training
 from hf_galore.plan.planner import MemoryPlan, measure, plan
+from hf_galore.plan.rehearsal import LOW_RANK
 from hf_galore.plan.tracking import GRANULE
 from hf_galore.recipes import any_recipe, stand_in
 from hf_galore.recipes.planning import plan_recipe
@@ -98,6 +99,32 @@ def test_every_optimizer(optim: str, setting: str, tmp_path: Path) -> None:
 )
 def test_every_option_of_the_plain_optimizer(options: str, tmp_path: Path) -> None:
     assert_plan_is_measured(sft(tmp_path, "galore_adamw", optim_args=f"{OPTIM_ARGS}, {options}"))
+
+
+@pytest.mark.parametrize(
+    ("optim", "setting"),
+    [
+        ("galore_adamw_layerwise", "clipped"),
+        ("galore_adamw_8bit_layerwise", "accumulated"),
+        ("galore_adafactor_layerwise", "accumulated"),
+        ("galore_adamw", "clipped"),
+    ],
+)
+def test_low_rank_gradients_in_8_bits(optim: str, setting: str, tmp_path: Path) -> None:
+    """Those of q_proj are too small for 8 bits: 2 of 16 × 64, beside 4 of 16 × 256."""
+
+    def make(bits: int) -> Maker:
+        projected = "" if optim.endswith("layerwise") else ", projected_backward=true"
+        optim_args = f"{OPTIM_ARGS}, gradient_bits={bits}{projected}"
+        return sft(tmp_path, optim, lambda: llama().to(torch.bfloat16), optim_args=optim_args, **SETTINGS[setting])
+
+    planned = assert_plan_is_measured(make(8))
+    in_16, in_8 = 4 * 16 * 256 * 2, 4 * (16 * 256 + GRANULE)  # the scales are 16 numbers
+    whole = plan(make(16), target="cpu")
+    if setting == "accumulated":
+        assert whole.breakdown[LOW_RANK] - planned.breakdown[LOW_RANK] == in_16 - in_8
+    else:  # the peak is before they are there
+        assert whole.phase_peaks["update"] > planned.phase_peaks["update"]
 
 
 @pytest.mark.parametrize("options", ["", "moments=rotate", "refresh=svd", "projected_backward=false"])
