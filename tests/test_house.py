@@ -23,7 +23,20 @@ MOST_METHODS = 20
 
 # Each room may import those before it. The kernels of bitsandbytes stand beside the arithmetic that calls them, and
 # windows ask accelerate whether theirs is over.
-ROOMS = ("config", "log", "lowrank", "rules", "backward", "optim", "integrations", "plan", "recipes", "compare", "cli")
+ROOMS = (
+    "config",
+    "log",
+    "lowrank",
+    "rules",
+    "backward",
+    "optim",
+    "integrations",
+    "plan",
+    "recipes",
+    "compare",
+    "bench",
+    "cli",
+)
 BESIDE = {
     "hf_galore.integrations.bitsandbytes",
     "hf_galore.integrations.bitsandbytes_calls",
