@@ -143,11 +143,11 @@ class Report:
         }
 
 
-SHORT_NAMES: dict[Contender, str] = {
-    GALORE: "GaLore",
-    ADAMW_8BIT: "bitsandbytes AdamW8bit",
-    TRAINERS_OWN: "the Trainer's own GaLore",
-}
+def short_name(contender: Contender, *, svd: bool) -> str:
+    """What a contender is called over a column."""
+    if contender == TRAINERS_OWN:
+        return f"Trainer's own GaLore{'' if svd else ', no SVDs'}"
+    return "GaLore" if contender == GALORE else "AdamW8bit"
 
 
 def name_of(contender: Contender, look: Look, *, svd: bool) -> str:

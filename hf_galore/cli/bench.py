@@ -18,7 +18,7 @@ from rich.text import Text
 from ..bench import markdown
 from ..bench.jobs import ROUNDS, STEPS, WARM_UP, Job, Measured
 from ..bench.others import ANCHORS
-from ..bench.report import SHORT_NAMES, Report
+from ..bench.report import Report, short_name
 from ..bench.session import Say, begin, look_at, measure, would_measure
 from ..recipes.config_file import keys_given, take_config
 from ..recipes.errors import UserError
@@ -61,7 +61,7 @@ class _Own(NamedTuple):
 
     job: Job
     rounds: int
-    vram: str | None
+    vram: int | None
     json: Path | None
     markdown: bool
 
@@ -89,10 +89,8 @@ def run(arguments: Sequence[str]) -> int:
                     f"torch {look.versions['torch']} sees no GPU here, and there is nothing to measure. Where there is "
                     f"one, this measures {would_measure(look)}. To see how it works without one: {PROG} --small."
                 )
-            vram = None if own.vram is None else _size(own.vram)
-            job = _limited(own.job, vram)
-            report = begin(look, job, vram, say=say)
-            measure(report, job, own.rounds, say=say)
+            report = begin(look, own.job, own.vram, say=say)
+            measure(report, own.job, own.rounds, say=say)
     except KeyboardInterrupt:
         if report is None or not any(row.rounds for row in report.rows):
             raise Stopped("interrupted; nothing was measured yet.") from None
@@ -131,7 +129,8 @@ def _read(arguments: Sequence[str]) -> _Own:
         small=small,
         svd="--svd" in given,
     )
-    return _Own(job, rounds or ROUNDS, values["--vram"], file, "--markdown" in given)
+    vram = None if values["--vram"] is None else _size(values["--vram"])
+    return _Own(_limited(job, vram), rounds or ROUNDS, vram, file, "--markdown" in given)
 
 
 def _count(flag: str, text: str | None) -> int | None:
@@ -213,20 +212,20 @@ def show(report: Report, console: Console) -> None:
 
 
 def _table(report: Report) -> Table:
-    names = markdown.COLUMNS[2:-1]
-    rows = [markdown.cells(report, row) for row in report.rows]
-    kept = [place for place, name in enumerate(names) if name != "tokens a step" and any(row[place] for row in rows)]
+    """A column for each contender: there are few of them, and terminals are narrow."""
     table = Table("")
-    for place in kept:
-        table.add_column(names[place], justify="right")
-    for row, cells in zip(report.rows, rows, strict=True):
-        table.add_row(Text(SHORT_NAMES[row.contender]), *(Text(cells[place]) for place in kept))
+    for row in report.rows:
+        table.add_column(short_name(row.contender, svd=report.svd), justify="right")
+    columns = [markdown.cells(report, row) for row in report.rows]
+    for name, *cells in zip(markdown.COLUMNS[2:-1], *columns, strict=True):
+        if any(cells) and name != "tokens a step":
+            table.add_row(name, *map(Text, cells))
     return table
 
 
 def _turns(report: Report) -> str:
     turns = max(len(row.rounds) for row in report.compared)
-    return f"a process for each run, {turns} by turns" if turns > 1 else "a process for each run"
+    return f"a process for each run, {turns} turns each" if turns > 1 else "a process for each run"
 
 
 def _failures(report: Report) -> Iterator[str]:
