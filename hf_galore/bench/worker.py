@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import importlib.util
 import json
 import logging
 import os
 import platform
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,22 +22,18 @@ from unittest import mock
 
 import datasets
 import torch
-import transformers
 from torch import Tensor
-from transformers import LlamaConfig, Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from ..integrations.random_weights import random_weights
 from ..integrations.trainer import optim_name, unregister
-from ..recipes import any_recipe, sft
 from ..recipes.checks import galore_config
 from ..recipes.errors import UserError, reporting_complaints
 from ..recipes.planning import plan_recipe
 from ..recipes.stand_in import prepare, shape_of
+from . import machine
 from .jobs import (
-    ADAMW_8BIT,
     OUT_OF_MEMORY,
-    SMALL_LAYERS,
-    SMALL_RANK,
     TRAINERS_OWN,
     WARM_UP,
     Failed,
@@ -49,34 +42,9 @@ from .jobs import (
     Measured,
     Planned,
 )
+from .recipe import parsed_recipe
 
-PROG = "hf-galore bench"
-_PACKAGES = ("hf-galore", "torch", "transformers", "trl", "accelerate", "bitsandbytes", "triton", "galore-torch")
 _TRAINING = ("forward", "backward", "update")
-# Neither evaluated, nor saved, nor reported.
-_OWN = {
-    "eval_strategy": "no",
-    "save_strategy": "no",
-    "report_to": "none",
-    "logging_steps": "1",
-    "disable_tqdm": "true",
-}
-# Matrices that a CPU has room for, and moments that are large enough for 8 bits.
-_SMALL_MODEL: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 256,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "vocab_size": 512,
-    "max_position_embeddings": 128,
-}
-_SMALL: dict[str, str] = {
-    "dtype": "float32",
-    "bf16": "false",
-    "use_cpu": "true",
-    "per_device_train_batch_size": "2",
-    "max_length": "16",
-}
 
 
 def main(arguments: list[str]) -> int:
@@ -113,50 +81,6 @@ def _is_about_memory(error: Exception) -> bool:
     return any(words in str(error) for words in ("out of memory", "ALLOC_FAILED"))
 
 
-# ---- the recipe
-
-
-def parsed_recipe(job: Job, folder: Path) -> sft.Arguments:
-    """The recipe of a job as it is for the job's contender.
-
-    Raises:
-        UserError: it is none that can be measured, or something that was given is wrong.
-    """
-    arguments = list(job.arguments)
-    if job.small:
-        name = str(folder / "small")
-        LlamaConfig(**_SMALL_MODEL, num_hidden_layers=SMALL_LAYERS, architectures=["LlamaForCausalLM"]).save_pretrained(
-            name
-        )
-        small = [f"--{key}={value}" for key, value in {"model_name_or_path": name, **_SMALL}.items()]
-        # Behind the file, before what was given: that holds.
-        arguments[2:2] = small
-    arguments += [f"--{key}={value}" for key, value in {**_OWN, "output_dir": str(folder / "output")}.items()]
-    arguments += [f"--max_steps={WARM_UP + job.steps}"]
-    parsed = any_recipe.parse(arguments, PROG, "")
-    if not isinstance(parsed, sft.Arguments):
-        raise UserError(f"a recipe of hf-galore {parsed.command} was given. {PROG} takes those of hf-galore sft.")
-    training = parsed.training
-    training.chat_template_path = None  # tokens are random
-    config = galore_config(training)
-    if config is None:
-        raise UserError(
-            f"the recipe's optim is {optim_name(training)}, but {PROG} measures GaLore beside others. Give a recipe "
-            "with a galore_* optim."
-        )
-    rank = job.rank or (SMALL_RANK if job.small else None)
-    if rank is not None:
-        config = dataclasses.replace(config, rank=rank)
-        training.optim_args = config.optim_args()
-    if job.contender == TRAINERS_OWN:  # which has these keys only
-        own = ("rank", "update_proj_gap", "scale", "proj_type")
-        training.optim_args = ", ".join(f"{key}={getattr(config, key)}" for key in own)
-    elif job.contender == ADAMW_8BIT:
-        training.optim = transformers.training_args.OptimizerNames.ADAMW_8BIT
-        training.optim_args = training.optim_target_modules = None
-    return parsed
-
-
 def _device(job: Job) -> torch.device:
     return torch.device("cpu" if job.small else "cuda")
 
@@ -174,10 +98,7 @@ def look(job: Job, folder: Path) -> Look:
     free, total = torch.cuda.mem_get_info() if has_card else (None, None)
     if has_card:
         total = torch.cuda.get_device_properties(0).total_memory
-    driver, power = _driver() if has_card else (None, None)
-    versions = {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
-    if has_card:
-        versions["cuda"] = str(torch.version.cuda or torch.version.hip)
+    driver, power = machine.driver() if has_card else (None, None)
     return Look(
         device="cuda" if has_card else "cpu" if job.small else None,
         card=torch.cuda.get_device_name() if has_card else f"CPU, {platform.machine()}",
@@ -185,7 +106,7 @@ def look(job: Job, folder: Path) -> Look:
         free_bytes=free,
         driver=driver,
         power_limit=power,
-        versions=versions,
+        versions=machine.versions(cuda=has_card),
         allocator=os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF"),
         model="a tiny Llama" if job.small else str(parsed.model_name),
         recipe=parsed.recipe.name if parsed.recipe else "the command line",
@@ -196,7 +117,7 @@ def look(job: Job, folder: Path) -> Look:
         max_length=training.max_length or 0,
         micro_batches=training.gradient_accumulation_steps,
         clips=training.max_grad_norm > 0,
-        galore_torch=_version("galore-torch") if importlib.util.find_spec("galore_torch") else None,
+        galore_torch=machine.version_of("galore-torch") if importlib.util.find_spec("galore_torch") else None,
     )
 
 
@@ -212,8 +133,7 @@ def measured(job: Job, folder: Path) -> Measured:
     on_card = not job.small
     device = _device(job)
     if on_card and job.limit_bytes is not None:
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, job.limit_bytes / total))
+        _limit_memory(job.limit_bytes)
     parsed = parsed_recipe(job, folder)
     steps = WARM_UP + job.steps
     warnings, watch = _Warnings(), StepWatch(on_card)
@@ -235,6 +155,12 @@ def measured(job: Job, folder: Path) -> Measured:
             torch.cuda.reset_peak_memory_stats()
         trainer.train()
     return _figures(trainer, watch, ready.tokens_per_step, warnings.messages, on_card)
+
+
+def _limit_memory(limit_bytes: int) -> None:
+    """Let torch reserve so much, and run out of memory above it."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total))
 
 
 def _figures(trainer: Trainer, watch: StepWatch, tokens: int, warnings: list[str], on_card: bool) -> Measured:
@@ -317,29 +243,6 @@ def _no_svd() -> Iterator[None]:
 
     with mock.patch.object(torch.linalg, "svd", svd):
         yield
-
-
-# ---- the machine
-
-
-def _driver() -> tuple[str | None, str | None]:
-    """The driver's version and the card's power limit, as nvidia-smi tells them; `None` where it does not."""
-    uuid = getattr(torch.cuda.get_device_properties(0), "uuid", None)  # numbers are CUDA's, and nvidia-smi has its own
-    if shutil.which("nvidia-smi") is None or uuid is None:
-        return None, None
-    query = ["nvidia-smi", f"--id=GPU-{uuid}", "--query-gpu=driver_version,power.limit", "--format=csv,noheader"]
-    done = subprocess.run(query, capture_output=True, text=True, check=False, timeout=60)
-    if done.returncode:
-        return None, None
-    driver, _, power = done.stdout.strip().partition(", ")
-    return driver or None, power if power and not power.startswith("[") else None
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from transformers import LlamaForCausalLM
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 import hf_galore
-from hf_galore.bench import markdown, processes, worker
+from hf_galore.bench import machine, markdown, processes, worker
 from hf_galore.bench.jobs import (
     ADAMW_8BIT,
     GALORE,
@@ -139,6 +140,50 @@ def test_a_look_says_what_there_is() -> None:
         whole = worker.result_of(job(task="look", small=False))
         assert isinstance(whole, Look)
         assert (whole.device, whole.layers, whole.rank, whole.model) == (None, 32, 1024, "meta-llama/Llama-2-7b-hf")
+
+
+# ---- a card, as torch tells of it
+
+
+def test_what_a_card_had_to_give(trainers: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(worker.result_of(job()), Measured)
+    counts = {"max_memory_allocated": 3, "max_memory_reserved": 5, "memory_allocated": 2, "memory_reserved": 4}
+    for name, count in counts.items():
+        monkeypatch.setattr(torch.cuda, name, lambda count=count: count)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (90, 100))
+    watch = worker.StepWatch(on_card=False)
+    found = worker._figures(trainers[0], watch, 32, [], True)
+    assert (found.allocated, found.reserved, found.resident, found.outside_torch) == (3, 5, 2, 6)
+
+
+def test_a_smaller_card_is_a_part_of_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float] = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", given.append)
+    worker._limit_memory(20)
+    worker._limit_memory(100)
+    assert given == [0.25, 1.0]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell script stands in for nvidia-smi")
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("580.1, 450.00 W", ("580.1", "450.00 W")),
+        ("580.1, [N/A]", ("580.1", None)),
+        ("", (None, None)),
+    ],
+)
+def test_the_driver_is_what_nvidia_smi_says_of_this_card(
+    said: str, expected: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its identity: numbers are counted differently."""
+    script = tmp_path / "nvidia-smi"
+    script.write_text(f'#!/bin/sh\n[ "$1" = --id=GPU-abc ] && echo "{said}"\n', encoding="utf-8")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="abc"))
+    assert machine.driver() == expected
 
 
 # ---- what fails
