@@ -35,6 +35,7 @@ ROOMS = (
     "plan",
     "recipes",
     "compare",
+    "bench",
     "cli",
 )
 BESIDE = {
@@ -148,7 +149,7 @@ def test_the_arithmetic_and_the_optimizers_do_without_the_trainer_and_commands(n
 
 
 def test_no_module_takes_a_room_from_the_package_itself() -> None:
-    """`from .. import kernels` looks like a user's first use of hf_galore, which registers, in the middle of imports."""
+    """`from .. import kernels` looks like a user's first use of hf_galore: it would register while it is imported."""
     found = [
         f"{name}: {ast.unparse(node)}"
         for name, path in files().items()

@@ -20,6 +20,7 @@ COMMANDS = {
     "glue": "fine-tune a classifier on tasks of GLUE or on texts of your own, and score it",
     "compare": "put runs side by side: tables, pictures, a page; or run a recipe with several values first",
     "plan": "find out whether a recipe fits a card, without a GPU, weights or data",
+    "bench": "measure what this machine's card makes of a recipe, beside other optimizers",
 }
 
 USER_ERROR = 2

@@ -1,67 +1,55 @@
-"""What a card makes of GaLore at 7B's shapes, side by side with AdamW8bit: times, launches, memory, as text and JSON.
+"""What a card makes of GaLore at 7B's shapes, taken apart: its kernels, launches and libraries, as text and JSON.
 
-    python -m tests.benchmarks.gpu                    # all tables, of as many layers as the card holds
-    python -m tests.benchmarks.gpu --layers 8 --only steps
+    python -m tests.benchmarks.gpu                    # all tables
+    python -m tests.benchmarks.gpu --only refresh launches
     HF_GALORE_CARD=cpu python -m tests.benchmarks.gpu # small sizes on a CPU, to try it out
 
-Weights and tokens are random. `outside`: what of the card is taken beside what torch's allocator reserves. `card`: what
-it copies and multiplies, for comparison. `steps`: training steps of a Llama with Llama-2-7B's layers, 16 sequences of
-256 tokens, activations checkpointed, rank 1024, refreshes spread over 200 steps, no decay, as in the recipes. Both of
-the others build every gradient before their step; the published GaLore is spared its SVDs, which take minutes.
-`recipe`: the 7B recipe itself, in a process of its own, under the memory of a card of 24 GB. `refresh`: new bases of
-one matrix, by the card's own clock, and what orthonormalises them. `launches`: kernels a layer in a steady step.
-`host`: the same step of narrow layers, so that the time is the host's.
+`bench`: what `hf-galore bench` prints, the recipe's steps and memory beside other optimizers'. Weights and tokens are
+random everywhere. `outside`: what of the card is taken beside what torch's allocator reserves. `card`: what it copies
+and multiplies, for comparison. `refresh`: new bases of one matrix, by the card's own clock, and what orthonormalises
+them. `launches`: kernels a layer in a steady step. `host`: the same step of narrow layers, so that the time is the
+host's. Both are of a Llama with Llama-2-7B's layers, 16 sequences of 256 tokens, activations checkpointed, rank 1024.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import transformers
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-import hf_galore
+from hf_galore.bench.jobs import Job
+from hf_galore.bench.session import begin, look_at, measure
+from hf_galore.cli.bench import show
 from hf_galore.lowrank.projection import Side, side_of
 from hf_galore.lowrank.quantize import dequantize_basis, quantize_basis
 from hf_galore.lowrank.refresh import new_bases
 from hf_galore.optim import GaLoreAdamW8bit
 from tests.support.card import (
-    CAP,
     DEVICE,
-    GIB,
     ON_CARD,
     RECIPE,
-    ROOT,
     SMALL,
     SMALL_RANK,
     llama,
     options_of,
     seconds_of,
     sized,
-    targets,
     tokens,
 )
 
-TABLES = ("outside", "card", "steps", "recipe", "refresh", "launches", "host")
+TABLES = ("bench", "outside", "card", "refresh", "launches", "host")  # first what is to have the card to itself
 RANK = sized(1024, SMALL_RANK)
 ROWS, LENGTH = sized((16, 256), (2, 16))
 MATRICES: tuple[tuple[int, int], ...] = sized(((4096, 4096), (11008, 4096), (4096, 11008)), ((64, 64), (256, 64)))
-# What AdamW8bit takes of a layer of 202 million weights: them, their gradients and moments.
-LAYER_BYTES = 202e6 * 6
 NEVER = 10**6
 
 Build = Callable[[nn.Module], torch.optim.Optimizer]
@@ -90,43 +78,6 @@ def galore(
     return build
 
 
-def published(model: nn.Module) -> torch.optim.Optimizer:
-    import galore_torch
-
-    projected = targets(model)
-    chosen = set(map(id, projected))
-    groups = [
-        {"params": [param for param in model.parameters() if id(param) not in chosen]},
-        {"params": projected, "rank": RANK, "update_proj_gap": NEVER, "scale": 2.0, "proj_type": "std"},
-    ]
-    return cast("torch.optim.Optimizer", galore_torch.GaLoreAdamW8bit(groups, lr=1e-5, weight_decay=0.0))
-
-
-@contextlib.contextmanager
-def any_bases() -> Iterator[None]:
-    """Random matrices instead of SVDs: which they are makes no difference to the time of a step."""
-
-    def svd(matrix: Tensor, full_matrices: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-        (m, n), size = matrix.shape, min(matrix.shape)
-        left, right = (torch.randn(*shape, device=matrix.device) * size**-0.5 for shape in ((m, size), (size, n)))
-        return left, torch.ones(size, device=matrix.device), right
-
-    original, torch.linalg.svd = torch.linalg.svd, svd
-    try:
-        yield
-    finally:
-        torch.linalg.svd = original
-
-
-CONTENDERS: dict[str, Build] = {
-    "bitsandbytes AdamW8bit": adamw_8bit,
-    "GaLoreAdamW8bit, layerwise": galore(),
-    "GaLoreAdamW8bit, layerwise, decayed": galore(weight_decay=0.01),
-    "GaLoreAdamW8bit, layerwise, clipped": galore(hold_gradients=True),
-    "galore_torch AdamW8bit, without SVDs": published,
-}
-
-
 class Training:
     """A model and its optimizer, and a step of both."""
 
@@ -137,10 +88,8 @@ class Training:
         self.ids = tokens(self.model, rows, length)
         self.optimizer = build(self.model)
 
-    def step(self, clip: float | None = None) -> None:
+    def step(self) -> None:
         self.model(input_ids=self.ids, labels=self.ids).loss.backward()
-        if clip is not None:
-            cast("Any", self.optimizer).clip_grad_norm_(clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.model.zero_grad()  # where the optimizer has none of its parameters
@@ -173,6 +122,18 @@ def milliseconds(function: Callable[[], object], rounds: int = 10) -> float:
 # ---- the tables
 
 
+def bench(args: argparse.Namespace) -> dict[str, Any]:
+    """All of `hf-galore bench`, which prints its own tables."""
+    job = Job(task="look", arguments=("--config", RECIPE.name), small=not ON_CARD)
+    look = look_at(job)
+    if look.device is None:
+        return {"failed": "torch sees no GPU"}
+    report = begin(look, job)
+    measure(report, job)
+    show(report, Console(width=150))
+    return report.as_dict()
+
+
 def outside(args: argparse.Namespace) -> dict[str, Any]:
     """MiB that are there after each, in this process if the card is ours alone."""
     if not ON_CARD:
@@ -200,44 +161,6 @@ def card(args: argparse.Namespace) -> dict[str, Any]:
         "copy, GB/s": 2 * block.numel() / milliseconds(lambda: other.copy_(block)) / 1e6,
         "bf16 product, TFLOP/s": 2 * size**3 / milliseconds(lambda: a @ b) / 1e9,
         "float32 product, TFLOP/s": 2 * size**3 / milliseconds(lambda: a.float() @ b.float(), 3) / 1e9,
-    }
-
-
-def steps(args: argparse.Namespace) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, build in CONTENDERS.items():
-        if name.startswith("galore_torch") and not ON_CARD:
-            continue  # it waits for a card by name
-        freed()
-        try:
-            with any_bases() if name.startswith("galore_torch") else contextlib.nullcontext():
-                found[name] = steps_of(args, build, 1.0 if "clipped" in name else None)
-        except torch.OutOfMemoryError:
-            found[name] = {"s/step": None}
-        freed()
-    baseline = found["bitsandbytes AdamW8bit"]["s/step"]
-    for row in found.values():
-        row["× AdamW8bit"] = None if None in (row["s/step"], baseline) else row["s/step"] / baseline
-    return found
-
-
-def steps_of(args: argparse.Namespace, build: Build, clip: float | None) -> dict[str, Any]:
-    training = Training(args.layers, build)
-    first = seconds_of(lambda: training.step(clip))
-    for _ in range(2):
-        training.step(clip)
-    times = [seconds_of(lambda: training.step(clip)) for _ in range(args.rounds)]
-    middle = statistics.median(times)
-    return {
-        "s/step": middle,
-        "mean": statistics.fmean(times),
-        "fastest": min(times),
-        "slowest": max(times),
-        "first": first,
-        "tokens/s": training.ids.numel() / middle,
-        "allocated GiB": torch.cuda.max_memory_allocated() / GIB if ON_CARD else None,
-        "reserved GiB": torch.cuda.max_memory_reserved() / GIB if ON_CARD else None,
-        "layers": args.layers,
     }
 
 
@@ -331,52 +254,7 @@ def host(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def recipe(args: argparse.Namespace) -> dict[str, Any]:
-    command = [sys.executable, "-m", "tests.support.card_run", "--layers", str(args.layers), "--steps", "8"]
-    environment = {**os.environ, "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-    command += ["--cap", str(CAP / GIB)]
-    free, total = torch.cuda.mem_get_info() if ON_CARD else (0, 0)
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return {"failed": done.stderr[-2000:]}
-    figures = json.loads(done.stdout.splitlines()[-1])
-    middle = statistics.median(figures["seconds"][2:])
-    found = {
-        "first step, s": figures["seconds"][0],
-        "s/step": middle,
-        "tokens/s": figures["tokens_per_step"] / middle,
-        "refreshes, s": sum(figures["refresh_seconds"]),
-        "warnings": figures["warnings"],
-    }
-    if ON_CARD:
-        plan = hf_galore.plan(RECIPE, layers=args.layers)
-        found.update({f"{key} GiB": figures[key] / GIB for key in ("allocated", "reserved", "resident")})
-        found["outside torch GiB"] = (figures["outside_torch"] - (total - free)) / GIB
-        found["planned GiB"] = max(plan.phase_peaks[phase] for phase in ("forward", "backward", "update")) / GIB
-        found["allocated / planned"] = found["allocated GiB"] / found["planned GiB"]
-        found["reserved / planned"] = found["reserved GiB"] / found["planned GiB"]
-    return found
-
-
 # ---- what is printed
-
-
-def versions() -> dict[str, Any]:
-    from importlib.metadata import version
-
-    found: dict[str, Any] = {
-        "card": torch.cuda.get_device_name() if ON_CARD else platform.machine(),
-        "memory GiB": torch.cuda.get_device_properties(0).total_memory / GIB if ON_CARD else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "transformers": transformers.__version__,
-        "hf_galore": hf_galore.__version__,
-    }
-    for name in ("bitsandbytes", "trl", "accelerate", "triton"):
-        with contextlib.suppress(ModuleNotFoundError):
-            found[name] = version(name)
-    return found
 
 
 def shown(value: Any) -> str:
@@ -398,32 +276,24 @@ def print_table(title: str, figures: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
-def layers_that_fit() -> int:
-    """As many of 32 as AdamW8bit, with 8 GiB for the rest, has room for."""
-    if not ON_CARD:
-        return 2
-    return max(1, min(32, int((torch.cuda.mem_get_info()[0] - 8 * GIB) / LAYER_BYTES)))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, help="default: as many of 32 as fit with AdamW8bit")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--only", nargs="+", choices=TABLES, default=TABLES)
     parser.add_argument("--json", type=Path, help="a file for the figures")
     args = parser.parse_args()
-    args.layers = layers_that_fit() if args.layers is None else args.layers
     console = Console(width=150)
-    figures: dict[str, Any] = {"versions": versions()}
-    print_table("versions", figures["versions"], console)
-    functions = {table.__name__: table for table in (outside, card, steps, recipe, refresh, launches, host)}
+    figures: dict[str, Any] = {}
+    functions = {table.__name__: table for table in (bench, outside, card, refresh, launches, host)}
     for name in (name for name in TABLES if name in args.only):
-        freed()
+        if name != "bench":
+            freed()
         try:
             figures[name] = functions[name](args)
         except Exception as error:  # one table less is no reason to lose the others
             figures[name] = {"failed": f"{type(error).__name__}: {error}"}
-        print_table(name, figures[name], console)
+        if name != "bench" or "failed" in figures[name]:
+            print_table(name, figures[name], console)
         if args.json is not None:
             args.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")
 
