@@ -46,7 +46,6 @@ def forward_attribute(module: nn.Module) -> str | None:
     is_wrapper = (
         isinstance(own, functools.partial)
         and own.func.__module__ == "accelerate.hooks"
-        and own.args == (module,)
         and "_old_forward" in module.__dict__
     )
     return "_old_forward" if is_wrapper else "forward"

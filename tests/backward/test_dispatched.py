@@ -178,6 +178,10 @@ def test_a_forward_of_somebodys_own_is_not_replaced() -> None:
     other = made()
     other.square.forward = other.up.forward  # type: ignore[method-assign]
     assert why_not_patchable(other.square) == "its forward has been replaced"
+    by_same_device(other)
+    shallow = copy.copy(other.down)  # whose calls end in the other one's weight
+    assert why_not_patchable(other.down) is None
+    assert why_not_patchable(shallow) == "its forward has been replaced"
 
 
 # ---- what is said
