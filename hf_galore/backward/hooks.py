@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
-from ..log import and_others, logger
 from ..lowrank.projection import Bases
 from .gradient import HOLD, LowRankGradient
 from .linear import ProjectedLinear, patch_linear, why_not_patchable
+from .notices import Notices, is_compiled
 from .passes import PassCounter, Passes
 from .processes import check_processes
 from .window import Mode, Window
@@ -70,7 +70,7 @@ class BackwardHooks:
         self._windows: dict[int, Window] = {}  # of each hooked parameter, by its id
         self._counted: set[int] = set()  # modules that have a counter, by their ids
         self._attached = False
-        self._said_why_not = False
+        self.notices = Notices(layerwise=layerwise, projected_backward=projected_backward)
         check_processes()
         self.attach()
 
@@ -119,6 +119,7 @@ class BackwardHooks:
             self._handles.append(handle)
             self._windows[id(trained.param)] = Window(trained, self._mode, handle)
         not_served: dict[str, str] = {}
+        projecting = 0
         for name, module in model.named_modules():
             windows = [self._windows.get(id(param)) for param in module.parameters(recurse=False)]
             owned = [window for window in windows if window is not None]
@@ -128,14 +129,18 @@ class BackwardHooks:
                 self._counted.add(id(module))
                 counter = PassCounter(_passes_by(me), weakref.ref(module))
                 self._handles.append(module.register_forward_pre_hook(counter))
-            projected = any(window.trained.projected for window in owned)
-            if self.projected_backward and projected and not isinstance(module, ProjectedLinear):
+            if not self.projected_backward or not any(window.trained.projected for window in owned):
+                continue
+            projecting += 1
+            if not isinstance(module, ProjectedLinear):
                 reason = why_not_patchable(module)
                 if reason is None:
                     self._handles.append(patch_linear(module, me))
                 else:
                     not_served[name] = reason
-        self._say_why_not(not_served)
+        self.notices.not_served(not_served, projecting)
+        if is_compiled(model):
+            self.notices.compiled()
 
     def _lacking(self, parameters: list[Trained]) -> list[Trained]:
         """Those of the optimizer's parameters that should have a hook and have none."""
@@ -155,15 +160,6 @@ class BackwardHooks:
         self._windows.clear()
         self._counted.clear()
         self._attached = False
-
-    def _say_why_not(self, not_served: dict[str, str]) -> None:
-        if not_served and not self._said_why_not:
-            self._said_why_not = True
-            name, reason = next(iter(not_served.items()))
-            others = and_others(len(not_served) - 1, link=", nor ")
-            logger.info(
-                "The projected backward cannot serve %s (%s)%s: gradients are built there.", name, reason, others
-            )
 
     # ---- what the optimizer asks
 

@@ -6,6 +6,7 @@ with narrow matrices, for which the factors do: `hf_galore.lowrank.projection.Fa
 
 from __future__ import annotations
 
+import types
 import weakref
 from typing import Any, Literal, Protocol, cast
 
@@ -13,6 +14,8 @@ import torch
 import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..integrations.accelerate import forward_attribute
 
 
 class LinearGradientSink(Protocol):
@@ -36,7 +39,9 @@ class ProjectedLinear(nn.Linear):
     @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
     def forward(self, input: Tensor) -> Tensor:
         """As `nn.Linear.forward`."""
-        sink = self._galore_sink()
+        # Of a layer that is plain again somebody may have kept this method, as accelerate's wrapper does.
+        ref: weakref.ref[LinearGradientSink] | None = self.__dict__.get("_galore_sink")
+        sink = None if ref is None else ref()
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias  # type: ignore[assignment, unused-ignore]
         if sink is None or not torch.is_grad_enabled() or not weight.requires_grad or not sink.serves(weight):
@@ -116,9 +121,23 @@ def why_not_patchable(module: nn.Module) -> str | None:
     """Why `patch_linear` cannot serve a module, in words; `None` where it can."""
     if type(module) is not nn.Linear:
         return f"it is a {type(module).__name__}, not a plain nn.Linear"
-    if "forward" in module.__dict__:
+    attribute = forward_attribute(module)
+    if attribute is not None and not _is_linears(module.__dict__[attribute], module):
         return "its forward has been replaced"
     return None
+
+
+def _is_linears(forward: Any, module: nn.Module) -> bool:
+    """Whether this is `nn.Linear.forward`, patched or not, of that module."""
+    function = getattr(forward, "__func__", None)
+    return getattr(forward, "__self__", None) is module and function in (nn.Linear.forward, ProjectedLinear.forward)
+
+
+def _rebind(module: nn.Linear, cls: type[nn.Linear]) -> None:
+    """Let a module of which somebody has bound `forward` run that of its present class."""
+    for attribute in ("forward", "_old_forward"):
+        if _is_linears(module.__dict__.get(attribute), module):
+            setattr(module, attribute, types.MethodType(cls.forward, module))
 
 
 class LinearPatch:
@@ -133,6 +152,7 @@ class LinearPatch:
         if module is not None and type(module) is ProjectedLinear:
             del module.__dict__["_galore_sink"]
             module.__class__ = nn.Linear  # type: ignore[assignment]
+            _rebind(module, nn.Linear)
 
 
 def patch_linear(module: nn.Module, sink: weakref.ref[Any]) -> LinearPatch:
@@ -148,4 +168,5 @@ def patch_linear(module: nn.Module, sink: weakref.ref[Any]) -> LinearPatch:
     module.__class__ = ProjectedLinear
     patched = cast("ProjectedLinear", module)
     patched._galore_sink = sink
+    _rebind(patched, ProjectedLinear)
     return LinearPatch(patched)

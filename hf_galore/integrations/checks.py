@@ -17,6 +17,7 @@ from ..optim.build import KINDS
 from ..optim.groups import FROM_WEIGHTS, written_by_galore_torch
 from ..optim.optimizer import GaLoreOptimizer
 from ..rules import RULES, without_own_name
+from .accelerate import compiles
 from .callback import galore_callback
 
 
@@ -33,6 +34,8 @@ def check_optimizer(trainer: Trainer, optimizer: GaLoreOptimizer) -> None:
     if optimizer.hooks is not None:
         asked = f"{kind} with layerwise=True or projected_backward=True"
         check_can_hook(asked, f"{kind} without them", trainer.args)
+        if compiles(trainer.accelerator):
+            optimizer.hooks.notices.compiled()
     _check_targets(trainer, optimizer)
     if trainer.model is not None:
         trained = {id(param) for group in optimizer.param_groups for param in group["params"]}

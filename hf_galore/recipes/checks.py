@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
 from transformers import AutoConfig, TrainingArguments
 from trl import ModelConfig
 
 from ..config import GaLoreConfig
 from ..integrations.trainer import KINDS, optim_name
+from ..log import logger
 from ..optim.admission import check_refresh
 from .checkpoints import check_folders
 from .errors import UserError
@@ -25,8 +32,11 @@ def check_arguments(training_args: TrainingArguments) -> None:
     check_folders(training_args)
 
 
-def check_model(model_args: ModelConfig, *, trust_remote_code: bool = False) -> None:
+def check_model(model_args: ModelConfig, *, trust_remote_code: bool = False) -> Any:
     """Look for the model, and name it where there is none: transformers' error may not.
+
+    Returns:
+        Its config.
 
     Raises:
         UserError: no model was given, or there is no such model.
@@ -35,9 +45,43 @@ def check_model(model_args: ModelConfig, *, trust_remote_code: bool = False) -> 
     if name is None:
         raise UserError("model_name_or_path is missing: give a model's name or folder.")
     try:
-        AutoConfig.from_pretrained(name, revision=model_args.model_revision, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(name, revision=model_args.model_revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"model_name_or_path {name} cannot be loaded: {error}") from error
+
+
+def say_if_widened(
+    model_args: ModelConfig, training_args: TrainingArguments, config: Any, given: Mapping[str, Any] | None = None
+) -> None:
+    """Say that a checkpoint of 16 bits is loaded in float32 on a GPU, which is TRL's choice where no dtype is given.
+
+    Args:
+        config: the model's.
+        given: keywords for loading it, which go before `model_args`.
+    """
+    dtype = (given or {}).get("dtype", model_args.dtype)
+    if dtype not in (None, "float32", torch.float32) or config.dtype not in (torch.bfloat16, torch.float16):
+        return
+    if training_args.device.type == "cpu" or model_args.load_in_4bit or model_args.load_in_8bit:
+        return
+    weights = _weights_of(config)
+    logger.info(
+        "%s is loaded in float32, TRL's choice where no dtype is given, although it was saved in %s%s. With dtype: "
+        "bfloat16 its weights take half of that.",
+        model_args.model_name_or_path,
+        str(config.dtype).removeprefix("torch."),
+        "" if weights is None else f": {4 * weights / 2**30:.1f} GiB for the weights alone",
+    )
+
+
+def _weights_of(config: Any) -> int | None:
+    """How many elements the parameters of a config's model have; `None` for a model that is not transformers' own."""
+    kind = getattr(transformers, (config.architectures or [""])[0], None)
+    if kind is None:
+        return None
+    with torch.device("meta"):
+        model: nn.Module = kind(config)
+    return sum(param.numel() for param in model.parameters())
 
 
 def galore_config(training_args: TrainingArguments) -> GaLoreConfig | None:

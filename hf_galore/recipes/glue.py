@@ -19,8 +19,9 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
+from ..integrations.devices import keep_to_one_gpu
 from .checkpoints import last_checkpoint, no_checkpoint
-from .checks import check_arguments, check_model
+from .checks import check_arguments, check_model, say_if_widened
 from .errors import UserError
 from .glue_data import LABEL, GlueArguments, load_texts, numbered
 from .glue_tasks import CLASSIFICATION, REGRESSION, TASKS, scorer
@@ -120,7 +121,7 @@ def make_trainer(parsed: Arguments) -> RecordedTrainer:
     if parsed.training.eval_strategy == "no":
         raise UserError("eval_strategy is 'no': a run is for its scores. Set it to 'epoch' or 'steps'.")
     check_arguments(parsed.training)
-    check_model(parsed.model)
+    say_if_widened(parsed.model, parsed.training, check_model(parsed.model))
     data = numbered(load_texts(parsed.glue))
     tokenizer = AutoTokenizer.from_pretrained(parsed.model.model_name_or_path, revision=parsed.model.model_revision)
     if tokenizer.pad_token is None:  # of a decoder
@@ -160,6 +161,7 @@ def make_glue_trainer(
         metrics: to be computed, by their names.
     """
     training, model_args = parsed.training, parsed.model
+    keep_to_one_gpu(training)
     set_seed(training.seed)
     names = dict(enumerate(labels or ()))
     model = AutoModelForSequenceClassification.from_pretrained(

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_se
 from trl import ScriptArguments, SFTConfig, SFTTrainer
 
 from ..config import nearest
+from ..integrations.devices import keep_to_one_gpu
 from ..log import logger
 from .checks import check_arguments
 from .errors import UserError
@@ -138,6 +139,7 @@ def make_pretraining_trainer(
 ) -> PretrainingTrainer:
     """Make the Trainer of a model with random weights, of a config whose vocabulary is set to the tokenizer's."""
     training, model_args = parsed.training, parsed.model
+    keep_to_one_gpu(training)
     if config.vocab_size != len(tokenizer):
         logger.info("The model's vocabulary is the tokenizer's: %d, not %d.", len(tokenizer), config.vocab_size)
         config.vocab_size = len(tokenizer)

@@ -17,7 +17,8 @@ from trl import (
     get_quantization_config,
 )
 
-from .checks import check_arguments, check_model
+from ..integrations.devices import keep_to_one_gpu, one_device_map
+from .checks import check_arguments, check_model, say_if_widened
 from .data_loading import load_dataset, split_of
 from .errors import UserError
 from .parser import parse_into
@@ -94,7 +95,8 @@ def make_trainer(parsed: Arguments) -> RecordedSFTTrainer:
     """
     training = parsed.training
     check_arguments(training)
-    check_model(parsed.model, trust_remote_code=training.trust_remote_code)
+    config = check_model(parsed.model, trust_remote_code=training.trust_remote_code)
+    say_if_widened(parsed.model, training, config, given=training.model_init_kwargs)
     splits = _load_splits(parsed.script, parsed.dataset)
     train = _split(splits, parsed.script.dataset_train_split, "dataset_train_split", training)
     evaluated = None
@@ -111,13 +113,20 @@ def make_sft_trainer(
     eval_dataset: Any,
     processing_class: Any = None,
 ) -> RecordedSFTTrainer:
-    """Make the Trainer of a recipe for a model, by name or folder, and data that have been loaded."""
+    """Make the Trainer of a recipe for a model, by name or folder, and data that have been loaded.
+
+    It trains on one device, unless `model_init_kwargs` have a `device_map` or a launcher has started several processes.
+    """
+    given = training_args.model_init_kwargs or {}
+    keep_to_one_gpu(training_args, say="device_map" not in given)
+    device_map = one_device_map(training_args)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
+        **({} if device_map is None else {"device_map": device_map}),
+        **given,
     }
     return RecordedSFTTrainer(
         model=model,

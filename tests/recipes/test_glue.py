@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 from transformers import AutoModelForSequenceClassification, EvalPrediction
 
+from hf_galore import recipes
 from hf_galore.cli import glue
 from hf_galore.cli.main import main
 from hf_galore.recipes.embedded_model import Embedded
@@ -25,6 +26,7 @@ from hf_galore.recipes.glue_data import GlueArguments, load_texts, numbered
 from hf_galore.recipes.glue_tasks import PUBLISHED, TASKS, scorer
 from hf_galore.recipes.run_record import RunFacts
 from tests.support.commands import ON_CPU, history, options, said_of_mistake
+from tests.support.devices import pretend_gpus
 
 WORDS = ["the", "a", "some", "my", "your", "this", "that", "computer", "book", "music", "movie", "dog"]
 MOODS = {"good": "positive", "bad": "negative"}
@@ -66,6 +68,18 @@ def settings(small: Embedded, tmp_path: Path) -> dict[str, Any]:
         "save_strategy": "epoch",
         "output_dir": tmp_path / "out",
     }
+
+
+def test_two_visible_gpus_are_no_data_parallel(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Which would make each batch twice as large."""
+    pretend_gpus(monkeypatch, 2)
+    parsed = recipes.glue.parse(options(settings), "", "")
+    assert parsed.training.train_batch_size == 32
+    args = parsed.make_trainer().args
+    assert (args.n_gpu, args.train_batch_size) == (1, 16)
+    assert len([record for record in caplog.records if "2 GPUs are visible" in record.getMessage()]) == 1
 
 
 def test_a_classifier_of_ones_own_texts_with_two_seeds_interrupted_and_resumed(

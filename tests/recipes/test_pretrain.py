@@ -21,6 +21,7 @@ from hf_galore.recipes.run_record import RUN_FILE, RunFacts
 from hf_galore.recipes.stream_position import POSITION_FILE, Positioned
 from hf_galore.recipes.text_data import load_text
 from tests.support.commands import ON_CPU, history, options, said_of_mistake, weights
+from tests.support.devices import pretend_gpus
 from tests.support.helpers import assert_identical
 
 BATCH, ACCUMULATION, LENGTH, STEPS = 2, 2, 16, 6
@@ -118,6 +119,17 @@ def test_a_dataset_that_is_no_stream(settings: dict[str, Any], tmp_path: Path) -
     assert main(["pretrain", "--config", RECIPE, *options(values)]) == 0
     steps = [entry["step"] for entry in history(tmp_path / "out") if "loss" in entry]
     assert steps == list(range(1, 10 // BATCH + 1))  # ten documents, cut
+
+
+def test_two_visible_gpus_are_no_data_parallel(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Which TRL's trainers refuse."""
+    pretend_gpus(monkeypatch, 2)
+    parsed = pretrain.parse(["--config", RECIPE, *options(settings)], "", "")
+    assert parsed.training.n_gpu == 2
+    assert parsed.make_trainer().args.n_gpu == 1
+    assert len([record for record in caplog.records if "2 GPUs are visible" in record.getMessage()]) == 1
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {

@@ -1,0 +1,44 @@
+"""Which device a Trainer without a launcher trains on: one, where the libraries would take all that are visible.
+
+With two GPUs and one process transformers' Trainer wraps the model in `nn.DataParallel`, which TRL's trainers refuse;
+and TRL loads a model that it gets by name with `device_map="auto"`, over all GPUs, and the CPU where they do not do.
+"""
+
+from __future__ import annotations
+
+from transformers import TrainingArguments
+from transformers.training_args import ParallelMode
+
+from ..log import logger
+
+
+def keep_to_one_gpu(args: TrainingArguments, *, say: bool = True) -> None:
+    """Let a Trainer with these arguments use one GPU, also where this process sees several; under a launcher it does.
+
+    Args:
+        args: changed.
+        say: whether to say so, where there are several.
+    """
+    seen = args.n_gpu
+    if seen <= 1:  # 0 without a GPU
+        return
+    # As the Trainer does with a model that a device_map spreads: there is no option for it.
+    args._n_gpu = 1  # type: ignore[assignment, unused-ignore]
+    if say:
+        logger.info(
+            "%d GPUs are visible; training on one, %s. For another set CUDA_VISIBLE_DEVICES; for several start this "
+            "under accelerate launch or torchrun.",
+            seen,
+            args.device,
+        )
+
+
+def one_device_map(args: TrainingArguments) -> dict[str, str] | None:
+    """The `device_map` that loads a whole model onto the device of training; `None` where the Trainer moves it there.
+
+    Under a launcher, and on a CPU, nothing is to be mapped.
+    """
+    device = args.device
+    if args.parallel_mode == ParallelMode.DISTRIBUTED or device.type in ("cpu", "mps"):
+        return None
+    return {"": str(device)}
