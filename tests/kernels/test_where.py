@@ -169,7 +169,10 @@ STRIDED = torch.zeros(20, 15).mT
             lambda g, m, n: kernels.dequantize_4bit(kernels.quantize_4bit(g, 64), 32, (300,), g.dtype),
             "10 contiguous floating-point numbers, but are 5",
         ),
-        (lambda g, m, n: kernels.quantize_8bit(g, m.signed[:16], 256), "256 contiguous float32 values on cpu, but is 16"),
+        (
+            lambda g, m, n: kernels.quantize_8bit(g, m.signed[:16], 256),
+            "256 contiguous float32 values on cpu, but is 16",
+        ),
     ],
 )
 def test_what_a_kernel_cannot_take_is_refused_in_words(call: Callable[..., Any], said: str) -> None:
