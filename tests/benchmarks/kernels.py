@@ -29,7 +29,7 @@ def microseconds(function: Callable[[], object]) -> float:
     """The median time of a call on the card, after some calls that compile and warm up."""
     for _ in range(5):
         function()
-    times = []
+    times: list[float] = []
     for _ in range(ROUNDS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
