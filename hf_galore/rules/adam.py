@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 import hf_galore.kernels as own
 
@@ -106,6 +107,7 @@ def adam_(
         grad_scale=None,
         found_inf=skip,
     )
+    increment_version([weight, exp_avg, exp_avg_sq])  # this kernel alone of torch's leaves that out
 
 
 def adam_direction(gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, now: AdamStep, skip: Tensor | None) -> Tensor:

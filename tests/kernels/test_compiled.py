@@ -12,6 +12,7 @@ import torch
 
 from hf_galore import kernels
 from hf_galore.integrations import bitsandbytes_calls as calls
+from hf_galore.kernels import where
 from hf_galore.lowrank.blockwise import AdamStep, Quantized
 from tests.support.own_kernels import LATER, moments_8bit, moments_32bit, pretended_card, registers_and_stack
 
@@ -110,3 +111,16 @@ def test_numbers_that_change_each_step_compile_nothing() -> None:
     with pretended_card(89) as compiled:
         call_all(WHOLE + 32, torch.bfloat16, torch.bfloat16)
     assert {kernel.hash for kernel in compiled} <= set.union(*made.values())
+
+
+def test_tensors_of_more_than_2_to_the_31_elements_have_offsets_of_64_bits() -> None:
+    """An embedding of 256,000 × 8,192 has nearly as many."""
+    codes, values, table = torch.zeros(64, dtype=torch.uint8), torch.zeros(64), torch.zeros(256)
+    numel = 2**31 + 64
+    with pretended_card(89) as compiled:
+        where.launch("dequantize_8bit", 1, values, codes, values, table, numel, block=256, rows=4)
+    (kernel,) = compiled
+    assert "%numel: i64" in kernel.asm["ttir"]
+    offsets = re.findall(r"tt\.addptr .* : tensor<[^>]*!tt\.ptr<\w+>[^,]*, tensor<[0-9x]+x(i\d+)>", kernel.asm["ttir"])
+    assert offsets.count("i64") == 3  # the table's are places in it
+    assert offsets.count("i32") == 1
