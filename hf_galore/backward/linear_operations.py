@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .held import Held8bit, linear_part, zeros_like
-from .stand_in import LowRankTensor, UncommittedRefresh, in_backward
+from .stand_in import LowRankTensor, StandIn, UncommittedRefresh, in_backward
 
 _aten = torch.ops.aten
 
@@ -218,7 +218,18 @@ def _norm(
 
 @_implements(_aten._foreach_norm)
 def _foreach_norm(func: Any, gradients: Sequence[Tensor], ord: Any = 2, dtype: Any = None) -> Any:
-    return [torch.linalg.vector_norm(gradient, ord, dtype=dtype) for gradient in gradients]
+    found: dict[int, Tensor] = {}
+    together: dict[int, Tensor] = {}  # what there is to read, by its place in the list
+    for index, gradient in enumerate(gradients):
+        kept = gradient.kept if isinstance(gradient, LowRankTensor) else gradient
+        known = isinstance(gradient, LowRankTensor) and gradient.norm_of_whole is not None
+        if known or ord != 2 or not isinstance(kept, Tensor) or isinstance(kept, StandIn):
+            found[index] = torch.linalg.vector_norm(gradient, ord, dtype=dtype)
+        else:
+            together[index] = kept
+    if together:
+        found.update(zip(together, torch._foreach_norm(list(together.values()), ord, dtype), strict=True))
+    return [found[index] for index in range(len(gradients))]
 
 
 @_implements(_aten.isnan)
@@ -253,8 +264,34 @@ def _one_by_one(method: str, func: Any, gradients: Sequence[Tensor], *operands: 
         getattr(gradient, method)(*each, **options)
 
 
-for _method in ("mul_", "div_", "add_", "sub_", "zero_"):
+for _method in ("add_", "sub_", "zero_"):
     OPERATIONS[getattr(_aten, f"_foreach_{_method}")] = functools.partial(_one_by_one, _method)
+
+
+def _scale_all(method: str, func: Any, gradients: Sequence[Tensor], factor: Any) -> None:
+    """Multiply or divide by one factor, in few kernels for all of them."""
+    if isinstance(factor, (list, tuple)) or not _is_factor(factor):
+        return _one_by_one(method, func, gradients, factor)
+    together: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for gradient in gradients:
+        if isinstance(gradient, LowRankTensor):
+            norm, addend, uncommitted = gradient.norm_of_whole, gradient.addend, gradient.uncommitted
+            if norm is not None or addend is not None or uncommitted is not None:
+                getattr(gradient, method)(factor)
+                continue
+            gradient = linear_part(gradient.kept)
+        elif isinstance(gradient, StandIn):
+            getattr(gradient, method)(factor)
+            continue
+        together.setdefault((gradient.device, gradient.dtype), []).append(gradient)
+    for (_, dtype), tensors in together.items():
+        # Of another dtype than theirs, a factor would be multiplied with one by one; it is rounded in any case.
+        getattr(torch, f"_foreach_{method}")(tensors, factor.to(dtype) if isinstance(factor, Tensor) else factor)
+    return None
+
+
+for _method in ("mul_", "div_"):
+    OPERATIONS[getattr(_aten, f"_foreach_{_method}")] = functools.partial(_scale_all, _method)
 
 
 @_implements(_aten._amp_foreach_non_finite_check_and_unscale_)
