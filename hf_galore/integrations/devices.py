@@ -27,7 +27,7 @@ def keep_to_one_gpu(args: TrainingArguments, *, say: bool = True) -> None:
     if say:
         logger.info(
             "%d GPUs are visible; training on one, %s. For another set CUDA_VISIBLE_DEVICES; for several start this "
-            "under accelerate launch or torchrun.",
+            "under accelerate launch or torchrun, with an optim that is not layerwise.",
             seen,
             args.device,
         )
