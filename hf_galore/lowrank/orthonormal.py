@@ -46,6 +46,17 @@ def orthonormal(matrix: Tensor, factorisation: Factorisation, *, runs: int = 2) 
     return by_products(matrix, runs) if factorisation == "products" else by_reflections(matrix)
 
 
+def warm_up(device: torch.device) -> None:
+    """Let a GPU's libraries take what factorisations need outside of torch's allocator, while there is memory.
+
+    The first refresh is in a backward pass, where the card is fullest. cuSOLVER fails there with an internal error,
+    where torch's allocator would have freed what it does not use.
+    """
+    if device.type == "cuda":
+        sample = torch.eye(16, 8, device=device)
+        by_reflections(by_products(sample))
+
+
 def by_reflections(matrix: Tensor) -> Tensor:
     """Householder QR with the signs that make the diagonal of R positive."""
     q: Tensor

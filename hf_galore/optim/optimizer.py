@@ -17,6 +17,7 @@ from ..backward.gradient import LowRankGradient, UsedGradient
 from ..backward.hooks import BackwardHooks
 from ..config import GaLoreConfig
 from ..lowrank import nonfinite
+from ..lowrank.orthonormal import warm_up
 from ..lowrank.projection import norms_of
 from ..rules import RULES, options_of, without_own_name
 from . import checkpoint
@@ -68,6 +69,8 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         self._constructing = False
         check_stochastic_rounding(self.param_groups)
         say_if_decay_is_lost(self.param_groups)
+        for device in {target.param.device for target in self.targets() if nonfinite.has_numbers(target.param)}:
+            warm_up(device)
         if projected_backward is None:
             projected_backward = layerwise
         check_gradient_bits(self.param_groups, hooked=layerwise or projected_backward)

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_map_only
 from ..backward.gradient import StandIn
 from ..integrations.stand_ins import without_numbers
 from ..kernels import where as kernel_choice
-from ..lowrank import nonfinite, quantize
+from ..lowrank import nonfinite, quantize, refresh
 from ..rules import adam_8bit
 from .shape_cache import ShapeCache
 
@@ -95,6 +95,7 @@ def fake_training(target: Target) -> Iterator[Fakes]:
             # Gradients are finite, which the host of a CPU knows, and that of a GPU does not.
             (nonfinite, "_look", lambda norm: None if target == "cuda" else False),
             (nonfinite, "host_knows", lambda tensor: target == "cpu"),
+            (refresh, "usual", lambda device: "products" if target == "cuda" else "reflections"),
             # A card's kernels are ours, but for systems that Triton is not made for.
             (kernel_choice, "_look", lambda tensor: target == "cuda" and sys.platform != "win32"),
         ):
