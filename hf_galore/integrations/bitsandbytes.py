@@ -20,8 +20,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-import hf_galore.kernels as own
-
+from ..kernels import blockwise as own
+from ..kernels import where
 from ..lowrank.blockwise import (
     MOMENT_BLOCK,
     NF4,
@@ -76,7 +76,7 @@ def fused(name: str, tensor: Tensor, dtype: torch.dtype) -> bool:
         tensor: any that it works on.
         dtype: of the gradient for a direction, of the weight for an update, of what is quantised or read.
     """
-    return own.serves(tensor) and dtype in own.DTYPES and checks.own_is_right(name, tensor, dtype)
+    return where.serves(tensor) and dtype in where.DTYPES and checks.own_is_right(name, tensor, dtype)
 
 
 def quantize_4bit(values: Tensor, block: int) -> Quantized:

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-import hf_galore.kernels as kernels
-
+from ..kernels import adam
+from ..kernels import blockwise as own
+from ..kernels.where import triton_version
 from ..log import logger
 from ..lowrank.blockwise import (
     MOMENT_BLOCK,
@@ -92,18 +93,18 @@ def _check(name: str, checks: Checks, device: torch.device, dtype: torch.dtype) 
             raise
         except Exception as error:
             right, problem = False, f"fails ({type(error).__name__}: {error})"
-    own = checks is OWN_CHECKS
-    key = (f"own {name}" if own else name, device.type, dtype)
+    ours = checks is OWN_CHECKS
+    key = (f"own {name}" if ours else name, device.type, dtype)
     if not right and key not in _warned:
         _warned.add(key)
         logger.warning(
             "The kernel %s of %s %s in %s on this %s: %s is used instead, which is right, but slower.",
             name,
-            f"hf_galore (Triton {kernels.triton_version()})" if own else f"bitsandbytes {calls.version()}",
+            f"hf_galore (Triton {triton_version()})" if ours else f"bitsandbytes {calls.version()}",
             problem,
             str(dtype).removeprefix("torch."),
             device.type.upper(),
-            "bitsandbytes or plain torch" if own else "plain torch",
+            "bitsandbytes or plain torch" if ours else "plain torch",
         )
     return right
 
@@ -288,28 +289,28 @@ def _dynamic(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _own_adam_8bit_(weight: Tensor, gradient: Tensor, moments: Moments8bit, now: AdamStep) -> None:
-    kernels.adam_8bit_(weight, gradient, moments, now, gradient.float().norm())
+    adam.adam_8bit_(weight, gradient, moments, now, gradient.float().norm())
 
 
 def _own_adam_8bit_direction(weight: Tensor, gradient: Tensor, moments: Moments8bit, now: AdamStep) -> None:
-    weight.copy_(kernels.adam_8bit_direction(gradient, moments, now, gradient.float().norm()))
+    weight.copy_(adam.adam_8bit_direction(gradient, moments, now, gradient.float().norm()))
 
 
 def _own_adam_32bit_(weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, now: AdamStep) -> None:
-    kernels.adam_32bit_(weight, gradient, exp_avg, exp_avg_sq, now, gradient.float().norm())
+    adam.adam_32bit_(weight, gradient, exp_avg, exp_avg_sq, now, gradient.float().norm())
 
 
 def _own_adam_32bit_direction(
     weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, now: AdamStep
 ) -> None:
-    weight.copy_(kernels.adam_32bit_direction(gradient, exp_avg, exp_avg_sq, now, gradient.float().norm()))
+    weight.copy_(adam.adam_32bit_direction(gradient, exp_avg, exp_avg_sq, now, gradient.float().norm()))
 
 
 OWN_CHECKS: Checks = {
-    "quantize_4bit": functools.partial(_check_quantize_4bit, kernels, _OWN_SHAPES),
-    "dequantize_4bit": functools.partial(_check_dequantize_4bit, kernels, _OWN_SHAPES),
-    "quantize_8bit": functools.partial(_check_quantize_8bit, kernels, _OWN_SHAPES),
-    "dequantize_8bit": functools.partial(_check_dequantize_8bit, kernels, _OWN_SHAPES),
+    "quantize_4bit": functools.partial(_check_quantize_4bit, own, _OWN_SHAPES),
+    "dequantize_4bit": functools.partial(_check_dequantize_4bit, own, _OWN_SHAPES),
+    "quantize_8bit": functools.partial(_check_quantize_8bit, own, _OWN_SHAPES),
+    "dequantize_8bit": functools.partial(_check_dequantize_8bit, own, _OWN_SHAPES),
     "adam_8bit_": functools.partial(_check_adam_8bit, _own_adam_8bit_, _dynamic, _OWN_SHAPES),
     "adam_8bit_direction": functools.partial(
         _check_adam_8bit, _own_adam_8bit_direction, _dynamic, _OWN_SHAPES, only_direction=True

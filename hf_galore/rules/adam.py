@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-import hf_galore.kernels as own
-
 from ..integrations import bitsandbytes as kernels
+from ..kernels import adam as own
 from ..lowrank.blockwise import AdamStep
 from ..lowrank.nonfinite import Skip
 from ..lowrank.rotation import Rotation, rotate_adam

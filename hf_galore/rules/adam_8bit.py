@@ -16,9 +16,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-import hf_galore.kernels as own
-
 from ..integrations import bitsandbytes as kernels
+from ..kernels import adam as own
 from ..lowrank.blockwise import AdamStep
 from ..lowrank.nonfinite import Skip
 from ..lowrank.rotation import Rotation, rotate_adam

@@ -14,7 +14,7 @@ from hf_galore import kernels
 from hf_galore.integrations import bitsandbytes as facade
 from hf_galore.integrations import bitsandbytes_calls as calls
 from hf_galore.integrations import bitsandbytes_checks as checks
-from hf_galore.kernels import where
+from hf_galore.kernels import adam, blockwise, where
 from hf_galore.lowrank import blockwise as plain
 from hf_galore.lowrank.blockwise import AdamStep, Moments8bit, Quantized
 from tests.support.own_kernels import LATER, moments_8bit
@@ -85,7 +85,7 @@ def used(monkeypatch: pytest.MonkeyPatch) -> Used:
     monkeypatch.setattr(checks, "_verdicts", {})
     monkeypatch.setattr(checks, "_warned", set())
     for name, stand_in in STAND_INS.items():
-        monkeypatch.setattr(kernels, name, found("ours", name, stand_in))
+        monkeypatch.setattr(adam if name in ADAM else blockwise, name, found("ours", name, stand_in))
     for name in NAMES:
         monkeypatch.setattr(calls, name, found("bitsandbytes", name, getattr(calls, name)))
         monkeypatch.setattr(facade, f"plain_{name}", found("plain", name, getattr(plain, f"plain_{name}")))
