@@ -12,12 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 from trl import SFTTrainer
 
+from hf_galore.optim import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 from hf_galore.optim.optimizer import GaLoreOptimizer
 from hf_galore.plan.fakes import Fakes, fake_training
 from hf_galore.plan.rehearsal import STEPS, rehearse
-from tests.support.helpers import RANK
+from hf_galore.rules.adam_8bit import codebooks
+from tests.support.helpers import RANK, tiny_llama
 from tests.support.planning import sft
 
 GALORE = (
@@ -84,3 +88,55 @@ def test_a_steady_step_asks_no_more_than_with_adamw(
     # The first step refreshes all bases, with a factorisation and a read for each.
     assert sum(found[1].values()) > sum(usual[1].values())
     assert any("linalg" in name for name in found[1])
+
+
+class OnTheHost:
+    """What a device has handed over: its numbers are there."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._numbers = len(values)
+
+    def unbind(self) -> list[OnTheHost]:
+        return [OnTheHost(torch.empty(1)) for _ in range(self._numbers)]
+
+    def item(self) -> float:
+        return 0.5  # finite, above 0, and what a share of something may be
+
+
+@pytest.mark.parametrize("refresh", ["subspace", "random"])
+@pytest.mark.parametrize("moments", ["keep", "rotate", "reset"])
+@pytest.mark.parametrize("way", [{}, {"layerwise": True}, {"layerwise": True, "hold_gradients": True}], ids=str)
+@pytest.mark.parametrize("cls", [GaLoreAdamW, GaLoreAdamW8bit, GaLoreAdafactor])
+def test_a_refresh_waits_once(
+    cls: Any, way: dict[str, Any], moments: str, refresh: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: Counter[str] = Counter()
+    original = Fakes.call
+
+    def call(self: Fakes, func: Any, args: Any, kwargs: Any) -> Any:
+        # Factorisations by products are asked for nothing, unlike those that TRL's or torch's own code may call.
+        if is_question(func, args) and "cholesky_ex" not in str(func) and "solve_triangular" not in str(func):
+            asked[str(func)] += 1
+        return original(self, func, args, kwargs)
+
+    def handed_over(self: Tensor) -> OnTheHost:
+        asked["cpu"] += 1
+        return OnTheHost(self)
+
+    with fake_training("cuda"):
+        codebooks(torch.device("cpu"))  # made once, on the host
+        model = tiny_llama()
+        group = {"rank": RANK, "moments": moments, "refresh": refresh, "update_proj_gap": 10**6, "stagger": False}
+        targets = [module.weight for name, module in model.named_modules() if name.endswith("_proj")]
+        optimizer = cls(model.parameters(), lr=1e-3, param_options=dict.fromkeys(targets, group), module=model, **way)
+        for refreshes in (targets, targets[:3], []):
+            optimizer.refresh_next(refreshes)
+            loss = model(input_ids=torch.zeros(2, 8, dtype=torch.int64)).logits.sum()
+            asked.clear()
+            with monkeypatch.context() as patch:
+                patch.setattr(Fakes, "call", call)
+                patch.setattr(Tensor, "cpu", handed_over)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            assert asked == Counter({"cpu": len(refreshes)} if refreshes else {})
