@@ -17,6 +17,7 @@ from hf_galore.backward.held import Held8bit
 from hf_galore.lowrank.float8 import Dither, to_float8
 from hf_galore.lowrank.projection import norm_of
 from hf_galore.optim.optimizer import GaLoreOptimizer
+from hf_galore.recipes.checks import galore_config
 from tests.backward.test_gradient import (
     ALIASES,
     BUFFERS,
@@ -302,6 +303,13 @@ def test_where_nothing_is_held_it_is_refused(cls: type[Any], tmp_path: Path) -> 
     cls([{**group, "gradient_bits": 16}])
     with pytest.raises(ValueError, match=r"gradient_bits=8 is for.*projected_backward=true in optim_args"):
         train(model, tmp_path, "galore_adamw", optim_args=BITS)
+    # By recipes before the model is loaded.
+    with pytest.raises(ValueError, match="gradient_bits=8 is for"):
+        galore_config(arguments(tmp_path, "galore_adamw", optim_args=BITS))
+    for name, optim_args in (("galore_adamw_layerwise", BITS), ("galore_adamw", f"{BITS}, projected_backward=true")):
+        config = galore_config(arguments(tmp_path, name, optim_args=optim_args))
+        assert config is not None
+        assert config.gradient_bits == 8
 
 
 def test_a_checkpoint_without_the_option_has_16() -> None:
