@@ -33,6 +33,7 @@ MIN_ELEMENTS = 4096
 _LARGEST = 448.0  # of float8_e4m3fn
 _SMALLEST_NORMAL, _MANTISSA_STEPS = 2.0**-6, 2.0**-3
 _EXPONENT = 0x7F800000  # the bits of a float32's
+_TINY = torch.finfo(torch.float32).tiny
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -114,7 +115,7 @@ def add_float8_(kept: Float8, values: Tensor, alpha: float, thresholds: Threshol
     """
     flat = values.reshape(-1)
     for part in _parts(values.numel()):
-        _write(kept, part, _read(kept, part).add_(flat[part].to(torch.float32), alpha=alpha), thresholds)
+        _write(kept, part, _read(kept, part).add_(flat[part], alpha=alpha), thresholds)
 
 
 def _parts(numel: int) -> list[slice]:
@@ -142,9 +143,10 @@ def _read(kept: Float8, part: slice) -> Tensor:
 def _write(kept: Float8, part: slice, values: Tensor, thresholds: Thresholds | None) -> None:
     """Put float32 values, which are used up, where a part of the elements is."""
     blocks = _by_block(values)
-    scales = blocks.abs().amax(dim=1).div_(_LARGEST)
+    # At least the smallest normal number, so that zeros stay zeros.
+    scales = torch.linalg.vector_norm(blocks, math.inf, dim=1).div_(_LARGEST).clamp_(min=_TINY)
     kept.scales[_blocks_of(part)] = scales
-    blocks.div_(scales.masked_fill(scales == 0, 1.0).unsqueeze(1))  # a block of zeros stays one
+    blocks.div_(scales.unsqueeze(1))
     if thresholds is not None:
         # Codes are an eighth of the power of 2 below apart, and from the smallest normal one down equally far.
         step = (blocks.view(torch.int32) & _EXPONENT).view(torch.float32).clamp_(min=_SMALLEST_NORMAL)

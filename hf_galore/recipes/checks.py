@@ -15,6 +15,7 @@ from ..config import GaLoreConfig
 from ..integrations.trainer import KINDS, optim_name
 from ..log import logger
 from ..optim.admission import check_refresh
+from ..optim.groups import check_gradient_bits
 from .checkpoints import check_folders
 from .errors import UserError
 from .trackers import check_trackers
@@ -94,4 +95,6 @@ def galore_config(training_args: TrainingArguments) -> GaLoreConfig | None:
         return None
     config = GaLoreConfig.from_optim_args(training_args.optim_args)
     check_refresh(config.group_options())
+    hooked = KINDS[optim_name(training_args)].layerwise or bool(config.projected_backward)
+    check_gradient_bits([config.group_options()], hooked=hooked)
     return config

@@ -17,6 +17,7 @@ from hf_galore.backward.held import Held8bit
 from hf_galore.lowrank.float8 import Dither, to_float8
 from hf_galore.lowrank.projection import norm_of
 from hf_galore.optim.optimizer import GaLoreOptimizer
+from hf_galore.recipes.checks import galore_config
 from tests.backward.test_gradient import (
     ALIASES,
     BUFFERS,
@@ -37,7 +38,6 @@ from tests.support.helpers import (
     Counting,
     arguments,
     make_trainer,
-    optimizer_of,
     snapshot,
     target_of,
     tiny_llama,
@@ -248,21 +248,40 @@ def test_sums_of_a_window_are_near_those_of_whole_numbers(name: str, parts: int,
         assert abs(along - 1) < 0.03, key  # some dozen large elements make the sum, each off by a few hundredths
 
 
-def test_runs_repeat_and_seeds_differ(tmp_path: Path) -> None:
-    values: dict[str, Any] = {"gradient_accumulation_steps": 4, "max_steps": 2, "optim_args": BITS}
-    ends = []
-    for seed in (1, 1, 2):
-        model = tiny_llama()
-        trainer = make_trainer(model, tmp_path, "galore_adamw_layerwise", **values)
+def test_sums_repeat_and_differ_by_seed_target_and_step() -> None:
+    """What is added is the same each time: the thresholds alone differ."""
+
+    def sums(seed: int, index: int = 0, steps: int = 0) -> Tensor:
+        weights = [nn.Linear(64, 256, bias=False) for _ in range(2)]
+        model = nn.ModuleList(weights)
         torch.manual_seed(seed)  # which the optimizer takes its own from
-        optimizer = trainer.create_optimizer()
-        assert [group["gradient_seed"] for group in optimizer_of(trainer).param_groups if "rank" in group] == [seed]
-        assert optimizer is not None
-        trainer.args.full_determinism = False
-        trainer.train()
-        ends.append(snapshot(model)["model.layers.0.mlp.up_proj.weight"])
-    assert torch.equal(ends[0], ends[1])
-    assert not torch.equal(ends[0], ends[2])
+        optimizer = make_optimizer(
+            model,
+            "all-linear",
+            optim="galore_adamw_layerwise",
+            optim_args={"rank": 16, "gradient_bits": 8, "refresh": "svd"},
+            lr=1e-9,
+            hold_gradients=True,
+        )
+        assert [group["gradient_seed"] for group in optimizer.param_groups if "rank" in group] == [seed]
+        generator = torch.Generator().manual_seed(0)
+        first, more = (torch.randn(32, 64, generator=generator) for _ in range(2))
+        towards = torch.randn(256, generator=generator)
+        for _ in range(steps + 1):
+            optimizer.zero_grad()
+            for rows in (first, more, more):
+                nn.functional.linear(rows, weights[index].weight).matmul(towards).sum().backward()
+            gradient = weights[index].weight.grad
+            assert isinstance(gradient, LowRankGradient)
+            found = gradient.low_rank
+            optimizer.step()
+        return found
+
+    once = sums(1)
+    assert torch.equal(sums(1), once)
+    for other in (sums(2), sums(1, index=1), sums(1, steps=1)):
+        apart = ((other - once).norm() / once.norm()).item()
+        assert 0.005 < apart < 0.1
 
 
 # ---- what is refused
@@ -284,6 +303,13 @@ def test_where_nothing_is_held_it_is_refused(cls: type[Any], tmp_path: Path) -> 
     cls([{**group, "gradient_bits": 16}])
     with pytest.raises(ValueError, match=r"gradient_bits=8 is for.*projected_backward=true in optim_args"):
         train(model, tmp_path, "galore_adamw", optim_args=BITS)
+    # By recipes before the model is loaded.
+    with pytest.raises(ValueError, match="gradient_bits=8 is for"):
+        galore_config(arguments(tmp_path, "galore_adamw", optim_args=BITS))
+    for name, optim_args in (("galore_adamw_layerwise", BITS), ("galore_adamw", f"{BITS}, projected_backward=true")):
+        config = galore_config(arguments(tmp_path, name, optim_args=optim_args))
+        assert config is not None
+        assert config.gradient_bits == 8
 
 
 def test_a_checkpoint_without_the_option_has_16() -> None:
