@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from .. import expandable_segments
 from ..recipes.errors import UserError
 from ..version import __version__
 from .interrupts import INTERRUPTED, Stopped
@@ -21,6 +22,9 @@ COMMANDS = {
     "compare": "put runs side by side: tables, pictures, a page; or run a recipe with several values first",
     "plan": "find out whether a recipe fits a card, without a GPU, weights or data",
 }
+
+# What they start or do makes no use of a card.
+WITHOUT_CARD = ("plan",)
 
 USER_ERROR = 2
 
@@ -59,6 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         chosen = _parser().parse_args(argv)
         prog = f"hf-galore {chosen.command}"
+        if chosen.command not in WITHOUT_CARD:
+            advice = expandable_segments.ask_for()  # before anything starts CUDA, and for the processes of a sweep
+            if advice is not None:
+                print(f"{prog}: {advice}", file=sys.stderr)
         command = importlib.import_module(f"{__package__}.{chosen.command}")
         status: int = command.run(chosen.arguments)
     except UserError as error:
