@@ -18,8 +18,6 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterable
 
-from .tracking import GRANULE
-
 _MIB = 2**20
 _SMALL = _MIB
 _SMALL_SEGMENT = 2 * _MIB
@@ -33,7 +31,7 @@ def reserved_bytes(events: Iterable[tuple[int, int]], *, expandable: bool) -> in
 
     Args:
         events: (storage, bytes) in their order: a storage that grows by so many bytes, or shrinks where they are below
-            zero, by multiples of `GRANULE`.
+            zero, by multiples of 512.
         expandable: whether segments are expandable.
     """
     small, large = _Pool(is_small=True, expandable=expandable), _Pool(is_small=False, expandable=expandable)
@@ -65,7 +63,6 @@ class _Pool:
     def __init__(self, *, is_small: bool, expandable: bool) -> None:
         self.reserved = 0
         self._is_small, self._expandable = is_small, expandable
-        self._least_left = GRANULE if is_small or expandable else _SMALL + 1  # less stays with its block
         self._free: list[tuple[int, int]] = []  # size and place, the smallest first
         self._at: dict[int, _Block] = {}  # free blocks by their place
         self._last: _Block | None = None  # of the latest segment
@@ -76,7 +73,7 @@ class _Pool:
         if block is None:
             block = self._grown(size) if self._expandable else self._new_segment(size)
         left = block.size - size
-        if left >= self._least_left:
+        if left:  # torch splits off no less than a storage of the pool may have, which makes no difference
             rest = _Block(block.place + size, left, block, block.after)
             if rest.after is None:
                 self._last = rest

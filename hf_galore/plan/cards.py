@@ -26,7 +26,7 @@ class Card(NamedTuple):
     """GiB that torch sees, as reported or measured; `None` where nobody was found to have said it."""
 
 
-# Names that are sold with several sizes have them. Those with ECC on, of which it takes a sixteenth, say so.
+# Names that are sold with several sizes have them. ECC, where it is on, takes a sixteenth.
 CARDS = {
     "2080ti": Card(11, 10.76),
     "3060-8gb": Card(8),
@@ -34,7 +34,7 @@ CARDS = {
     "3060ti": Card(8),
     "3070": Card(8, 7.78),
     "3070ti": Card(8),
-    "3080-10gb": Card(10, 9.77),
+    "3080-10gb": Card(10, 9.78),
     "3080-12gb": Card(12),
     "3080ti": Card(12),
     "3090": Card(24, 23.59),
@@ -66,7 +66,6 @@ CARDS = {
     "8000": Card(48, 47.46),
     "4000ada": Card(20),
     "6000ada": Card(48, 44.43),  # ECC on
-    "t4": Card(16, 14.56),  # ECC on
     "a30": Card(24, 23.53),
     "a100-40gb": Card(40, 39.50),
     "a100-80gb": Card(80, 79.25),

@@ -70,10 +70,9 @@ def test_neighbours_before_and_behind_become_one_again() -> None:
         assert mib(sequence(30 * MIB, -1, *thirds, *order, 40 * MIB), expandable=True) == 40
 
 
-def test_a_segment_keeps_what_is_too_little_to_be_split_off() -> None:
-    """Of a segment of 21 MiB, 20 leave 1: too little, without expandable segments, for a block of its own."""
-    assert mib(sequence(22 * MIB, -1, 21 * MIB, MIB + GRANULE), expandable=False) == 22 + 20
+def test_what_a_storage_leaves_of_a_block_is_a_block() -> None:
     assert mib(sequence(22 * MIB, -1, 20 * MIB, MIB + GRANULE), expandable=False) == 22
+    assert mib(sequence(22 * MIB, -1, 21 * MIB, MIB + GRANULE), expandable=False) == 22 + 20
     assert mib(sequence(22 * MIB, -1, 21 * MIB, MIB + GRANULE), expandable=True) == 40
 
 
