@@ -32,7 +32,7 @@ def in_use(environ: Mapping[str, str] = os.environ) -> bool:
     return supported() and (given is None or _asks(given[1]))
 
 
-def ask_for(environ: MutableMapping[str, str] = os.environ) -> str | None:
+def use_expandable_segments(environ: MutableMapping[str, str] = os.environ) -> str | None:
     """Ask for them where they work, unless the user has set the allocator up himself; before CUDA starts.
 
     Returns:

@@ -12,7 +12,7 @@ import torch
 
 from hf_galore import expandable_segments
 from hf_galore.cli import main as command
-from hf_galore.expandable_segments import OLDER_VARIABLE, VARIABLE, ask_for, in_use, supported
+from hf_galore.expandable_segments import OLDER_VARIABLE, VARIABLE, in_use, supported, use_expandable_segments
 
 LINUX, WSL = "6.8.0-48-generic", "5.15.167.4-microsoft-standard-WSL2"
 
@@ -28,10 +28,10 @@ def _on_linux(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_they_are_asked_for_where_nothing_is_set() -> None:
     environ = {"PATH": "/bin"}
     assert in_use(environ)
-    assert ask_for(environ) is None
+    assert use_expandable_segments(environ) is None
     assert environ == {"PATH": "/bin", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     assert in_use(environ)
-    assert ask_for(environ) is None  # a second time
+    assert use_expandable_segments(environ) is None  # a second time
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_not_where_they_do_not_work(system: str, release: str, monkeypatch: pyte
     environ: dict[str, str] = {}
     assert not supported()
     assert not in_use(environ)
-    assert ask_for(environ) is None
+    assert use_expandable_segments(environ) is None
     assert environ == {}
     # Whoever asks for them there has none.
     assert not in_use({VARIABLE: "expandable_segments:True"})
@@ -65,7 +65,7 @@ def test_settings_of_the_users_own_are_kept_and_it_is_said_what_they_leave_off(
 ) -> None:
     environ = {name: value}
     assert not in_use(environ)
-    advice = ask_for(environ)
+    advice = use_expandable_segments(environ)
     assert environ == {name: value}
     assert advice is not None
     assert f"{name}={value} leaves expandable segments off" in advice
@@ -79,7 +79,7 @@ def test_settings_of_the_users_own_are_kept_and_it_is_said_what_they_leave_off(
 )
 def test_settings_of_the_users_own_that_have_them_are_nothing_to_speak_of(environ: dict[str, str]) -> None:
     before = dict(environ)
-    assert ask_for(environ) is None
+    assert use_expandable_segments(environ) is None
     assert environ == before
     assert in_use(environ)
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from .. import expandable_segments
+from ..expandable_segments import use_expandable_segments
 from ..recipes.errors import UserError
 from ..version import __version__
 from .interrupts import INTERRUPTED, Stopped
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = _parser().parse_args(argv)
         prog = f"hf-galore {chosen.command}"
         if chosen.command not in WITHOUT_CARD:
-            advice = expandable_segments.ask_for()  # before anything starts CUDA, and for the processes of a sweep
+            advice = use_expandable_segments()  # before anything starts CUDA; a sweep's processes inherit it
             if advice is not None:
                 print(f"{prog}: {advice}", file=sys.stderr)
         command = importlib.import_module(f"{__package__}.{chosen.command}")

@@ -20,10 +20,10 @@ import datasets
 import transformers
 from transformers import Trainer
 
-from .. import expandable_segments
+from ..expandable_segments import in_use as expandable_in_use
 from ..log import logger
 from .cards import parse_size, present_card
-from .fakes import Target, fake_training
+from .fakes import Target, fake_training, forget_tables
 from .needs import CONTEXT, OUTSIDE, OUTSIDE_BYTES, allocator_bytes
 from .rehearsal import Progress, Record, rehearse
 
@@ -171,6 +171,7 @@ def measure(make_trainer: Callable[[], Trainer], *, progress: Progress | None = 
         progress: called with the phase and the number of the step.
     """
     start = time.perf_counter()
+    forget_tables()  # those of an earlier training would not be seen
     with quiet():
         trainer = make_trainer()
         parameters = sum(param.numel() for param in trainer.model.parameters())
@@ -190,7 +191,7 @@ def _summary(record: Record, device: str, start: float, parameters: int) -> Memo
         parameters=parameters,
         expandable_bytes=allocator_bytes(events, expandable=True),
         segmented_bytes=allocator_bytes(events, expandable=False),
-        expandable=expandable_segments.in_use(),
+        expandable=expandable_in_use(),
         seconds=time.perf_counter() - start,
     )
 

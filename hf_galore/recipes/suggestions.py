@@ -12,8 +12,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
-from .. import expandable_segments
 from ..config import GaLoreConfig
+from ..expandable_segments import in_use as expandable_in_use
 from ..plan.needs import needed_at_a_guess
 from ..plan.planner import MemoryPlan
 from .any_recipe import Arguments
@@ -81,7 +81,7 @@ def search(
             def guessed(batch: int) -> int:
                 return needed_at_a_guess(
                     estimate(Choice(rank, batch, checkpointing)),  # noqa: B023 - likewise
-                    expandable=expandable_segments.in_use(),
+                    expandable=expandable_in_use(),
                 )
 
             likely = [batch for batch in BATCHES if guessed(batch) <= vram]

@@ -32,7 +32,6 @@ from transformers import (
 )
 
 import hf_galore.integrations.trl_head
-from hf_galore import expandable_segments
 from hf_galore.integrations.trainer import is_registered
 from hf_galore.lowrank.quantize import _equal_steps
 from hf_galore.plan import planner
@@ -347,6 +346,12 @@ def test_a_plan_uses_no_tables_of_a_training(tmp_path: Path) -> None:
     assert not any(isinstance(table, FakeTensor) for table in tables())
 
 
+def test_a_measurement_uses_no_tables_of_a_training(tmp_path: Path) -> None:
+    make = sft(tmp_path, "galore_adamw_8bit_layerwise", optim_args=f"{OPTIM_ARGS}, proj_bits=8")
+    make().train()
+    assert measure(make).phase_peaks == measure(make).phase_peaks == plan(make, target="cpu").phase_peaks
+
+
 def test_a_plan_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     def fail() -> Trainer:
         trainer = sft(tmp_path, "galore_adamw_8bit")()
@@ -516,12 +521,12 @@ def test_the_card_of_this_machine_and_what_is_free_of_it(tmp_path: Path, monkeyp
 
 
 def test_what_a_card_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(expandable_segments, "in_use", lambda: True)
+    monkeypatch.setattr(planner, "expandable_in_use", lambda: True)
     found = plan(sft(tmp_path, "galore_adamw"))
     assert found.expandable
     assert found.peak_bytes < found.reserved_bytes == found.expandable_bytes
     assert found.needed_bytes == found.reserved_bytes + OUTSIDE_BYTES
-    monkeypatch.setattr(expandable_segments, "in_use", lambda: False)
+    monkeypatch.setattr(planner, "expandable_in_use", lambda: False)
     without = plan(sft(tmp_path, "galore_adamw"))
     assert without.reserved_bytes == without.segmented_bytes == found.segmented_bytes
     assert without.as_dict() | {"seconds": 0.0} == {
