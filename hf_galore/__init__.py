@@ -13,6 +13,7 @@ from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .config import GaLoreConfig
+    from .expandable_segments import use_expandable_segments
     from .integrations.callback import GaLoreCallback
     from .integrations.trainer import register, unregister
     from .optim.build import make_optimizer
@@ -31,6 +32,7 @@ __all__ = [
     "plan",
     "register",
     "unregister",
+    "use_expandable_segments",
 ]
 
 _MODULES = {
@@ -44,6 +46,7 @@ _MODULES = {
     "measure": ".plan",
     "register": ".integrations.trainer",
     "unregister": ".integrations.trainer",
+    "use_expandable_segments": ".expandable_segments",
 }
 
 

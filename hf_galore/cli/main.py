@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from ..expandable_segments import use_expandable_segments
 from ..recipes.errors import UserError
 from ..version import __version__
 from .interrupts import INTERRUPTED, Stopped
@@ -22,6 +23,9 @@ COMMANDS = {
     "plan": "find out whether a recipe fits a card, without a GPU, weights or data",
     "bench": "measure what this machine's card makes of a recipe, beside other optimizers",
 }
+
+# What they start or do makes no use of a card.
+WITHOUT_CARD = ("plan",)
 
 USER_ERROR = 2
 
@@ -60,6 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         chosen = _parser().parse_args(argv)
         prog = f"hf-galore {chosen.command}"
+        if chosen.command not in WITHOUT_CARD:
+            advice = use_expandable_segments()  # before anything starts CUDA; a sweep's processes inherit it
+            if advice is not None:
+                print(f"{prog}: {advice}", file=sys.stderr)
         command = importlib.import_module(f"{__package__}.{chosen.command}")
         status: int = command.run(chosen.arguments)
     except UserError as error:

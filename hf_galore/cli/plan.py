@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..plan.planner import CONTEXT_BYTES, FRAGMENTATION, GIB, MemoryPlan, card_bytes, parse_size
+from ..plan.cards import parse_size, present_card
+from ..plan.needs import CONTEXT, OUTSIDE
+from ..plan.planner import MemoryPlan
 from ..plan.rehearsal import EVALUATION, SAVING, STEPS, Progress
 from ..plan.tracking import FORWARD
 from ..recipes import any_recipe
@@ -28,18 +30,19 @@ from .training_command import need_recipe
 
 PROG = "hf-galore plan"
 ABOUT = """Find out how much memory a recipe takes and whether that fits a card, from its real training steps with
-tensors that have no numbers: no GPU, no weights and no data are needed. Options of its own: --vram 24GiB, the card's
-memory, by default that of the GPU if there is one; --json, for one JSON object on stdout; --plot FILE.png, for a
-picture of the memory (or .svg, .pdf); --suggest, for settings that fit. The exit status is 0 if it fits or no card is
-known, 1 if it does not fit, 2 if something that was given is wrong. All other options are those of hf-galore sft,
-below, and override what the recipe says."""
+tensors that have no numbers: no GPU, no weights and no data are needed. Options of its own: --vram CARD, a card's name
+(4090), label (24GB) or exact memory (23.5GiB), by default the card of this machine if there is one; --json, for one
+JSON object on stdout; --plot FILE.png, for a picture of the memory (or .svg, .pdf); --suggest, for settings that fit.
+The exit status is 0 if it fits or no card is known, 1 if it does not fit, 2 if something that was given is wrong. All
+other options are those of hf-galore sft, below, and override what the recipe says."""
 
 FITS, DOES_NOT_FIT = 0, 1
-NO_CARD = "give --vram 24GiB for a verdict"
+NO_CARD = "give --vram 4090, or 24GB, for a verdict"
+DESKTOP = "0.3 to 1 GiB"  # as is commonly said
 
 
 def run(arguments: Sequence[str]) -> int:
-    """`hf-galore plan --config FILE [--vram 24GiB] [--json] [--plot FILE.png] [--suggest] [--key value ...]`.
+    """`hf-galore plan --config FILE [--vram 4090] [--json] [--plot FILE.png] [--suggest] [--key value ...]`.
 
     Returns:
         0 if it fits or the card is not known, 1 if it does not fit.
@@ -60,10 +63,13 @@ def _run(arguments: Sequence[str]) -> int:
         return any_recipe.parse([*rest, *overrides], PROG, ABOUT)
 
     parsed = parse()
-    vram = card_bytes() if own.vram is None else _size(own.vram)
+    vram = None if own.vram is None else _size(own.vram)
     if own.suggest:
         if vram is None:
-            raise UserError("--suggest needs to know the card: give its memory, as --vram 24GiB.")
+            present = present_card(OUTSIDE[CONTEXT])
+            if present is None:
+                raise UserError("--suggest needs to know the card: give it, as --vram 4090 or --vram 24GB.")
+            vram = present.total
         if own.plot is not None:
             raise UserError("--plot draws the plan of one recipe, which --suggest is not about: leave out one of them.")
         from .suggest import suggest
@@ -96,7 +102,7 @@ class _Own(NamedTuple):
     suggest: bool
 
 
-_VALUES = {"--vram": "a size, as --vram 24GiB", "--plot": "a file, as --plot memory.png"}
+_VALUES = {"--vram": "a card, as --vram 4090 or --vram 24GB", "--plot": "a file, as --plot memory.png"}
 _SWITCHES = ("--json", "--suggest")
 
 
@@ -136,48 +142,62 @@ def _show(found: MemoryPlan, name: str) -> None:
     console = Console(highlight=False)
     for note in found.notes:
         console.print(Text(note), soft_wrap=True)
-    console.print(Text(f"{name}, at its peak:"), soft_wrap=True)
-    console.print(_breakdown_table(found))
-    console.print(_summary_table(found))
+    console.print(Text(f"{name}, at its peak ({found.phase}):"), soft_wrap=True)
+    console.print(_table(found))
+    console.print(Text(_further(found)), soft_wrap=True)
     console.print(Text(_verdict(found, name)), soft_wrap=True)
 
 
-def _breakdown_table(found: MemoryPlan) -> Table:
+def _table(found: MemoryPlan) -> Table:
+    """What the peak is made of, and what a card has to have besides."""
     peak = found.peak_bytes
     table = Table(show_footer=True)
-    table.add_column("what", footer="all")
-    table.add_column("GiB", justify="right", footer=gib(peak, peak))
-    table.add_column("share", justify="right", footer="100.0 %")
+    table.add_column("what", footer="a card needs")
+    table.add_column("GiB", justify="right", footer=gib(found.needed_bytes, peak))
+    table.add_column("share", justify="right")
+    table.add_column("how it is known")
     for kind, nbytes in found.breakdown.items():
         table.add_row(kind, gib(nbytes, peak), f"{100 * nbytes / peak:.1f} %")
+    table.add_section()
+    table.add_row("the peak", gib(peak, peak), "100.0 %", "planned")
+    table.add_row("torch's allocator", gib(found.reserved_bytes - peak, peak), "", "calculated", end_section=True)
+    for part, nbytes in OUTSIDE.items():
+        table.add_row(part, gib(nbytes, peak), "", "measured on an H200")
     return table
 
 
-def _summary_table(found: MemoryPlan) -> Table:
-    def size(nbytes: int) -> str:
-        return f"{gib(nbytes, found.peak_bytes)} GiB"
-
-    table = Table(show_header=False)
-    table.add_row("peak", f"{size(found.peak_bytes)} ({found.phase})")
-    for phase, nbytes in found.phase_peaks.items():
-        if phase != found.phase:
-            table.add_row(f"peak of {phase}", size(nbytes))
-    table.add_row("between steps", size(found.resident_bytes))
-    if found.tokens_per_step is not None:
-        table.add_row("tokens per step", f"{found.tokens_per_step:,}")
-    table.add_row("parameters", f"{found.parameters:,}")
-    table.add_row("device", found.device)
-    table.add_row("the plan took", f"{found.seconds:.1f} s")
-    return table
+def _further(found: MemoryPlan) -> str:
+    others = [f"{phase} {_size_of(nbytes)}" for phase, nbytes in found.phase_peaks.items() if phase != found.phase]
+    parts = [f"Peaks elsewhere: {', '.join(others)}; between steps {_size_of(found.resident_bytes)}."]
+    other = found.segmented_bytes if found.expandable else found.expandable_bytes
+    kinds = ("with", "without") if found.expandable else ("without", "with")
+    more = f"{gib(other - found.peak_bytes, found.peak_bytes)} GiB"
+    parts.append(f"The allocator's share is that {kinds[0]} expandable segments; {kinds[1]} them it is {more}.")
+    tokens = "" if found.tokens_per_step is None else f", {found.tokens_per_step:,} tokens a step"
+    parts.append(f"{found.parameters:,} parameters{tokens}; planned for {found.device} in {found.seconds:.1f} s.")
+    return "\n".join(parts)
 
 
 def _verdict(found: MemoryPlan, name: str) -> str:
-    assumed = (
-        f"{gib(found.needed_bytes, found.needed_bytes)} GiB: the peak, {100 * FRAGMENTATION:g} % of it for "
-        f"fragmentation of the allocator (with PYTORCH_ALLOC_CONF=expandable_segments:True), and "
-        f"{CONTEXT_BYTES / GIB:g} GiB for CUDA's context. The last two are assumptions, not measured."
+    needed, card, free = found.needed_bytes, found.vram_bytes, found.free_bytes
+    if card is None:
+        return f"{name} needs a card of {_size_of(needed)}. Which card is not known: {NO_CARD}."
+
+    def size(nbytes: int) -> str:
+        return f"{gib(nbytes, card)} GiB"
+
+    if not found.fits:
+        return f"{name} does not fit: it needs {size(needed)} of a card's {size(card)}, {size(needed - card)} too much."
+    verdict = f"{name} fits: it needs {size(needed)} of a card's {size(card)}"
+    if free is None:
+        return f"{verdict}, and leaves {size(card - needed)}. A desktop, which takes {DESKTOP}, is not counted."
+    if found.fits_now:
+        return f"{verdict}, of which {size(free)} are free now."
+    return (
+        f"{verdict}. But only {size(free)} are free now: other programs hold the rest, a desktop {DESKTOP} of it. "
+        "nvidia-smi lists them."
     )
-    if found.vram_bytes is None:
-        return f"{name} needs a card of {assumed} Which card is not known: {NO_CARD}."
-    verdict = "fits" if found.fits else "does not fit"
-    return f"{name} {verdict} into {found.vram_bytes / GIB:.2f} GiB; it needs {assumed}"
+
+
+def _size_of(nbytes: int) -> str:
+    return f"{gib(nbytes, nbytes)} GiB"

@@ -91,7 +91,7 @@ def draw(figure: Any, found: MemoryPlan, name: str) -> None:
         1,
         left,
         rest,
-        label=f"fragmentation and context, {gib(rest, found.peak_bytes)} GiB (assumed)",
+        label=f"allocator and libraries, {gib(rest, found.peak_bytes)} GiB",
         color="white",
         edgecolor=_ASSUMED,
         hatch="////",

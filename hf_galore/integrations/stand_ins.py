@@ -18,7 +18,7 @@ import transformers.masking_utils
 import transformers.trainer_pt_utils
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel, TrainingArguments
 
 from .signatures import moved
 
@@ -55,6 +55,7 @@ def without_numbers(
             (transformers.masking_utils, "find_packed_sequence_indices", packed_indices),
             (transformers.masking_utils, "fast_all", all_true),
             (transformers.trainer_pt_utils, "nested_numpify", _numpify),
+            (TrainingArguments, "n_gpu", _at_most_one(TrainingArguments.n_gpu)),
         ):
             stack.enter_context(mock.patch.object(owner, name, replacement))
         if gpu_loss:
@@ -79,6 +80,7 @@ def moved_stand_ins() -> list[str]:
     for owner, names in (
         (PreTrainedModel, ("from_pretrained", "save_pretrained", "_from_config")),
         (PeftModel, ("save_pretrained",)),
+        (TrainingArguments, ("n_gpu",)),
         (trl.trainer.utils, ("_use_triton",)),
         (kernels, _KERNELS),
         (GlobalOptimManager, ("_instance",)),
@@ -124,6 +126,11 @@ def _numpify(tensors: Any) -> Any:
     if isinstance(tensors, (list, tuple)):
         return type(tensors)(map(_numpify, tensors))
     return np.ones(tuple(tensors.shape), dtype=np.float32)
+
+
+def _at_most_one(count: property) -> property:
+    """Instead of the number of GPUs: a plan is of what one process has, and TRL refuses several for one."""
+    return property(lambda self: min(1, count.__get__(self)))
 
 
 class _Kernel:

@@ -2,7 +2,7 @@
 
 The package can be called: `hf_galore.plan(...)` is `hf_galore.plan.plan(...)`.
 
-    plan = hf_galore.plan("recipes/llama2_7b_oasst2.yaml", vram="24GiB")
+    plan = hf_galore.plan("recipes/llama2_7b_oasst2.yaml", vram="4090")
     plan = hf_galore.plan(lambda: SFTTrainer("meta-llama/Llama-2-7b-hf", args, train_dataset=data))
     print(plan)
 
@@ -50,7 +50,8 @@ def plan(
             called where tensors are fake: a model that it makes, with or without `from_pretrained`, has no weights.
             The Trainer, and what was parsed, are of no use afterwards.
         overrides: for a recipe's file, `["--key", "value", ...]` as on the command line.
-        vram: the card's memory in bytes, or as text (`"24GiB"`); by default that of the GPU, if there is one.
+        vram: the card: a name or label (`"4090"`, `"24GB"`), its memory as text (`"23.5GiB"`) or in bytes; by default
+            this machine's, if there is one.
         target: the device that the tensors stand for; `cpu` gives what the run takes on a CPU.
         layers: for a recipe, how many layers the model is to have, instead of its own number.
         progress: called with the phase and the number of the step.

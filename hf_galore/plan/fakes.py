@@ -100,13 +100,17 @@ def fake_training(target: Target) -> Iterator[Fakes]:
             (kernel_choice, "_look", lambda tensor: target == "cuda" and sys.platform != "win32"),
         ):
             enter(mock.patch.object(module, name, replacement))
-        # Tables of codes are cached for the process: no fake may stay there, and no real one be used.
-        for table in (quantize._equal_steps, adam_8bit.codebooks):
-            table.cache_clear()
-            stack.callback(table.cache_clear)
+        forget_tables()  # no fake one may stay there, and no real one be used
+        stack.callback(forget_tables)
         enter(mode)
         enter(_Answers(fakes))
         yield fakes
+
+
+def forget_tables() -> None:
+    """Forget the tables of codes, which are kept for the process: whoever uses them next makes them anew."""
+    for table in (quantize._equal_steps, adam_8bit.codebooks):
+        table.cache_clear()
 
 
 class _Answers(TorchDispatchMode):

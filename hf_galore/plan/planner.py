@@ -12,27 +12,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
 import datasets
-import torch
 import transformers
 from transformers import Trainer
 
+from ..expandable_segments import in_use as expandable_in_use
 from ..log import logger
-from .fakes import Target, fake_training
+from .cards import parse_size, present_card
+from .fakes import Target, fake_training, forget_tables
+from .needs import CONTEXT, OUTSIDE, OUTSIDE_BYTES, allocator_bytes
 from .rehearsal import Progress, Record, rehearse
 
 GIB = 2**30
-
-# What a card has to have besides what tensors take. Neither has been measured by us: the first is what CUDA's context
-# and the libraries' work spaces are commonly said to take on consumer cards, the second an allowance for blocks of the
-# allocator that are free but in the wrong places, with PYTORCH_ALLOC_CONF=expandable_segments:True.
-CONTEXT_BYTES = GIB // 2
-FRAGMENTATION = 0.03
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,26 +50,49 @@ class MemoryPlan:
     """How long the plan took."""
     parameters: int
     """How many numbers the model has."""
+    expandable_bytes: int
+    """The most that torch's allocator takes of a card with expandable segments, by a model of it."""
+    segmented_bytes: int
+    """The same without them."""
+    expandable: bool = True
+    """Which of both is this machine's: what commands set, where they work."""
     tokens_per_step: int | None = None
     """The largest number of tokens in an optimizer step, where it is known."""
     vram_bytes: int | None = None
     """The card's memory, where it is known."""
+    free_bytes: int | None = None
+    """What others leave of it, where it is this machine's."""
     notes: tuple[str, ...] = ()
     """What was assumed in place of something that was not there."""
 
     @property
+    def reserved_bytes(self) -> int:
+        """What torch's allocator takes of the card: the peak, and what it has of blocks that are free."""
+        return self.expandable_bytes if self.expandable else self.segmented_bytes
+
+    @property
     def needed_bytes(self) -> int:
-        """The memory that a card needs for it: the peak, fragmentation of the allocator, CUDA's context."""
-        return needed_bytes(self.peak_bytes)
+        """The memory that a card has to have for it: what torch's allocator takes, and what is outside of that."""
+        return self.reserved_bytes + OUTSIDE_BYTES
 
     @property
     def fits(self) -> bool | None:
         """Whether it fits into the card's memory; `None` where that is not known."""
         return None if self.vram_bytes is None else self.needed_bytes <= self.vram_bytes
 
+    @property
+    def fits_now(self) -> bool | None:
+        """Whether it fits into what is free of this machine's card; `None` where the card is another."""
+        return None if self.free_bytes is None else self.needed_bytes <= self.free_bytes
+
     def as_dict(self) -> dict[str, Any]:
-        """The fields, `needed_bytes` and `fits`, for JSON."""
-        return {**dataclasses.asdict(self), "needed_bytes": self.needed_bytes, "fits": self.fits}
+        """The fields, what a card needs and of what, and whether it fits, for JSON."""
+        found = ("reserved_bytes", "needed_bytes", "fits", "fits_now")
+        return {
+            **dataclasses.asdict(self),
+            **{name: getattr(self, name) for name in found},
+            "outside_bytes": dict(OUTSIDE),
+        }
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {in_gib(size)}" for name, size in self.breakdown.items() if size >= GIB / 100)
@@ -82,32 +100,15 @@ class MemoryPlan:
         if self.vram_bytes is None:
             return f"{line}; needs a card of {in_gib(self.needed_bytes)}"
         verdict = "fits" if self.fits else "does not fit"
-        return f"{line}; {verdict} into {in_gib(self.vram_bytes)}, needs {in_gib(self.needed_bytes)}"
-
-
-def needed_bytes(peak_bytes: int) -> int:
-    """The memory that a card needs for a peak: with fragmentation of the allocator and CUDA's context."""
-    return int(peak_bytes * (1 + FRAGMENTATION)) + CONTEXT_BYTES
+        verdict = f"{line}; {verdict} into {in_gib(self.vram_bytes)}, needs {in_gib(self.needed_bytes)}"
+        if self.fits and self.fits_now is False and self.free_bytes is not None:
+            return f"{verdict}, but only {in_gib(self.free_bytes)} are free"
+        return verdict
 
 
 def in_gib(nbytes: int) -> str:
     """A size in GiB, to two places."""
     return f"{nbytes / GIB:.2f} GiB"
-
-
-_UNITS = {"": GIB, "k": 2**10, "m": 2**20, "g": GIB, "t": 2**40}
-
-
-def parse_size(text: str) -> int:
-    """The bytes of `24GiB`, `24GB`, `24G` or `24`: all the same, since a card that is sold with 24 GB has 24 GiB.
-
-    Raises:
-        ValueError: it is no size.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", text.strip().lower())
-    if match is None or float(match[1]) == 0:
-        raise ValueError(f"A memory size reads 24GiB, 16GB or 22528MiB, but was given {text!r}.")
-    return int(float(match[1]) * _UNITS[match[2]])
 
 
 def plan(
@@ -125,7 +126,8 @@ def plan(
     Args:
         make_trainer: makes the Trainer, which is of no use afterwards. It is called where tensors are fake: a model
             that it makes, with or without `from_pretrained`, has no weights.
-        vram: the card's memory in bytes, or as text (`"24GiB"`); by default that of the GPU, if there is one.
+        vram: the card: a name or label (`"4090"`, `"24GB"`), its memory as text (`"23.5GiB"`) or in bytes; by default
+            this machine's, if there is one.
         target: the device that the tensors stand for; `cpu` gives what the run takes on a CPU.
         progress: called with the phase and the number of the step.
 
@@ -135,7 +137,8 @@ def plan(
     """
     if target not in get_args(Target):
         raise ValueError(f"target has to be one of {', '.join(get_args(Target))}, but is {target!r}.")
-    vram = card_bytes() if vram is None else _bytes_of(vram)
+    card = None if vram is not None else present_card(OUTSIDE[CONTEXT])
+    total = _bytes_of(vram) if vram is not None else None if card is None else card.total
     start = time.perf_counter()
     with quiet(), fake_training(target) as fakes:
         trainer = make_trainer()
@@ -145,20 +148,16 @@ def plan(
         device = str(trainer.args.device)
         parameters = sum(param.numel() for param in trainer.model.parameters())
     stood_for = target if device.startswith(target) else f"{target} (stood in for by {device} tensors)"
-    return _summary(record, stood_for, time.perf_counter() - start, parameters, vram)
+    found = _summary(record, stood_for, start, parameters)
+    return dataclasses.replace(found, vram_bytes=total, free_bytes=None if card is None else card.free)
 
 
 def _bytes_of(vram: Any) -> int:
     if isinstance(vram, str):
         return parse_size(vram)
     if not isinstance(vram, int) or vram < 2**20:
-        raise ValueError(f"vram is a card's memory in bytes (24 * 2**30) or a text ('24GiB'), but was given {vram!r}.")
+        raise ValueError(f"vram is a card's memory in bytes (24 * 2**30) or a text ('24GB'), but was given {vram!r}.")
     return vram
-
-
-def card_bytes() -> int | None:
-    """The memory of this machine's GPU; `None` where there is none."""
-    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
 def measure(make_trainer: Callable[[], Trainer], *, progress: Progress | None = None) -> MemoryPlan:
@@ -172,15 +171,16 @@ def measure(make_trainer: Callable[[], Trainer], *, progress: Progress | None = 
         progress: called with the phase and the number of the step.
     """
     start = time.perf_counter()
+    forget_tables()  # those of an earlier training would not be seen
     with quiet():
         trainer = make_trainer()
         parameters = sum(param.numel() for param in trainer.model.parameters())
         record = rehearse(trainer, None, progress)
-    return _summary(record, str(trainer.args.device), time.perf_counter() - start, parameters, vram=None)
+    return _summary(record, str(trainer.args.device), start, parameters)
 
 
-def _summary(record: Record, device: str, seconds: float, parameters: int, vram: int | None) -> MemoryPlan:
-    peaks = record.tracker.peaks()
+def _summary(record: Record, device: str, start: float, parameters: int) -> MemoryPlan:
+    peaks, events = record.tracker.peaks(), record.tracker.events()
     return MemoryPlan(
         peak_bytes=peaks[0].nbytes,
         resident_bytes=record.resident_bytes,
@@ -188,9 +188,11 @@ def _summary(record: Record, device: str, seconds: float, parameters: int, vram:
         phase=peaks[0].phase,
         phase_peaks={peak.phase: peak.nbytes for peak in peaks},
         device=device,
-        seconds=seconds,
         parameters=parameters,
-        vram_bytes=vram,
+        expandable_bytes=allocator_bytes(events, expandable=True),
+        segmented_bytes=allocator_bytes(events, expandable=False),
+        expandable=expandable_in_use(),
+        seconds=time.perf_counter() - start,
     )
 
 

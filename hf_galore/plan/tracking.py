@@ -202,6 +202,10 @@ class StorageTracker(TorchDispatchMode):
 
     # ---- what there is to report
 
+    def events(self) -> Sequence[tuple[int, int]]:
+        """What was recorded, in its order: the number of a storage, and by how many bytes it grew or shrank."""
+        return self._events
+
     def peaks(self) -> list[Peak]:
         """The peak of each phase, highest first."""
         return sorted(self._peaks.values(), key=lambda peak: -peak.nbytes)

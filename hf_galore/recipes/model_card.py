@@ -9,7 +9,8 @@ from transformers import TrainingArguments
 
 from ..config import GaLoreConfig
 from ..integrations.trainer import KINDS, optim_name
-from ..plan.planner import CONTEXT_BYTES, FRAGMENTATION, GIB, MemoryPlan, in_gib
+from ..plan.needs import OUTSIDE_BYTES
+from ..plan.planner import GIB, MemoryPlan, in_gib
 from ..version import __version__
 
 TAG = "galore"
@@ -56,8 +57,9 @@ def _section(optim: str, args: TrainingArguments, plan: MemoryPlan | None) -> st
         lines += [
             "",
             f"The memory that these settings take, by `hf-galore plan`: a peak of {in_gib(plan.peak_bytes)} in the "
-            f"phase {plan.phase} ({parts}), for which a card needs {in_gib(plan.needed_bytes)} with "
-            f"{100 * FRAGMENTATION:g} % for fragmentation and {in_gib(CONTEXT_BYTES)} for CUDA's context.",
+            f"phase {plan.phase} ({parts}), for which a card needs {in_gib(plan.needed_bytes)}: "
+            f"torch's allocator takes {in_gib(plan.reserved_bytes)}, by a model of it, and CUDA and its libraries "
+            f"{in_gib(OUTSIDE_BYTES)} more.",
         ]
     return "\n".join(lines)
 

@@ -30,7 +30,8 @@ def plan_recipe(
     Args:
         recipe: its file, or what was parsed from one, which is of no use afterwards.
         overrides: for a file, `["--key", "value", ...]` as on the command line.
-        vram: the card's memory in bytes, or as text (`"24GiB"`); by default that of the GPU, if there is one.
+        vram: the card: a name or label (`"4090"`, `"24GB"`), its memory as text (`"23.5GiB"`) or in bytes; by default
+            this machine's, if there is one.
         target: the device that the tensors stand for; `cpu` gives what the run takes on a CPU.
         layers: how many layers the model is to have, instead of its own number.
         progress: called with the phase and the number of the step.

@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 from ..config import GaLoreConfig
-from ..plan.planner import MemoryPlan, needed_bytes
+from ..expandable_segments import in_use as expandable_in_use
+from ..plan.needs import needed_at_a_guess
+from ..plan.planner import MemoryPlan
 from .any_recipe import Arguments
 from .planning import plan_recipe
 from .stand_in import Shape
@@ -76,9 +78,15 @@ def search(
                 found = plan_recipe(parse(choice.overrides(config)), vram=vram)
                 return (choice, found) if found.fits else None
 
-            likely = [b for b in BATCHES if needed_bytes(estimate(Choice(rank, b, checkpointing))) <= vram]
+            def guessed(batch: int) -> int:
+                return needed_at_a_guess(
+                    estimate(Choice(rank, batch, checkpointing)),  # noqa: B023 - likewise
+                    expandable=expandable_in_use(),
+                )
+
+            likely = [batch for batch in BATCHES if guessed(batch) <= vram]
             start = max(len(likely) - 1, most[checkpointing])
-            if not likely and needed_bytes(estimate(Choice(rank, BATCHES[0], checkpointing))) > _HOPELESS * vram:
+            if not likely and guessed(BATCHES[0]) > _HOPELESS * vram:
                 continue
             best = None
             for batch in reversed(BATCHES[: start + 1]):

@@ -13,6 +13,7 @@ from hf_galore.plan.fakes import Target, fake_training
 REPLACED = [
     "transformers:PreTrainedModel.from_pretrained",
     "transformers:PreTrainedModel.save_pretrained",
+    "transformers:TrainingArguments.n_gpu",
     "transformers.masking_utils:is_tracing",
     "transformers.masking_utils:find_packed_sequence_indices",
     "transformers.masking_utils:fast_all",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 import importlib
@@ -33,7 +34,10 @@ from transformers import (
 import hf_galore.integrations.trl_head
 from hf_galore.integrations.trainer import is_registered
 from hf_galore.lowrank.quantize import _equal_steps
+from hf_galore.plan import planner
+from hf_galore.plan.cards import PresentCard
 from hf_galore.plan.fakes import fake_training
+from hf_galore.plan.needs import CONTEXT, OUTSIDE, OUTSIDE_BYTES
 from hf_galore.plan.planner import MemoryPlan, measure, plan
 from hf_galore.plan.rehearsal import LOW_RANK
 from hf_galore.plan.tracking import GRANULE
@@ -369,6 +373,12 @@ def test_a_plan_uses_no_tables_of_a_training(tmp_path: Path) -> None:
     assert not any(isinstance(table, FakeTensor) for table in tables())
 
 
+def test_a_measurement_uses_no_tables_of_a_training(tmp_path: Path) -> None:
+    make = sft(tmp_path, "galore_adamw_8bit_layerwise", optim_args=f"{OPTIM_ARGS}, proj_bits=8")
+    make().train()
+    assert measure(make).phase_peaks == measure(make).phase_peaks == plan(make, target="cpu").phase_peaks
+
+
 def test_a_plan_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     def fail() -> Trainer:
         trainer = sft(tmp_path, "galore_adamw_8bit")()
@@ -498,9 +508,9 @@ def test_the_planner_does_without_recipes_and_commands() -> None:
         ("x.yaml", {"overrides": ["--max_length", 5]}, "overrides is a list of texts"),
         ("x.yaml", {"layers": 0}, "layers has to be at least 1, but is 0"),
         (lambda: 5, {"layers": 1}, "overrides and layers are for a recipe"),
-        (lambda: 5, {"vram": 24}, r"in bytes \(24 \* 2\*\*30\) or a text \('24GiB'\), but was given 24"),
+        (lambda: 5, {"vram": 24}, r"in bytes \(24 \* 2\*\*30\) or a text \('24GB'\), but was given 24"),
         (lambda: 5, {"vram": -1}, "but was given -1"),
-        (lambda: 5, {"vram": "24 lightyears"}, "A memory size reads 24GiB"),
+        (lambda: 5, {"vram": "24 lightyears"}, "A card is given by its name, its label"),
         (lambda: 5, {"target": "gpu"}, "target has to be one of cuda, cpu, but is 'gpu'"),
         (lambda: 5, {}, "has to return a Trainer, but returned a int"),
     ],
@@ -511,7 +521,72 @@ def test_nonsense_is_refused_in_words(source: Any, options: dict[str, Any], word
 
 
 def test_the_card_may_be_given_as_text(tmp_path: Path) -> None:
-    assert hf_galore.plan(sft(tmp_path, "adamw_torch"), vram="24GiB").vram_bytes == 24 * 2**30
+    found = hf_galore.plan(sft(tmp_path, "adamw_torch"), vram="24GiB")
+    assert (found.vram_bytes, found.free_bytes, found.fits_now) == (24 * 2**30, None, None)
+
+
+def test_the_card_of_this_machine_and_what_is_free_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    present = PresentCard(2 * 2**30, 2**30)
+    asked = []
+
+    def present_card(context: int) -> PresentCard:
+        asked.append(context)
+        return present
+
+    monkeypatch.setattr(planner, "present_card", present_card)
+    found = plan(sft(tmp_path, "adamw_torch"))
+    assert asked == [OUTSIDE[CONTEXT]]
+    assert (found.vram_bytes, found.free_bytes) == present
+    assert (found.fits, found.fits_now) == (True, True)
+    almost = dataclasses.replace(found, free_bytes=found.needed_bytes)
+    assert almost.fits_now is True
+    full = dataclasses.replace(found, free_bytes=found.needed_bytes - 1)
+    assert (full.fits, full.fits_now) == (True, False)
+    assert str(full).endswith("GiB are free")
+    assert plan(sft(tmp_path, "adamw_torch"), vram="24GiB").free_bytes is None
+    assert asked == [OUTSIDE[CONTEXT]]
+
+
+def test_what_a_card_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "expandable_in_use", lambda: True)
+    found = plan(sft(tmp_path, "galore_adamw"))
+    assert found.expandable
+    assert found.peak_bytes < found.reserved_bytes == found.expandable_bytes
+    assert found.needed_bytes == found.reserved_bytes + OUTSIDE_BYTES
+    monkeypatch.setattr(planner, "expandable_in_use", lambda: False)
+    without = plan(sft(tmp_path, "galore_adamw"))
+    assert without.reserved_bytes == without.segmented_bytes == found.segmented_bytes
+    assert without.as_dict() | {"seconds": 0.0} == {
+        **dataclasses.asdict(without),
+        "seconds": 0.0,
+        "reserved_bytes": without.segmented_bytes,
+        "needed_bytes": without.segmented_bytes + OUTSIDE_BYTES,
+        "fits": None,
+        "fits_now": None,
+        "outside_bytes": dict(OUTSIDE),
+    }
+
+
+def test_the_allocator_of_a_plan_is_that_of_the_real_run(tmp_path: Path) -> None:
+    """Where nothing is left out of the plan, storages come and go in the same order."""
+    make = sft(tmp_path, "galore_adamw", functools.partial(llama, num_hidden_layers=1))
+    planned, measured = plan(make, target="cpu"), measure(make)
+    assert planned.expandable_bytes == measured.expandable_bytes
+    assert planned.segmented_bytes == measured.segmented_bytes
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "galore_adamw_layerwise"])
+def test_a_machine_with_two_cards(optim: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL refuses two cards for one process; a plan is of one."""
+    one = plan(sft(tmp_path, optim, use_cpu=False))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="DataParallel"):
+        sft(tmp_path, optim, use_cpu=False)()
+    two = plan(sft(tmp_path, optim, use_cpu=False))
+    assert two.phase_peaks == one.phase_peaks
+    assert two.needed_bytes == one.needed_bytes
+    with pytest.raises(ValueError, match="DataParallel"):  # what a plan replaces is back
+        sft(tmp_path, optim, use_cpu=False)()
 
 
 def test_the_package_is_its_function_each_time() -> None:

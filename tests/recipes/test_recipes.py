@@ -26,6 +26,7 @@ import hf_galore
 from hf_galore import GaLoreConfig
 from hf_galore.cli.main import main
 from hf_galore.integrations.target_modules import find_targets
+from hf_galore.plan.cards import parse_size
 from hf_galore.plan.planner import GIB, MemoryPlan
 from hf_galore.recipes import any_recipe, planning, run_record, stand_in
 from hf_galore.recipes.checks import galore_config
@@ -95,7 +96,7 @@ def test_llama2_trains_with_overrides_only(small: Embedded, tmp_path: Path) -> N
 # ---- what the headers say of memory
 
 # Most that a recipe may take, and the card that its header names.
-LIMITS = {"llama2_7b_oasst2.yaml": 18.5, "llama2_7b_oasst2_16gb.yaml": 14.8}
+LIMITS = {"llama2_7b_oasst2.yaml": 18.5, "llama2_7b_oasst2_16gb.yaml": 14.4}
 
 
 def planned(name: str, small: Embedded, *overrides: str) -> MemoryPlan:
@@ -126,7 +127,9 @@ def test_a_recipe_takes_the_memory_that_its_header_says(name: str, small: Embedd
     if name != "quickstart.yaml":
         card = re.search(r"on\s+(?:# )?one (\d+) GB card", text)
         assert card is not None
-        assert found.needed_bytes <= int(card[1]) * GIB
+        assert f"--vram {card[1]}GB " in text
+        assert found.expandable
+        assert found.needed_bytes <= parse_size(f"{card[1]}GB")  # less than the card is sold with
         assert found.tokens_per_step == tokens_per_step(name)
         assert found.breakdown["parameters"] > GIB / 16
         assert found.breakdown["moments"] > GIB / 16
@@ -138,7 +141,7 @@ def test_a_task_of_glue_takes_what_mrpc_takes(name: str) -> None:
     found, mrpc = (settings(recipes_folder() / one) for one in (name, "glue/roberta_base_mrpc.yaml"))
     differing = {key for key in mrpc if found[key] != mrpc[key]}
     assert differing <= {"task_name", "learning_rate", "output_dir"}
-    assert "--vram 8GiB # peak: 5.98 GiB\n" in (recipes_folder() / name).read_text(encoding="utf-8")
+    assert "--vram 8GB # peak: 5.98 GiB\n" in (recipes_folder() / name).read_text(encoding="utf-8")
 
 
 def tokens_per_step(name: str) -> int:
@@ -153,16 +156,41 @@ def tokens_per_step(name: str) -> int:
 @pytest.mark.parametrize(
     ("overrides", "most"),
     [
+        ([], 18.5),
         (["--max_grad_norm", "1"], 19.3),  # the Trainer's default
         (["--gradient_accumulation_steps", "4", "--per_device_train_batch_size", "4"], 19.4),
         (["--gradient_accumulation_steps", "4"], 20.6),  # four times as many tokens
     ],
-    ids=["clipped", "accumulated in parts", "accumulated"],
+    ids=["as it is", "clipped", "accumulated in parts", "accumulated"],
 )
 def test_llama2_fits_a_24_gb_card_every_way(overrides: list[str], most: float, small: Embedded) -> None:
     found = planned(LLAMA2.name, small, *overrides)
     assert found.peak_bytes <= most * GIB
-    assert found.needed_bytes <= 24 * GIB
+    assert found.needed_bytes <= parse_size("24GB") < parse_size("4090") < parse_size("3090")
+
+
+# What an H200 was measured with: low-rank gradients were held in 16 bits then.
+MEASURED_WITH = ["--optim_args", "rank=1024, update_proj_gap=200, scale=2, embedding_bits=8"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reserved"),
+    [
+        ([], 18.69),
+        (["--max_grad_norm", "1"], 21.08),
+        (["--gradient_accumulation_steps", "4", "--per_device_train_batch_size", "4"], 21.10),
+        (["--gradient_accumulation_steps", "4"], 22.38),
+    ],
+    ids=["as it is", "clipped", "accumulated in parts", "accumulated"],
+)
+def test_the_allocators_share_is_what_a_card_had(overrides: list[str], reserved: float, small: Embedded) -> None:
+    """Beside what torch's allocator was seen to reserve on an H200, in GiB: docs/cards.md."""
+    found = planned(LLAMA2.name, small, *MEASURED_WITH, *overrides)
+    # The work spaces of that card are larger by 48 MiB than what a plan counts.
+    assert found.expandable_bytes / GIB + 48 / 1024 == pytest.approx(reserved, rel=0.01)
+    if not overrides:
+        # Where nothing was evaluated, which by the model spares 0.25.
+        assert found.segmented_bytes / GIB + 48 / 1024 == pytest.approx(19.25 + 0.25, rel=0.01)
 
 
 @pytest.mark.parametrize(
