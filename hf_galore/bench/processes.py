@@ -14,21 +14,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..expandable_segments import use_expandable_segments
 from .jobs import OUT_OF_MEMORY, Failed, Job, Look, Measured, Planned
 
 Result = Look | Planned | Measured | Failed
 _KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Look, Planned, Measured, Failed)}
 
-# Either is read; torch 2.11 and 2.13 know both.
-ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-EXPANDABLE = "expandable_segments:True"
-
 
 def environment(inherited: Mapping[str, str]) -> dict[str, str]:
-    """What the processes inherit: one GPU, and segments that grow unless somebody has told the allocator otherwise."""
+    """What the processes inherit: one GPU, and expandable segments unless somebody has said otherwise."""
     own = dict(inherited)
-    if not any(own.get(name) for name in ALLOCATOR) and os.name != "nt":  # Windows has none
-        own[ALLOCATOR[0]] = EXPANDABLE
+    use_expandable_segments(own)
     # With several a Trainer would use all of them.
     own["CUDA_VISIBLE_DEVICES"] = own.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     own.setdefault("TOKENIZERS_PARALLELISM", "false")

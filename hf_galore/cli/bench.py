@@ -142,7 +142,7 @@ def _count(flag: str, text: str | None) -> int | None:
 
 
 def _size(text: str) -> int:
-    from ..plan.planner import parse_size
+    from ..plan.cards import parse_size
 
     try:
         return parse_size(text)
@@ -154,9 +154,9 @@ def _limited(job: Job, vram: int | None) -> Job:
     """The job with the memory that torch has on a card of that size."""
     if vram is None:
         return job
-    from ..plan.planner import CONTEXT_BYTES
+    from ..plan.needs import OUTSIDE_BYTES
 
-    return dataclasses.replace(job, limit_bytes=vram - CONTEXT_BYTES)
+    return dataclasses.replace(job, limit_bytes=vram - OUTSIDE_BYTES)
 
 
 # ---- while it runs
