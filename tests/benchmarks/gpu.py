@@ -24,11 +24,12 @@ from typing import Any, cast
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 from hf_galore.bench.jobs import Job
 from hf_galore.bench.session import begin, look_at, measure
 from hf_galore.cli.bench import show
+from hf_galore.lowrank.orthonormal import by_products, by_reflections, defect
 from hf_galore.lowrank.projection import Side, side_of
 from hf_galore.lowrank.quantize import dequantize_basis, quantize_basis
 from hf_galore.lowrank.refresh import new_bases
@@ -164,13 +165,6 @@ def card(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def cholesky_qr_twice(matrix: Tensor) -> Tensor:
-    for _ in range(2):
-        upper = torch.linalg.cholesky_ex(matrix.mT @ matrix, upper=True)[0]
-        matrix = torch.linalg.solve_triangular(upper, matrix, upper=True, left=False)
-    return matrix
-
-
 def refresh(args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for shape in MATRICES:
@@ -187,11 +181,14 @@ def refresh(args: argparse.Namespace) -> dict[str, Any]:
             lambda kept=kept, shape=tuple(basis.shape): dequantize_basis(kept, shape, 4, torch.bfloat16)  # type: ignore[misc]
         )
     tall = torch.randn(MATRICES[0][0], RANK, device=DEVICE)
-    found["QR, ms"] = milliseconds(lambda: torch.linalg.qr(tall))
-    found["Cholesky QR twice, ms"] = milliseconds(lambda: cholesky_qr_twice(tall))
+    found["QR, ms"] = milliseconds(lambda: by_reflections(tall))
+    for runs in (2, 3):
+        found[f"Cholesky QR, {runs} runs, ms"] = milliseconds(lambda runs=runs: by_products(tall.clone(), runs))  # type: ignore[misc]
+        found[f"Cholesky QR, {runs} runs, defect as a share of what is allowed"] = defect(
+            by_products(tall.clone(), runs)
+        ).item()
+    found["the check of a basis, ms"] = milliseconds(lambda: defect(tall))
     found["4 bits of a basis, ms"] = milliseconds(lambda: quantize_basis(tall, 4, torch.bfloat16))
-    q = cholesky_qr_twice(tall)
-    found["Cholesky QR twice, ‖QᵀQ − I‖ max"] = (q.mT @ q - torch.eye(RANK, device=DEVICE)).abs().max().item()
     square = torch.randn(MATRICES[0], device=DEVICE)
     found["full SVD, ms"] = seconds_of(lambda: torch.linalg.svd(square, full_matrices=False)) * 1000
     return found
@@ -235,23 +232,25 @@ def counted_kernels(training: Training) -> tuple[int, float]:
 
 
 def host(args: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds a layer where the device has next to nothing to do."""
-    narrow = {**SMALL, "hidden_size": 256, "intermediate_size": 688}
-    found: dict[str, Any] = {}
-    for name, build in {
+    builds = {
         "bitsandbytes AdamW8bit": adamw_8bit,
         "GaLoreAdamW8bit, layerwise": galore(rank=64, gap=NEVER),
         "GaLoreAdamW8bit, layerwise, decayed": galore(rank=64, gap=NEVER, weight_decay=0.01),
-    }.items():
+    }
+    return {name: {"host ms a layer": host_ms_a_layer(build, args.rounds)} for name, build in builds.items()}
+
+
+def host_ms_a_layer(build: Build, rounds: int) -> float:
+    """The milliseconds a layer where the device has next to nothing to do."""
+    narrow = {**SMALL, "hidden_size": 256, "intermediate_size": 688}
+    middle = []
+    for layers in (4, 12):
         freed()
-        middle = []
-        for layers in (4, 12):
-            training = Training(layers, build, rows=1, length=16, **narrow)
-            for _ in range(3):
-                training.step()
-            middle.append(statistics.median(seconds_of(training.step) for _ in range(args.rounds)))
-        found[name] = {"host ms a layer": (middle[1] - middle[0]) / 8 * 1000}
-    return found
+        training = Training(layers, build, rows=1, length=16, **narrow)
+        for _ in range(3):
+            training.step()
+        middle.append(statistics.median(seconds_of(training.step) for _ in range(rounds)))
+    return (middle[1] - middle[0]) / 8 * 1000
 
 
 # ---- what is printed

@@ -14,11 +14,14 @@ import pytest
 pytest.importorskip("trl", reason="the recipes are for TRL")
 
 import hf_galore
+from hf_galore import MemoryPlan
 from tests.support.card import CAP, GIB, ON_CARD, RECIPE, ROOT, sized
 
 LAYERS = int(os.environ.get("HF_GALORE_CARD_LAYERS", sized("32", "2")))
 EXPANDABLE = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 TRAINING = ("forward", "backward", "update")
+# cuBLAS takes 32 MiB for each of the two threads that multiply on cards of compute capability 9 and 10; a plan counts 8.
+LARGER_WORK_SPACES = 48 * 2**20
 
 SITUATIONS: dict[str, dict[str, Any]] = {
     "as it is": {},
@@ -47,11 +50,14 @@ def figures_of(process: subprocess.Popen[str]) -> dict[str, Any]:
     return figures
 
 
-def planned(overrides: dict[str, Any]) -> int:
-    """The peak of the training itself."""
+def planned(overrides: dict[str, Any]) -> MemoryPlan:
     words = [word for key, value in overrides.items() for word in (f"--{key}", str(value))]
-    peaks = hf_galore.plan(RECIPE, overrides=words, layers=LAYERS).phase_peaks
-    return max(peaks[phase] for phase in TRAINING)
+    return hf_galore.plan(RECIPE, overrides=words, layers=LAYERS)
+
+
+def peak_of_training(plan: MemoryPlan) -> int:
+    """Without evaluations, of which there are none here."""
+    return max(plan.phase_peaks[phase] for phase in TRAINING)
 
 
 @pytest.mark.parametrize("situation", SITUATIONS)
@@ -65,8 +71,8 @@ def test_a_recipe_takes_what_its_plan_says(situation: str, record_property: Any)
     assert all(loss < 20 for loss in found["losses"])
     assert not [message for message in found["warnings"] if "plain torch is used" in message]
     if ON_CARD:
-        assert 0.97 * plan <= found["allocated"] <= 1.03 * plan
-        assert found["reserved"] <= 1.03 * found["allocated"]
+        assert found["allocated"] == pytest.approx(peak_of_training(plan), rel=0.03)
+        assert found["reserved"] <= plan.expandable_bytes + LARGER_WORK_SPACES
         assert found["seconds"][0] < 60
 
 
@@ -76,14 +82,14 @@ def test_without_expandable_segments_it_still_fits(record_property: Any) -> None
     found = figures_of(process)
     say("without expandable segments", plan, found, record_property)
     if ON_CARD:
-        assert found["reserved"] <= 1.06 * plan
+        assert found["reserved"] <= plan.segmented_bytes + LARGER_WORK_SPACES
 
 
-def say(situation: str, plan: int, found: dict[str, Any], record_property: Any) -> None:
+def say(situation: str, plan: MemoryPlan, found: dict[str, Any], record_property: Any) -> None:
     """For the reader of a run with `-rA` or `--junit-xml`."""
-    for key, value in {"plan": plan, **found}.items():
+    for key, value in {"plan": plan.as_dict(), **found}.items():
         record_property(key, value)
-    logging.getLogger(__name__).info("%s: plan %d, %s", situation, plan, json.dumps(found))
+    logging.getLogger(__name__).info("%s: planned %d, %s", situation, peak_of_training(plan), json.dumps(found))
 
 
 def test_a_plan_needs_no_card() -> None:
