@@ -20,7 +20,7 @@ from tests.support.card import CAP, GIB, ON_CARD, RECIPE, ROOT, sized
 LAYERS = int(os.environ.get("HF_GALORE_CARD_LAYERS", sized("32", "2")))
 EXPANDABLE = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 TRAINING = ("forward", "backward", "update")
-# cuBLAS takes 32 MiB for each of the two threads that multiply on cards of compute capability 9 and 10; a plan counts 8.
+# For each of two threads cuBLAS takes 32 MiB on cards of compute capability 9 and 10; a plan counts 8, as on others.
 LARGER_WORK_SPACES = 48 * 2**20
 
 SITUATIONS: dict[str, dict[str, Any]] = {
