@@ -3,7 +3,8 @@
 The script runs in a fresh interpreter that takes this process's place, so that everything is as it is without us:
 `__main__`, `sys.argv`, `sys.path`, tracebacks, exit status, signals, and what the script sets before it imports
 transformers. What differs is the first folder in PYTHONPATH, whose sitecustomize.py registers the optimizers, in that
-interpreter and in those that it starts: `trl sft` and `accelerate launch` train in child processes.
+interpreter and in those that it starts (`trl sft` and `accelerate launch` train in child processes), and that torch is
+asked for expandable segments, as by hf-galore's own commands.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..config import nearest
+from ..expandable_segments import use_expandable_segments
 from ..recipes.errors import UserError
 from ..version import __version__
 
@@ -134,11 +136,13 @@ def interpreter_options(orig_argv: Sequence[str], arguments: Sequence[str]) -> l
 
 
 def environment(inherited: Mapping[str, str]) -> dict[str, str]:
-    """`inherited`, with the folder of our sitecustomize.py at the front of PYTHONPATH."""
+    """`inherited`, with the folder of our sitecustomize.py at the front of PYTHONPATH, and expandable segments."""
     before = inherited.get("PYTHONPATH")
     folders = before.split(os.pathsep) if before else []
     ours = str(BOOTSTRAP)
-    return {**inherited, "PYTHONPATH": os.pathsep.join([ours, *(folder for folder in folders if folder != ours)])}
+    own = {**inherited, "PYTHONPATH": os.pathsep.join([ours, *(folder for folder in folders if folder != ours)])}
+    use_expandable_segments(own)
+    return own
 
 
 # ---- what there is to run

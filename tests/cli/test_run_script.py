@@ -21,6 +21,7 @@ import yaml
 
 from hf_galore.cli import run_script
 from hf_galore.cli.run_script import BOOTSTRAP, environment, interpreter_options, main, python_arguments
+from hf_galore.expandable_segments import SETTING, VARIABLE, supported
 from hf_galore.recipes.embedded_model import CACHE_VARIABLE, embedded
 from hf_galore.recipes.errors import UserError
 
@@ -234,9 +235,11 @@ def test_options_of_python_stay(command: str, options: str) -> None:
 def test_pythonpath_gets_our_folder_once_and_keeps_the_rest() -> None:
     ours, mine = str(BOOTSTRAP), os.pathsep.join(["mine", "", "yours"])
     assert (BOOTSTRAP / SITECUSTOMIZE).is_file()
-    assert environment({"HOME": "h"}) == {"HOME": "h", "PYTHONPATH": ours}
+    settings = {VARIABLE: SETTING} if supported() else {}
+    assert environment({"HOME": "h"}) == {"HOME": "h", "PYTHONPATH": ours, **settings}
+    assert environment({VARIABLE: "backend:native"})[VARIABLE] == "backend:native"
     once = environment({"PYTHONPATH": mine})
-    assert once == {"PYTHONPATH": os.pathsep.join([ours, mine])}
+    assert once == {"PYTHONPATH": os.pathsep.join([ours, mine]), **settings}
     assert environment(once) == once
 
 
