@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..config import RefreshMethod
-from .orthonormal import TINY, Factorisation, orthonormal
+from .orthonormal import TINY, Factorisation, orthonormal, precise_product
 from .projection import (
     Bases,
     Gradient,
@@ -133,7 +133,7 @@ def randomized_bases(
     # Its right singular vectors from a small symmetric matrix: an SVD of n × size would cost more than all the rest.
     _, vectors = torch.linalg.eigh(within.mT @ within)
     vectors = vectors.flip(-1)[:, :rank]
-    left = range_basis @ vectors
+    left = precise_product(range_basis, vectors)
     return Bases(left, _orthonormal(within @ vectors, factorisation) if side == "full" else None)
 
 

@@ -105,14 +105,32 @@ def defect(basis: Tensor) -> Tensor:
 
 
 def gram(matrix: Tensor) -> Tensor:
-    """MᵀM, r × r, in full precision even where products of float32 matrices are computed in TF32.
-
-    There M is taken apart into C + F, C with no more bits than TF32 has, so that products of C are exact; what rounding
-    does to those of F, which is 2⁻¹¹ of M, is no more than float32's own. FᵀF is as small.
-    """
-    if matrix.dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision in ("none", "ieee"):
+    """MᵀM, r × r, in full precision even where products of float32 matrices are computed in TF32."""
+    if not _may_be_rounded(matrix):
         return matrix.mT @ matrix
-    coarse = matrix.view(torch.int32).add(_HALF).bitwise_and_(~_LEFT_OUT).view(torch.float32)
-    fine = matrix - coarse
+    coarse, fine = _apart(matrix)
     mixed = coarse.mT @ fine
     return (coarse.mT @ coarse).add_(mixed).add_(mixed.mT)
+
+
+def precise_product(a: Tensor, b: Tensor) -> Tensor:
+    """AB, in full precision even where products of float32 matrices are computed in TF32."""
+    if not _may_be_rounded(a):
+        return a @ b
+    (coarse_a, fine_a), (coarse_b, fine_b) = _apart(a), _apart(b)
+    return (coarse_a @ coarse_b).addmm_(coarse_a, fine_b).addmm_(fine_a, coarse_b)
+
+
+def _may_be_rounded(matrix: Tensor) -> bool:
+    """Whether products of a matrix may be computed in TF32."""
+    return matrix.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision not in ("none", "ieee")
+
+
+def _apart(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """A float32 matrix M as a sum of two, of which the first has no more bits than TF32 has.
+
+    Products of the first parts are then exact; what rounding does to those with the second, which is 2⁻¹¹ of M, is no
+    more than float32's own. The products of two second parts are as small.
+    """
+    coarse = matrix.view(torch.int32).add(_HALF).bitwise_and_(~_LEFT_OUT).view(torch.float32)
+    return coarse, matrix - coarse

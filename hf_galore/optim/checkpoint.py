@@ -28,8 +28,9 @@ def saving(optimizer: GaLoreOptimizer) -> Iterator[None]:
     """Let `state_dict()` of torch's optimizer, within, give what a checkpoint is to have.
 
     The gradients of a window that has not had its step are not saved, and so its refreshes are to come: the state is
-    as it was before them.
+    as it was before them. Updates that only the device knew to be skipped are counted, for which the host waits.
     """
+    optimizer.skipped_updates()
 
     def complete(_: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
         saved[FORMAT_KEY] = FORMAT
@@ -55,6 +56,7 @@ def loading(optimizer: GaLoreOptimizer) -> Iterator[None]:
     Torch would cast every floating-point tensor to the dtype of its parameter: float32 moments of bfloat16 weights
     would lose their lower half.
     """
+    optimizer.skipped_updates()  # of the state that is there, not of the one to come
     copies: list[Copy] = []
     state = optimizer.state
 

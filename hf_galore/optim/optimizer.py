@@ -27,7 +27,7 @@ from .groups import GaLoreOptions as GaLoreOptions
 from .groups import check_gradient_bits, check_group_keys, check_options, split_groups, with_seeds
 from .names import Names
 from .report import Journal, Memory, refresh_figures
-from .skipped import Skipped
+from .skipped import Skipped, uncount
 from .target import Target, forget_phases, make
 from .trained import Place, Trained
 
@@ -319,8 +319,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         """The updates skipped so far because a gradient was not finite, by parameter. Waits for the device."""
         skipped = self.journal.skipped
         for param, times in skipped.read().items():
-            # Counted as made, because only the device knew better.
-            self.state[param]["step"] = self.state[param]["step"] - times
+            uncount(self.state.get(param, {}), times)
         return {self.name_of(param): found for param, found in skipped.known().items()}
 
     def warn_of_skipped(self) -> None:

@@ -2,7 +2,7 @@
 
 On a GPU only the device knows. The norms of a step's gradients are looked at together, at the step's end, in a few
 kernels for all parameters; the counts of updates, which are the host's, are put right when it next waits for the device
-anyway: with a Trainer's log.
+anyway: with a Trainer's log, with a checkpoint, and for a target with a refresh, whose place among its updates is kept.
 """
 
 from __future__ import annotations
@@ -86,6 +86,26 @@ class SkippedUpdates:
             self._records[update.param] = record
         return record
 
+    def uncounted(self, param: Tensor) -> Tensor | None:
+        """What `read` would read of a parameter, for whoever waits for its device anyway, and then calls `settle`.
+
+        Returns:
+            2 numbers on the parameter's device; `None` where there are none.
+        """
+        record = self._records.get(param)
+        if record is None or record.times.device != param.device or not has_numbers(record.times):
+            return None
+        return torch.stack(record)
+
+    def settle(self, param: Tensor, times: float, first_step: float) -> int:
+        """Note what was read of a parameter. Returns the updates that were skipped but counted as made."""
+        if times:
+            self.note_known(param, int(first_step), int(times))
+            record = self._records[param]
+            record.times.zero_()
+            record.first_step.fill_(_NEVER)
+        return int(times)
+
     def read(self) -> dict[Tensor, int]:
         """The updates that were skipped since the last time but counted as made, by parameter. Waits for devices."""
         self.count()
@@ -94,17 +114,21 @@ class SkippedUpdates:
         for records in _grouped((record.times.device, (param, record)) for param, record in with_numbers).values():
             # Of all parameters in one: each read of its own would wait for the device again.
             numbers = torch.stack([number for _, record in records for number in record]).view(-1, 2).tolist()
-            for (param, record), (count, first) in zip(records, numbers, strict=True):
-                if count:
-                    found[param] = int(count)
-                    self.note_known(param, int(first), int(count))
-                    record.times.zero_()
-                    record.first_step.fill_(_NEVER)
+            for (param, _), (times, first_step) in zip(records, numbers, strict=True):
+                if self.settle(param, times, first_step):
+                    found[param] = int(times)
         return found
 
     def known(self) -> dict[Tensor, Skipped]:
         """The parameters with skipped updates, as far as the host knows."""
         return dict(self._known)
+
+
+def uncount(state: dict[str, Tensor], times: int) -> None:
+    """Take back the count of updates that a parameter's state has as made; nothing of a state that is gone."""
+    if times and "step" in state:
+        # A state may have been made anew since. Out of place, as it is counted.
+        state["step"] = (state["step"] - times).clamp(min=0)
 
 
 def _grouped(pairs: Iterable[tuple[Key, Value]]) -> dict[Key, list[Value]]:

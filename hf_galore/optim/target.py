@@ -43,6 +43,7 @@ from .bases import (
 )
 from .groups import is_target
 from .report import Refresh, Stopwatch
+from .skipped import uncount
 from .trained import FullRank, Owner, Place, Trained, decay_of
 
 
@@ -160,7 +161,11 @@ class Target(Trained):
 
     @torch.no_grad()
     def new_basis(self, gradient: Gradient) -> NewBasis:
-        """Bases from a gradient, and its low-rank gradient in them. Changes nothing; waits for the device once."""
+        """Bases from a gradient, and its low-rank gradient in them. Waits for the device once.
+
+        Changes nothing but the count of updates, if only the device knew that some were skipped: the steps at which
+        bases are refreshed are right.
+        """
         watch = Stopwatch(self.param.device)
         state, method = self.state, self.group["refresh"]
         old = None if refreshed_at(state) == NEVER else self.bases()
@@ -193,8 +198,14 @@ class Target(Trained):
         new = self._layout.read(kept, self.param.dtype)
         low_rank = project(gradient, new)
         figures = figures_of(gradient, low_rank, new, old, computed, check)
+        skipped = self.owner.journal.skipped
+        uncounted = skipped.uncounted(self.param)
+        asked = figures if uncounted is None else torch.cat([figures, uncounted.to(figures.dtype)])
         # The one time that a refresh waits for the device.
-        return kept, low_rank, [value.item() for value in figures.cpu().unbind()]
+        found = [value.item() for value in asked.cpu().unbind()]
+        if uncounted is not None:
+            uncount(self.state, skipped.settle(self.param, *found[-2:]))
+        return kept, low_rank, found[: len(figures)]
 
     @torch.no_grad()
     def use_basis(self, made: NewBasis, version: BasisVersion, *, keep: bool) -> Before:

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_galore import GaLoreAdamW
+from hf_galore.config import RefreshMethod
 from hf_galore.lowrank import methods, orthonormal
-from hf_galore.lowrank.orthonormal import by_products, by_reflections, defect, gram
+from hf_galore.lowrank.orthonormal import Factorisation, by_products, by_reflections, defect, gram
 from hf_galore.lowrank.projection import Bases, FactoredGradient, Side, project
 from hf_galore.lowrank.refresh import new_bases
 from hf_galore.optim.target import Target
-from tests.lowrank.test_refresh import SIDES, drifted, random, random_orthonormal, with_spectrum
+from tests.lowrank.test_refresh import SIDES, drifted, power_law, random, random_orthonormal, with_spectrum
 from tests.support.helpers import assert_identical, target_of
 
 SMALLER = 192
@@ -124,7 +125,7 @@ class TF32(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name in ("mm", "linalg_solve_triangular"):
             args = (*map(self.rounded, args[:2]), *args[2:])
-        elif name == "addmm":
+        elif name in ("addmm", "addmm_"):
             args = (args[0], *map(self.rounded, args[1:3]), *args[3:])
         return func(*args, **(kwargs or {}))
 
@@ -165,6 +166,19 @@ def test_products_are_orthonormal_in_tf32(condition: float, runs: int, monkeypat
     assert true_defect(basis) <= 2e-6
     assert found <= 0.2
     assert not true_defect(careless) <= 1e-5
+
+
+@pytest.mark.usefixtures("in_tf32")
+@pytest.mark.parametrize("way", ["products", "reflections"])
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("method", ["subspace", "randomized", "random"])
+def test_refreshes_are_orthonormal_in_tf32(method: RefreshMethod, side: Side, way: Factorisation) -> None:
+    """Else each of them would be computed twice, and the second time no better."""
+    gradient = power_law((256, SMALLER), 1)
+    with TF32():
+        first = new_bases(gradient, side, 48, method, None, factorisation=way)
+        second = new_bases(gradient, side, 48, method, first, factorisation=way)
+    assert all(true_defect(basis) <= 4e-6 for basis in (*first, *second) if basis is not None)
 
 
 # ---- refreshes
