@@ -51,7 +51,7 @@ class Adam(Rule):
         if skip.known is None and exp_avg.dtype == torch.float32 and kernels.fused("adam_32bit_", weight, weight.dtype):
             own.adam_32bit_(weight, gradient, exp_avg, exp_avg_sq, now, skip.norm)
         elif weight.dtype == exp_avg.dtype:
-            adam_(weight, gradient.contiguous(), exp_avg, exp_avg_sq, now, skip.flag)
+            adam_(weight, gradient.to(weight.dtype).contiguous(), exp_avg, exp_avg_sq, now, skip.flag)
         else:
             return False
         return True
