@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from ..lowrank import nonfinite
 from .held import Held8bit, linear_part, zeros_like
 from .stand_in import LowRankTensor, StandIn, UncommittedRefresh, in_backward
 
@@ -285,8 +286,9 @@ def _scale_all(method: str, func: Any, gradients: Sequence[Tensor], factor: Any)
             continue
         together.setdefault((gradient.device, gradient.dtype), []).append(gradient)
     for (_, dtype), tensors in together.items():
-        # Of another dtype than theirs, a factor would be multiplied with one by one; it is rounded in any case.
-        getattr(torch, f"_foreach_{method}")(tensors, factor.to(dtype) if isinstance(factor, Tensor) else factor)
+        # A GPU would round the factor to their dtype in any case, and take them one by one where it has another.
+        rounded = isinstance(factor, Tensor) and not nonfinite.host_knows(tensors[0])
+        getattr(torch, f"_foreach_{method}")(tensors, factor.to(dtype) if rounded else factor)
     return None
 
 

@@ -52,4 +52,5 @@ def clip_(gradients: Sequence[Tensor], norm: Tensor, max_norm: float) -> None:
     for gradient in gradients:
         alike.setdefault((gradient.device, gradient.dtype), []).append(gradient)
     for (device, dtype), some in alike.items():
-        torch._foreach_mul_(some, factor.to(device, dtype))
+        # A GPU would round the factor to their dtype in any case, and take them one by one where it has another.
+        torch._foreach_mul_(some, factor.to(device, None if nonfinite.host_knows(some[0]) else dtype))
