@@ -20,6 +20,9 @@ SETTING = "expandable_segments:True"
 # "unknown error", on Jetson boards as "out of memory". Elsewhere than on Linux torch warns, and has none.
 _NOT_ON = ("microsoft", "tegra")
 
+# CUDA's own allocator in place of torch's: the setting is read, and does nothing.
+_OTHER_ALLOCATOR = re.compile(r"\bbackend\s*:\s*cudaMallocAsync\b")
+
 
 def supported() -> bool:
     """Whether they work on this machine."""
@@ -47,6 +50,11 @@ def use_expandable_segments(environ: MutableMapping[str, str] = os.environ) -> s
     name, value = given
     if _asks(value):
         return None
+    if _OTHER_ALLOCATOR.search(value):
+        return (
+            f"{name}={value} asks for CUDA's own allocator, which has no expandable segments, and plans are not for "
+            f"it: what it takes is not measured. {name}={SETTING} has torch's."
+        )
     return (
         f"{name}={value} leaves expandable segments off, and torch's allocator takes about 4 % more of the card; "
         f"{name}={','.join([*_without_ours(value), SETTING])} has them."
@@ -59,6 +67,8 @@ def _given(environ: Mapping[str, str]) -> tuple[str, str] | None:
 
 
 def _asks(value: str) -> bool:
+    if _OTHER_ALLOCATOR.search(value):
+        return False
     found = re.findall(r"\bexpandable_segments\s*:\s*(\w+)", value)
     return bool(found) and found[-1] == "True"
 

@@ -73,6 +73,17 @@ def test_settings_of_the_users_own_are_kept_and_it_is_said_what_they_leave_off(
     assert in_use({name: advised})
 
 
+@pytest.mark.parametrize("value", ["backend:cudaMallocAsync", "expandable_segments:True,backend : cudaMallocAsync"])
+def test_another_allocator_has_none_whatever_is_asked_for(value: str) -> None:
+    environ = {VARIABLE: value}
+    assert not in_use(environ)
+    advice = use_expandable_segments(environ)
+    assert environ == {VARIABLE: value}
+    assert advice is not None
+    assert "asks for CUDA's own allocator, which has no expandable segments" in advice
+    assert advice.endswith(f"{VARIABLE}=expandable_segments:True has torch's.")
+
+
 @pytest.mark.parametrize(
     "environ",
     [{OLDER_VARIABLE: "max_split_size_mb:128,expandable_segments:True"}, {VARIABLE: "expandable_segments: True"}],

@@ -154,6 +154,12 @@ class BackwardHooks:
 
     def detach(self) -> None:
         """Take the hooks off the model, and forget what they hold."""
+        # What has updated weights is not dropped here: nobody is to believe that it could have been.
+        updated = [window for window in self._present() if window.has_updated]
+        if updated:
+            self.notices.half_done(updated[0].trained.name)
+        for window in updated:
+            window.start()
         self.drop_gradients()
         _remove(self._handles)
         self._start_windows()

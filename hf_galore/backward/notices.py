@@ -51,6 +51,18 @@ class Notices:
             projecting,
         )
 
+    def half_done(self, name: str) -> None:
+        """Warn that the hooks go between a backward pass and its step.
+
+        Args:
+            name: of a weight that has been updated.
+        """
+        logger.warning(
+            "Training stopped in the middle of a step: it has updated some weights already (%s for one), others "
+            "perhaps not. Checkpoints are of whole steps.",
+            name,
+        )
+
     def compiled(self) -> None:
         """Warn that compiling the model gains little, and what it may cost."""
         if not self._is_new("compiled"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -28,6 +29,14 @@ COMMANDS = {
 WITHOUT_CARD = ("plan",)
 
 USER_ERROR = 2
+
+# On processors with AVX512-BF16 bitsandbytes warns, whenever it is imported, that it has no CPU kernel for matrices in
+# 4 bits. Nothing here multiplies such.
+_BESIDE_THE_POINT = "Failed to load CPU gemm_4bit_forward"
+
+
+def _to_the_point(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(_BESIDE_THE_POINT)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -61,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         goes wrong is a bug and keeps its traceback.
     """
     prog = "hf-galore"
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_to_the_point)
     try:
         chosen = _parser().parse_args(argv)
         prog = f"hf-galore {chosen.command}"

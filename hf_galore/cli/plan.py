@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..plan.cards import parse_size, present_card
+from ..plan.cards import DESKTOP, DESKTOP_GIB, parse_size, present_card
 from ..plan.needs import CONTEXT, OUTSIDE
 from ..plan.planner import MemoryPlan
 from ..plan.rehearsal import EVALUATION, SAVING, STEPS, Progress
@@ -38,7 +38,6 @@ other options are those of hf-galore sft, below, and override what the recipe sa
 
 FITS, DOES_NOT_FIT = 0, 1
 NO_CARD = "give --vram 4090, or 24GB, for a verdict"
-DESKTOP = "0.3 to 1 GiB"  # as is commonly said
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -190,7 +189,13 @@ def _verdict(found: MemoryPlan, name: str) -> str:
         return f"{name} does not fit: it needs {size(needed)} of a card's {size(card)}, {size(needed - card)} too much."
     verdict = f"{name} fits: it needs {size(needed)} of a card's {size(card)}"
     if free is None:
-        return f"{verdict}, and leaves {size(card - needed)}. A desktop, which takes {DESKTOP}, is not counted."
+        room = f"{verdict}, and leaves {size(card - needed)}"
+        if card - needed < DESKTOP_GIB[0] * 2**30:
+            return (
+                f"{room}: too little for a desktop, which takes {DESKTOP}. Give the screen to another GPU, or log in "
+                "without one (ssh)."
+            )
+        return f"{room}. A desktop, which takes {DESKTOP}, is not counted."
     if found.fits_now:
         return f"{verdict}, of which {size(free)} are free now."
     return (

@@ -26,6 +26,7 @@ from transformers import (
 from trl import SFTTrainer
 
 from ..recipes import sft
+from ..recipes.checkpoints import last_checkpoint
 from ..recipes.config_file import key_of
 from ..recipes.embedded_model import conversations, embedded, is_asked_in, split
 from ..recipes.errors import UserError
@@ -35,6 +36,7 @@ from ..recipes.run_record import optimizer_bytes
 from ..recipes.sft import RecordedSFTTrainer
 from ..recipes.training import run_recorded
 from .interrupts import stoppable
+from .training_command import how_to_go_on
 
 PROG = "hf-galore quickstart"
 ABOUT = """Train a small chat model on this machine, without downloads, and talk to it. It does what
@@ -66,7 +68,9 @@ def run(arguments: Sequence[str]) -> int:
         if item.startswith("--") and key_of(item) in _OWN:
             raise UserError(f"{item} is not for the quickstart, which makes its own. For yours: hf-galore sft --help.")
     console = Console()
-    with stoppable(lambda: f"interrupted; nothing was saved. Run {PROG} again."):
+    # Parsed without model and data first: a mistake, or --help, is found before anything is made.
+    output_dir = sft.parse(["--config", str(_recipe()), *arguments], PROG, ABOUT).training.output_dir
+    with stoppable(lambda: _how_to_go_on(arguments, output_dir)):
         trainer = _train(arguments, console)
     answers = ask(Path(trainer.args.output_dir), trainer.args.device)
     train, _ = split(conversations())
@@ -78,15 +82,22 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _recipe() -> Path:
+    return recipes_folder() / QUICKSTART
+
+
+def _how_to_go_on(arguments: Sequence[str], output_dir: str) -> str:
+    if last_checkpoint(Path(output_dir)) is None:  # its recipe writes none
+        return f"interrupted; nothing was saved. Run {PROG} again."
+    return how_to_go_on(PROG, arguments, output_dir)
+
+
 def _train(arguments: Sequence[str], console: Console) -> SFTTrainer:
     _hide_progress_of_libraries()
     _limit_threads()
-    config = recipes_folder() / QUICKSTART
-    # Parsed without model and data first: a mistake, or --help, is found before anything is made.
-    sft.parse(["--config", str(config), *arguments], PROG, ABOUT)
     made = embedded()
     own = ["--model_name_or_path", str(made.model), "--dataset_name", str(made.data)]
-    parsed = sft.parse(["--config", str(config), *own, *arguments], PROG, ABOUT)
+    parsed = sft.parse(["--config", str(_recipe()), *own, *arguments], PROG, ABOUT)
 
     def make() -> RecordedSFTTrainer:
         trainer = sft.make_trainer(parsed)

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..config import GaLoreConfig
+from ..plan.cards import DESKTOP
 from ..plan.planner import GIB, MemoryPlan, in_gib
 from ..recipes.checks import galore_config
 from ..recipes.errors import UserError
@@ -93,7 +94,7 @@ def _show(found: Sequence[tuple[Choice, MemoryPlan]], config: GaLoreConfig, vram
     console.print(
         Text(
             "Bases in 4 bits (proj_bits=4): more bits cost memory and gain nothing that could be measured. TRL "
-            "computes the loss in chunks in any case."
+            f"computes the loss in chunks in any case. A desktop, which takes {DESKTOP}, is not counted."
         ),
         soft_wrap=True,
     )

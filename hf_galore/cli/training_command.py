@@ -39,7 +39,7 @@ def train(prog: str, arguments: Sequence[str], parsed: Arguments) -> RecordedTra
         UserError: something that was given is wrong.
         Stopped: Ctrl-C.
     """
-    with stoppable(lambda: _how_to_go_on(prog, arguments, parsed.training.output_dir)):
+    with stoppable(lambda: how_to_go_on(prog, arguments, parsed.training.output_dir)):
         return training.run(parsed)
 
 
@@ -53,15 +53,16 @@ def train_and_say(
     return 0
 
 
-def _how_to_go_on(prog: str, arguments: Sequence[str], output_dir: str) -> str:
+def how_to_go_on(prog: str, arguments: Sequence[str], output_dir: str) -> str:
+    """What to say after Ctrl-C: the command that goes on from the last whole checkpoint, if there is one."""
     last = last_checkpoint(Path(output_dir))
     if last is None:
         return (
             f"interrupted; {output_dir} holds no checkpoint yet, so run the same command again. save_steps says how "
             "often one is written."
         )
-    command = shlex.join(_without_resume(arguments))
-    return f"interrupted; go on from {last} with: {prog} {command} --resume_from_checkpoint"
+    command = shlex.join([*prog.split(), *_without_resume(arguments), "--resume_from_checkpoint"])
+    return f"interrupted; go on from {last} with: {command}"
 
 
 def _without_resume(arguments: Sequence[str]) -> list[str]:

@@ -16,6 +16,10 @@ from ..config import nearest
 
 _GIB = 2**30
 
+DESKTOP_GIB = (0.3, 1)
+"""What a desktop takes of a card, at least and at most, as is commonly said."""
+DESKTOP = f"{DESKTOP_GIB[0]} to {DESKTOP_GIB[1]} GiB"
+
 
 class Card(NamedTuple):
     """A card that can be bought."""
@@ -84,7 +88,8 @@ def labelled_bytes(sold: float) -> int:
 
 
 _EXACT = {"kib": 2**10, "mib": 2**20, "gib": _GIB, "tib": 2**40}
-_LARGEST_LABEL = 1000  # GB; a number above it is a card's name, or bytes
+_LARGEST_LABEL = 1000  # GB
+_LARGEST_NUMBER = 288  # GB, the most that a card is sold with: without a unit, 409 is a slip for a card's name
 
 
 def parse_size(text: str) -> int:
@@ -106,7 +111,7 @@ def parse_size(text: str) -> int:
         number, unit = float(match[1]), match[2]
         if unit in _EXACT and number * _EXACT[unit] >= 2**20:
             return int(number * _EXACT[unit])
-        if unit in ("", "g", "gb") and 1 <= number <= _LARGEST_LABEL:
+        if unit in ("", "g", "gb") and 1 <= number <= (_LARGEST_LABEL if unit else _LARGEST_NUMBER):
             return labelled_bytes(number)
         if unit in ("", "b") and number >= 2**20:
             return int(number)

@@ -650,6 +650,25 @@ def test_close_leaves_the_model_as_it_was(way: str) -> None:
     assert not torch.equal(net.down.weight, before.down.weight)
 
 
+@pytest.mark.parametrize("way", ["layerwise by hooks", "layerwise, projected backward"])
+def test_close_in_the_middle_of_a_step_says_so_and_gives_no_advice(way: str, caplog: pytest.LogCaptureFixture) -> None:
+    """As after Ctrl-C: nobody has dropped a gradient."""
+    net = Net()
+    optimizer = make(net, way)
+    for closes_in_the_middle in (False, True):
+        loss_of(net, batches(1)[0]).backward()
+        if not closes_in_the_middle:
+            optimizer.step()
+        optimizer.close()
+        messages = [record.getMessage() for record in caplog.records if record.name == "hf_galore"]
+        assert len(messages) == closes_in_the_middle
+        assert optimizer.hooks is not None
+        optimizer.hooks.attach()
+    assert messages[0].startswith("Training stopped in the middle of a step: it has updated some weights already (")
+    assert "hold_gradients" not in messages[0]
+    assert all(param.grad is None for param in net.parameters())
+
+
 @pytest.mark.parametrize("way", HOOKED)
 def test_garbage_collection_takes_the_hooks_away(way: str) -> None:
     net = Net()

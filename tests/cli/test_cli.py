@@ -5,6 +5,7 @@ Whole runs are in test_commands.py.
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,18 @@ def test_what_needs_no_recipe_imports_nothing_that_reads_one(module: str) -> Non
     loaded = run.stdout.split()
     assert "hf_galore" in loaded
     assert "trl" not in loaded
+
+
+def test_a_warning_of_bitsandbytes_that_is_of_no_use_here(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Others of its warnings are shown."""
+    assert main(["plan", "--vram"]) == 2
+    theirs = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    theirs.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "No module named 'kernels'")
+    theirs.warning("Something else.")
+    assert [message for message in caplog.messages if message != "Something else."] == []
+    assert "Something else." in caplog.messages
 
 
 # ---- errors

@@ -214,9 +214,16 @@ def test_tables_of_a_plan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     assert "1,000 parameters; planned for cuda in 1.0 s.\n" in shown
     # No markup of rich's.
     assert shown.splitlines()[-1] == (
-        "[red]m fits: it needs 10.95 GiB of a card's 11.20 GiB, and leaves 0.25 GiB. "
-        "A desktop, which takes 0.3 to 1 GiB, is not counted."
+        "[red]m fits: it needs 10.95 GiB of a card's 11.20 GiB, and leaves 0.25 GiB: too little for a desktop, which "
+        "takes 0.3 to 1 GiB. Give the screen to another GPU, or log in without one (ssh)."
     )
+
+
+def test_a_card_with_room_for_a_desktop(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(command, "plan_recipe", lambda *args, **kwargs: a_plan(vram=kwargs["vram"]))
+    assert main(["plan", "--model_name_or_path", "m", "--vram", "11.3GiB"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"m fits: it needs 10.95 GiB of a card's 11.30 GiB, and leaves 0.35 GiB. {DESKTOP}"
 
 
 def test_without_expandable_segments_more_is_needed(

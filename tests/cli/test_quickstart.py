@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from hf_galore import GaLoreAdamW
 from hf_galore.cli import quickstart
 from hf_galore.cli.main import main
 from hf_galore.recipes.embedded_model import conversations, is_asked_in, split
+from tests.support.commands import write_checkpoint
 
 
 def test_the_questions_shown_are_of_both_parts() -> None:
@@ -63,10 +65,18 @@ def test_the_quickstart_keeps_its_own_model_and_data(option: str, capsys: pytest
     assert "is not for the quickstart" in capsys.readouterr().err
 
 
-def test_ctrl_c_in_the_quickstart(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_in_the_quickstart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def interrupted(*args: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(quickstart, "_train", interrupted)
-    assert main(["quickstart"]) == 130
+    out = tmp_path / "out"
+    assert main(["quickstart", "--output_dir", str(out)]) == 130
     assert "nothing was saved. Run hf-galore quickstart again" in capsys.readouterr().err
+    saved = write_checkpoint(out / "checkpoint-20")
+    assert main(["quickstart", "--output_dir", str(out), "--resume_from_checkpoint"]) == 130
+    said = capsys.readouterr().err
+    assert "nothing was saved" not in said
+    assert said.endswith(f"go on from {saved} with: hf-galore quickstart --output_dir {out} --resume_from_checkpoint\n")

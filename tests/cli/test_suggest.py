@@ -74,6 +74,7 @@ def test_a_person_reads_a_table_and_what_to_type(
     assert main(["plan", "--config", path, "--suggest", "--vram", "8GiB"]) == 0
     shown = capsys.readouterr().out
     assert "What fits into 8 GiB, the best first" in shown
+    assert "A desktop, which takes 0.3 to 1 GiB, is not counted." in shown
     best = "--optim_args 'rank=16, update_proj_gap=50' --per_device_train_batch_size 1"
     assert f"For the first: {best}" in " ".join(shown.split())
     assert shown.index("│   16 │") < shown.index("│    4 │")  # and of each, first the one with more tokens a step

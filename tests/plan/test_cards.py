@@ -33,6 +33,8 @@ GIB = 2**30
         ("16GB", 15.5),
         ("12GB", 11.5),
         ("80GB", 78.4),
+        ("288", 282.24),
+        ("409GB", 400.82),
         # Exact.
         ("24GiB", 24),
         ("23.6GiB", 23.6),
@@ -52,6 +54,8 @@ def test_a_card_in_words(text: str, gib: float) -> None:
     [
         ("4091", "but was given '4091'. Did you mean '4090'? Names: 2080ti, "),
         ("RTX 4909", "Did you mean '4090'?"),
+        ("409", "but was given '409'. Did you mean '4090'?"),  # and not 409 GB
+        ("309", "Did you mean '3090'?"),
         ("4060ti", "'4060ti' is sold with several sizes: say 4060ti-8gb or 4060ti-16gb."),
         ("a100", "say a100-40gb or a100-80gb"),
         ("much", "its label (24GB) or its exact memory (23.5GiB, 22528MiB), but was given 'much'. Names: "),
