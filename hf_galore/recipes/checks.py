@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -96,5 +97,9 @@ def galore_config(training_args: TrainingArguments) -> GaLoreConfig | None:
     config = GaLoreConfig.from_optim_args(training_args.optim_args)
     check_refresh(config.group_options())
     hooked = KINDS[optim_name(training_args)].layerwise or bool(config.projected_backward)
-    check_gradient_bits([config.group_options()], hooked=hooked)
+    try:
+        check_gradient_bits([config.group_options()], hooked=hooked)
+    except ValueError as error:  # a recipe's whole string would have to be typed again
+        rest = dataclasses.replace(config, gradient_bits=16).optim_args()
+        raise ValueError(f'{error} Without it: --optim_args "{rest}".') from error
     return config
