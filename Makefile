@@ -3,6 +3,7 @@
 #   make test         run the tests
 #   make test-gpu     run the tests of what only a graphics card can show
 #   make lint         ruff and mypy
+#   make dist         sdist and wheel, as they would be published, in dist/
 #   make notebooks    execute the notebooks in place, for the outputs that are committed
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 # One that has run out of tests takes some of another: those that plan recipes of 7B models take long.
 WORKERS ?= auto
 
-.PHONY: quickstart notebooks test test-gpu lint format clean
+.PHONY: quickstart notebooks test test-gpu lint format dist clean
 
 $(VENV)/pyvenv.cfg:
 	$(PYTHON) -m venv $(VENV)
@@ -46,6 +47,12 @@ lint: $(VENV)/installed-dev
 format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# With what is in the environment, so with the hatchling of constraints.txt; the wheel is made of the sdist.
+dist: $(VENV)/installed-dev
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
