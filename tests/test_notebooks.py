@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
+from tests.support.installing import notebook_line
 from tests.support.notebooks import FOLDER, NAMES, execute, read
 
 BADGE = "https://colab.research.google.com/github/hf-galore/hf_galore/blob/main/notebooks/{name}"
-INSTALL = '%pip install --quiet "hf-galore[notebooks]"'
 # Of the machine that made the outputs: home folders, checkouts, Pythons, temporary files.
 PATHS = re.compile(r"/(?:work|root|home|Users|tmp|usr|opt)/[\w.-]+")
 COMMENTED = re.compile(r"^# ([A-Z][A-Z0-9_]*(?:, [A-Z][A-Z0-9_]*)* = .*)$", re.MULTILINE)
@@ -114,7 +114,7 @@ def test_begins_with_badge_and_installation(name: str) -> None:
     assert second.cell_type == "code"
     condition, installation = second.source.rsplit(":\n", 1)
     assert condition.endswith('if importlib.util.find_spec("hf_galore") is None')
-    assert installation.strip() == INSTALL
+    assert installation.strip() == notebook_line()
     # Nowhere else is anything installed.
     assert sum("%pip" in cell.source for cell in code_cells(notebook)) == 1
 
