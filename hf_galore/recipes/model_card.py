@@ -41,9 +41,8 @@ def _section(optim: str, args: TrainingArguments, plan: MemoryPlan | None) -> st
     lines = [
         "### GaLore",
         "",
-        f"All weights were trained by `{optim}` of [hf_galore](https://pypi.org/project/hf-galore/) "
-        f"{__version__}, which keeps Adam's moments in a low-rank projection of the gradient "
-        "([GaLore](https://huggingface.co/papers/2403.03507)):",
+        f"All weights were trained by `{optim}` of hf_galore {__version__}, which keeps Adam's moments in a low-rank "
+        "projection of the gradient ([GaLore](https://huggingface.co/papers/2403.03507)):",
         "",
         "| option | value |",
         "|---|---|",

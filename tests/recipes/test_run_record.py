@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -195,6 +196,9 @@ def test_what_is_pushed_to_the_hub_says_galore_its_arguments_and_the_plan(
     assert {"galore", "sft"} <= set(card.data.to_dict()["tags"])  # the second is TRL's own
     _, _, section = card.text.partition("### GaLore\n")
     section, _, _ = section.partition("### Framework versions")
+    # The one link is the paper's: hf_galore has no page of its own yet that a card could lead to.
+    assert f" of hf_galore {hf_galore.__version__}, which" in section
+    assert re.findall(r"\]\((.*?)\)", section) == ["https://huggingface.co/papers/2403.03507"]
     assert "`galore_adamw_8bit_layerwise`" in section
     assert f"| `optim_args` | `{ARGS}` |" in section
     assert "| `optim_target_modules` | `['attn', 'mlp']` |" in section
