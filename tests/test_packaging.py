@@ -29,7 +29,8 @@ PARTS = (
     "recipes",
     "tests",
     "docs",
-    "notebooks",
+    "notebooks/*.ipynb",
+    "notebooks/pictures",
     "pyproject.toml",
     "constraints.txt",
     "hatch_build.py",
@@ -76,13 +77,13 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Published:
 
 def copied_checkout(into: Path) -> Path:
     folder = into / "checkout"
-    folder.mkdir()
-    for name in PARTS:
-        if (ROOT / name).is_dir():
-            rubbish = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
-            shutil.copytree(ROOT / name, folder / name, ignore=rubbish)
+    for path in (path for name in PARTS for path in ROOT.glob(name)):
+        copy = folder / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            shutil.copytree(path, copy, ignore=shutil.ignore_patterns("__pycache__"))
         else:
-            shutil.copy(ROOT / name, folder)
+            shutil.copy(path, copy)
     return folder
 
 
