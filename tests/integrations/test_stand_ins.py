@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
 import torch
 import transformers.masking_utils
-import trl.kernels.chunked_logprob
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from hf_galore.integrations.stand_ins import moved_stand_ins, without_numbers
+from tests.support.releases import needs_fast_all, needs_fused_head
 
 
 def test_what_is_replaced_is_as_we_need_it() -> None:
@@ -21,13 +22,23 @@ def test_what_is_replaced_is_as_we_need_it() -> None:
 @pytest.mark.parametrize(
     ("owner", "name", "words"),
     [
-        (transformers.masking_utils, "fast_all", "transformers.masking_utils.fast_all(tensor) is gone"),
-        (PreTrainedModel, "_from_config", "PreTrainedModel._from_config is gone"),
-        (trl.kernels.chunked_logprob, "_forward_kernel", "trl.kernels.chunked_logprob._forward_kernel is gone"),
+        pytest.param(
+            "transformers.masking_utils",
+            "fast_all",
+            "transformers.masking_utils.fast_all(tensor) is gone",
+            marks=needs_fast_all,
+        ),
+        ("transformers.PreTrainedModel", "_from_config", "PreTrainedModel._from_config is gone"),
+        pytest.param(
+            "trl.kernels.chunked_logprob",
+            "_forward_kernel",
+            "trl.kernels.chunked_logprob._forward_kernel is gone",
+            marks=needs_fused_head,
+        ),
     ],
 )
-def test_what_is_gone_is_named(owner: Any, name: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(owner, name)
+def test_what_is_gone_is_named(owner: str, name: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(f"{owner}.{name}")
     assert moved_stand_ins() == [words]
 
 
@@ -37,9 +48,11 @@ def test_a_signature_that_changed_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     assert words == "transformers.masking_utils.is_tracing(tensor=None) is now is_tracing(tensor, other)"
 
 
+@needs_fast_all
+@needs_fused_head
 @pytest.mark.parametrize("gpu_loss", [False, True])
 def test_replacements_act_within_only(gpu_loss: bool) -> None:
-    masks, kernels = transformers.masking_utils, trl.kernels.chunked_logprob
+    masks, kernels = transformers.masking_utils, importlib.import_module("trl.kernels.chunked_logprob")
     before = [masks.fast_all, kernels._use_triton, kernels._addmm_fp32, PreTrainedModel.save_pretrained]
 
     def within() -> None:
