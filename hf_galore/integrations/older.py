@@ -8,6 +8,7 @@ from typing import Any
 import transformers.masking_utils
 from packaging.version import parse
 from torch import Tensor
+from transformers.trainer import Trainer
 
 from .signatures import moved
 
@@ -55,3 +56,11 @@ def _trl_is_at_least(version: str) -> bool:
     import trl
 
     return parse(trl.__version__) >= parse(version)
+
+
+def end(trainer: Trainer) -> None:
+    """End what a Trainer holds outside itself, its trackers and process group; older ones have no such method."""
+    if hasattr(trainer, "end"):
+        trainer.end()
+    else:
+        trainer.accelerator.end_training()
