@@ -20,6 +20,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, TrainingArguments
 
+from ..log import logger
 from .older import loss_asks_for_triton, loss_kernels, masks_ask_themselves, told_of_padding
 from .signatures import moved
 
@@ -154,6 +155,8 @@ class _Triton:
 def _use_gpu_loss(stack: contextlib.ExitStack) -> None:
     """Let TRL's loss take its way for GPUs: Triton kernels, which fill tiles in place, and products into float32."""
     kernels = loss_kernels()
+    if not loss_asks_for_triton():
+        logger.warning("Plans are exact with TRL 1.16 and later; with an older one, as here, they were seen to differ.")
     if kernels is None:
         return
     import trl.trainer.utils
