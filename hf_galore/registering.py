@@ -3,7 +3,7 @@
 Python runs `hf_galore/__init__.py` for both. What is being imported can be seen on the stack then. After the import of
 a submodule, a later `import hf_galore` runs no code any more; but CPython (3.10 to 3.13) asks
 `hf_galore.__spec__._initializing`, whether another thread is still importing the module, and asks the parents of a
-submodule no such question. That is where the registration is made up for.
+submodule no such question. That is where the registration is made up for. (`importlib.import_module` asks since 3.11.)
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ and what a script sets before it imports transformers (HF_HOME, CUDA_VISIBLE_DEV
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from importlib.machinery import PathFinder
@@ -63,7 +62,8 @@ def _import_hf_galore() -> None:
     if elsewhere:
         sys.path.append(PACKAGE_PARENT)
     try:
-        importlib.import_module("hf_galore")
+        # Not importlib.import_module: before 3.11 it takes a package that is there, and does not ask for its state.
+        __import__("hf_galore")
     finally:
         if elsewhere:
             sys.path.remove(PACKAGE_PARENT)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
+from ..integrations.older import end
 from ..recipes import glue
 from ..recipes.config_file import take_config
 from ..recipes.errors import UserError
@@ -44,7 +45,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _train(parsed: Arguments, arguments: Sequence[str]) -> Score:
     trainer = train(PROG, arguments, parsed)
-    trainer.end()
+    end(trainer)
     return glue.score_of(trainer.state.log_history, parsed)
 
 

@@ -25,6 +25,7 @@ from transformers import (
 )
 from trl import SFTTrainer
 
+from ..integrations.older import end
 from ..recipes import sft
 from ..recipes.checkpoints import last_checkpoint
 from ..recipes.config_file import key_of
@@ -78,7 +79,7 @@ def run(arguments: Sequence[str]) -> int:
         conversation_table(answers, {answer.question: is_asked_in(answer.question, train) for answer in answers})
     )
     console.print(summary_table(trainer))
-    trainer.end()
+    end(trainer)
     return 0
 
 

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ..integrations.older import end
 from ..recipes import training
 from ..recipes.any_recipe import Arguments
 from ..recipes.checkpoints import last_checkpoint
@@ -49,7 +50,7 @@ def train_and_say(
     """Run a recipe for a command, print its closing line, and return the exit status 0; see `train`."""
     trainer = train(prog, arguments, parsed)
     trainer.accelerator.print(closing_line(trainer))
-    trainer.end()
+    end(trainer)
     return 0
 
 

@@ -73,7 +73,7 @@ def check_no_engine(asked: str, args: TrainingArguments, trainer: Trainer | None
     """Refuse engines that shard, also where they are asked for and not had: on CPUs accelerate leaves FSDP out."""
     for engine in ("fsdp", "deepspeed"):
         variable = f"ACCELERATE_USE_{engine.upper()}"
-        given = [key for key in (engine, f"{engine}_config") if getattr(args, key, None)]
+        given = [key for key in (engine, f"{engine}_config") if _asks(getattr(args, key, None))]
         # accelerate leaves the variable behind where a trainer has failed: one process has nothing to shard.
         several = args.parallel_mode == ParallelMode.DISTRIBUTED
         in_environment = several and os.environ.get(variable, "").lower() == "true"
@@ -84,6 +84,11 @@ def check_no_engine(asked: str, args: TrainingArguments, trainer: Trainer | None
                 f"projects. It is asked for {where}. Leave that out, and run on one GPU, or under DDP without a "
                 "layerwise optimizer."
             )
+
+
+def _asks(value: object) -> bool:
+    """Whether a setting of an engine asks for it. Where none does, older transformers give a mapping of 0 and False."""
+    return any(value.values()) if isinstance(value, dict) else bool(value)
 
 
 def check_can_hook(asked: str, instead: str, args: TrainingArguments) -> None:

@@ -20,6 +20,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, TrainingArguments
 
+from .older import loss_asks_for_triton, loss_kernels, masks_ask_themselves, told_of_padding
 from .signatures import moved
 
 # What is replaced, and what the replacements call, with the signatures that they were written for.
@@ -44,6 +45,7 @@ def without_numbers(
         all_true: answers transformers' `fast_all`, which reads whether there is padding.
         gpu_loss: whether TRL's loss takes its way for GPUs, with Triton kernels that fill what is there.
     """
+    masks = told_of_padding(all_true) if masks_ask_themselves() else {"fast_all": all_true}
     with contextlib.ExitStack() as stack:
         for owner, name, replacement in (
             # Weights come from nowhere, and nothing is written.
@@ -53,7 +55,7 @@ def without_numbers(
             # transformers takes a fake for a sign of compilation, for which it makes other masks.
             (transformers.masking_utils, "is_tracing", lambda tensor=None: False),
             (transformers.masking_utils, "find_packed_sequence_indices", packed_indices),
-            (transformers.masking_utils, "fast_all", all_true),
+            *((transformers.masking_utils, name, replacement) for name, replacement in masks.items()),
             (transformers.trainer_pt_utils, "nested_numpify", _numpify),
             (TrainingArguments, "n_gpu", _at_most_one(TrainingArguments.n_gpu)),
         ):
@@ -70,19 +72,22 @@ def without_numbers(
 
 def moved_stand_ins() -> list[str]:
     """What of these libraries is no longer where `without_numbers` looks for it, in words; empty where all is well."""
-    import trl.kernels.chunked_logprob as kernels
     import trl.trainer.utils
     from bitsandbytes.optim.optimizer import GlobalOptimManager
 
-    found = moved(transformers.masking_utils, "transformers.masking_utils", _MASKS)
+    masks = {name: signature for name, signature in _MASKS.items() if name != "fast_all" or not masks_ask_themselves()}
+    found = moved(transformers.masking_utils, "transformers.masking_utils", masks)
     found += moved(transformers.trainer_pt_utils, "transformers.trainer_pt_utils", _EVALUATION)
-    found += moved(kernels, "trl.kernels.chunked_logprob", _LOSS)
+    kernels = loss_kernels()
+    if kernels is not None:
+        loss = {name: signature for name, signature in _LOSS.items() if name != "_use_triton" or loss_asks_for_triton()}
+        found += moved(kernels, "trl.kernels.chunked_logprob", loss)
     for owner, names in (
         (PreTrainedModel, ("from_pretrained", "save_pretrained", "_from_config")),
         (PeftModel, ("save_pretrained",)),
         (TrainingArguments, ("n_gpu",)),
-        (trl.trainer.utils, ("_use_triton",)),
-        (kernels, _KERNELS),
+        *([(trl.trainer.utils, ("_use_triton",))] if loss_asks_for_triton() else []),
+        *([(kernels, _KERNELS)] if kernels is not None else []),
         (GlobalOptimManager, ("_instance",)),
     ):
         found += [f"{owner.__name__}.{name} is gone" for name in names if not hasattr(owner, name)]
@@ -148,12 +153,14 @@ class _Triton:
 
 def _use_gpu_loss(stack: contextlib.ExitStack) -> None:
     """Let TRL's loss take its way for GPUs: Triton kernels, which fill tiles in place, and products into float32."""
-    import trl.kernels.chunked_logprob as kernels
+    kernels = loss_kernels()
+    if kernels is None:
+        return
     import trl.trainer.utils
 
+    askers = (kernels, trl.trainer.utils) if loss_asks_for_triton() else ()
     for owner, name, replacement in (
-        (kernels, "_use_triton", lambda device: True),
-        (trl.trainer.utils, "_use_triton", lambda device: True),
+        *((owner, "_use_triton", lambda device: True) for owner in askers),
         (kernels, "_addmm_fp32", _nothing),
         *((kernels, name, _Kernel()) for name in _KERNELS),
     ):

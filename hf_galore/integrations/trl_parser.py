@@ -9,6 +9,12 @@ from typing import Any, get_args, get_type_hints
 
 from trl import TrlParser
 
+# transformers renamed them after 5.20; recipes have the new names.
+OLD_NAMES = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+
 
 class ListParser(TrlParser):
     """`TrlParser` with `--key a b`, `--key '["a", "b"]'` and `--key a` where a dataclass allows a string or a list.
@@ -17,12 +23,14 @@ class ListParser(TrlParser):
 
     Attributes:
         hints: the types of all fields of the dataclasses, by name.
+        renamed: older names that this transformers has, by the newer ones.
         actions: what `argparse` does with an argument, by the name of its field.
     """
 
     def __init__(self, dataclass_types: Iterable[type], **kwargs: Any) -> None:
         dataclass_types = list(dataclass_types)
         self.hints: dict[str, Any] = {}
+        self.renamed: dict[str, str] = {}
         self.actions: dict[str, argparse.Action] = {}
         for dataclass_type in dataclass_types:
             self.hints.update(get_type_hints(dataclass_type))
@@ -35,8 +43,20 @@ class ListParser(TrlParser):
             kwargs.update(nargs="+", action=_OneOrMany)  # TRL's takes one string
         elif name == "resume_from_checkpoint":
             kwargs.update(nargs="?", const="true")
+        new = OLD_NAMES.get(name)
+        if new is not None and new not in self.hints and name in self.hints:
+            flags = (*flags, f"--{new}", f"--{new.replace('_', '-')}")
+            self.hints[new], self.renamed[new] = self.hints[name], name
         self.actions[name] = super().add_argument(*flags, **kwargs)
+        if new in self.renamed:
+            self.actions[new] = self.actions[name]
         return self.actions[name]
+
+    def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
+        """Take a file's values for defaults, as TRL's parser, under the names that this transformers has."""
+        values = {self.renamed.get(key, key): value for key, value in kwargs.items()}
+        unknown: list[str] = super().set_defaults_with_config(**values)
+        return unknown
 
     def parse_args_into_dataclasses(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Parse, as TRL's parser, but for a file of options (`hf-galore.args`) that it would look for."""

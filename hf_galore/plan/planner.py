@@ -21,6 +21,7 @@ import transformers
 from transformers import Trainer
 
 from ..expandable_segments import in_use as expandable_in_use
+from ..integrations.older import note_for_plans
 from ..log import logger
 from .cards import parse_size, present_card
 from .fakes import Target, fake_training, forget_tables
@@ -149,7 +150,13 @@ def plan(
         parameters = sum(param.numel() for param in trainer.model.parameters())
     stood_for = target if device.startswith(target) else f"{target} (stood in for by {device} tensors)"
     found = _summary(record, stood_for, start, parameters)
-    return dataclasses.replace(found, vram_bytes=total, free_bytes=None if card is None else card.free)
+    note = note_for_plans() if target == "cuda" else None
+    return dataclasses.replace(
+        found,
+        vram_bytes=total,
+        free_bytes=None if card is None else card.free,
+        notes=() if note is None else (note,),
+    )
 
 
 def _bytes_of(vram: Any) -> int:

@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 
 from ..config import nearest
 from ..integrations.trainer import KINDS, optim_name
-from ..integrations.trl_parser import ListParser
+from ..integrations.trl_parser import OLD_NAMES, ListParser
 from .config_file import key_of, keys_given, read, shortened, take_config
 from .errors import UserError
 from .folders import find_recipe
@@ -99,15 +99,9 @@ def _explain_unknown(item: str, parser: _RecipeParser) -> str:
     return f"there is no option {item.partition('=')[0]}.{nearest(f'--{key_of(item)}', flags)}"
 
 
-# transformers takes the new name's value and drops the old one's without a word.
-_RENAMED = {
-    "gradient_checkpointing": "activation_checkpointing",
-    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
-}
-
-
 def _check_renamed(given: set[str]) -> None:
-    for old, new in _RENAMED.items():
+    # transformers takes the new name's value and drops the old one's without a word.
+    for old, new in OLD_NAMES.items():
         if {old, new} <= given:
             raise UserError(f"{old} and {new} are both given, which are one option. Use {new} only.")
 

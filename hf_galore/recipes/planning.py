@@ -52,5 +52,5 @@ def plan_recipe(
         found,
         seconds=time.perf_counter() - start,  # with the recipe's reading
         tokens_per_step=prepared.tokens_per_step,
-        notes=tuple(prepared.notes),
+        notes=(*found.notes, *prepared.notes),
     )

@@ -8,15 +8,19 @@ from typing import Any
 
 import pytest
 
+from hf_galore.integrations.older import masks_ask_themselves, told_of_padding
 from hf_galore.plan.fakes import Target, fake_training
+from tests.support.releases import FUSED_HEAD, needs_fast_all
 
+# Of transformers that have no `fast_all`, the functions that ask a mask themselves.
+MASKS = list(told_of_padding(bool)) if masks_ask_themselves() else ["fast_all"]
 REPLACED = [
     "transformers:PreTrainedModel.from_pretrained",
     "transformers:PreTrainedModel.save_pretrained",
     "transformers:TrainingArguments.n_gpu",
     "transformers.masking_utils:is_tracing",
     "transformers.masking_utils:find_packed_sequence_indices",
-    "transformers.masking_utils:fast_all",
+    *(f"transformers.masking_utils:{name}" for name in MASKS),
     "transformers.trainer_pt_utils:nested_numpify",
     "peft:PeftModel.save_pretrained",
     "torch:save",
@@ -31,6 +35,8 @@ OF_THE_LOSS = [
     "trl.kernels.chunked_logprob:_addmm_fp32",
     "trl.trainer.utils:_use_triton",
 ]
+if not FUSED_HEAD:
+    OF_THE_LOSS.clear()
 
 
 def found(path: str) -> Any:
@@ -56,6 +62,7 @@ def test_what_is_replaced_is_there_and_comes_back(target: Target) -> None:
         assert [path for path in before if found(path) is not before[path]] == []
 
 
+@needs_fast_all
 def test_masks_are_made_by_the_functions_that_are_replaced() -> None:
     """By their names in that module, at each call: a copy elsewhere would go past the replacement."""
     masking = importlib.import_module("transformers.masking_utils")

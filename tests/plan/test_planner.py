@@ -45,12 +45,13 @@ from hf_galore.recipes import any_recipe, stand_in
 from hf_galore.recipes.planning import plan_recipe
 from tests.support.helpers import NAMES, VOCABULARY, assert_identical, make_trainer, optimizer_of, snapshot
 from tests.support.planning import LENGTH, OPTIM_ARGS, Maker, llama, rows, sft, tokenizer
+from tests.support.releases import FUSED_HEAD
 
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of logits that are smaller than the vocabulary, and no longer larger than all else."""
-    monkeypatch.setattr(trl.trainer.utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 96)
+    monkeypatch.setattr(trl.trainer.utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 96, raising=FUSED_HEAD)
     monkeypatch.setattr(hf_galore.integrations.trl_head, "VOCABULARY_PART", 80)
 
 

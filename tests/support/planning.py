@@ -13,6 +13,7 @@ from trl import SFTConfig, SFTTrainer
 
 from tests.support import helpers
 from tests.support.helpers import VOCABULARY, tiny_llama
+from tests.support.releases import as_named_here
 
 LENGTH, BATCH = 16, 2
 # A square matrix, a tall and a wide one. The low-rank gradients of the last two have 4,096 elements, from where 8-bit
@@ -89,7 +90,7 @@ def sft(
     def make() -> Trainer:
         return SFTTrainer(
             model(),
-            SFTConfig(**values),
+            SFTConfig(**as_named_here(values)),
             train_dataset=data,
             eval_dataset=data.select(range(4)),
             processing_class=tokenizer(),

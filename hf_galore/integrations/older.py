@@ -1,0 +1,73 @@
+"""What older releases of transformers and TRL have otherwise, where a plan stands in for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import transformers.masking_utils
+from packaging.version import parse
+from torch import Tensor
+from transformers.trainer import Trainer
+
+from .signatures import moved
+
+# Seen in transformers 5.5.4 and 5.10.4, which have no `fast_all`.
+_ASK_THE_MASK: dict[str, str] = {
+    "_ignore_causal_mask_sdpa": "(padding_mask, query_length, kv_length, kv_offset, local_attention_size=None)",
+    "_ignore_bidirectional_mask_sdpa": "(padding_mask, kv_length, local_attention_size=None)",
+}
+
+
+def masks_ask_themselves() -> bool:
+    """Whether transformers asks a mask's own method whether there is padding, and not its `fast_all`."""
+    masking = transformers.masking_utils
+    return not hasattr(masking, "fast_all") and not moved(masking, masking.__name__, _ASK_THE_MASK)
+
+
+def told_of_padding(all_true: Callable[[Tensor], bool]) -> dict[str, Callable[..., bool]]:
+    """Instead of the functions that ask a mask's own method: they learn of padding from `all_true`."""
+    return {name: _told(getattr(transformers.masking_utils, name), all_true) for name in _ASK_THE_MASK}
+
+
+def _told(function: Callable[..., bool], all_true: Callable[[Tensor], bool]) -> Callable[..., bool]:
+    def told(padding_mask: Tensor | None, *args: Any, **kwargs: Any) -> bool:
+        # Padding always needs a mask; without any, the functions decide as where there is no padding mask.
+        return (padding_mask is None or all_true(padding_mask)) and function(None, *args, **kwargs)
+
+    return told
+
+
+def loss_kernels() -> Any | None:
+    """TRL's module of Triton kernels for its fused loss; `None` before 1.15, where a GPU goes the way of a CPU."""
+    if not _trl_is_at_least("1.15"):
+        return None
+    import trl.kernels.chunked_logprob as kernels
+
+    return kernels
+
+
+def loss_asks_for_triton() -> bool:
+    """Whether TRL asks `_use_triton` which way its fused loss goes. TRL 1.15 knows no other."""
+    return _trl_is_at_least("1.16")
+
+
+def note_for_plans() -> str | None:
+    """What is to be known of plans with a TRL that is here; `None` with one that they are exact with."""
+    if loss_asks_for_triton():
+        return None
+    return "Plans are exact with TRL 1.16 and later; with an older one, as here, they were seen to differ."
+
+
+def _trl_is_at_least(version: str) -> bool:
+    import trl
+
+    return parse(trl.__version__) >= parse(version)
+
+
+def end(trainer: Trainer) -> None:
+    """End what a Trainer holds outside itself, its trackers and process group; older ones have no such method."""
+    if hasattr(trainer, "end"):
+        trainer.end()
+    else:
+        trainer.accelerator.end_training()

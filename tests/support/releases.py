@@ -1,0 +1,25 @@
+"""What older releases do not have, for the tests of it: by version, so that what a newer one moves still fails."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import trl
+from packaging.version import parse
+from transformers import TrainingArguments
+
+from hf_galore.integrations.older import masks_ask_themselves
+from hf_galore.integrations.trl_parser import OLD_NAMES
+
+TRL = parse(trl.__version__)
+# Before, TRL has no fused loss that we stand in for, or one that only a GPU computes.
+FUSED_HEAD = parse("1.16") <= TRL
+needs_fused_head = pytest.mark.skipif(not FUSED_HEAD, reason="TRL before 1.16 has another fused loss, or none")
+needs_fast_all = pytest.mark.skipif(masks_ask_themselves(), reason="transformers here asks masks otherwise")
+
+
+def as_named_here(values: dict[str, Any]) -> dict[str, Any]:
+    """Training arguments by the names that this transformers has."""
+    new = {name: old for old, name in OLD_NAMES.items() if name not in TrainingArguments.__dataclass_fields__}
+    return {new.get(key, key): value for key, value in values.items()}
