@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -15,10 +16,13 @@ pytest.importorskip("trl", reason="the recipes are for TRL")
 
 import hf_galore
 from hf_galore import MemoryPlan
-from tests.support.card import CAP, GIB, ON_CARD, RECIPE, ROOT, sized
+from hf_galore.bench.jobs import WARM_UP, Job, Measured
+from hf_galore.bench.processes import run
+from hf_galore.expandable_segments import SETTING, VARIABLE
+from tests.support.card import CAP, ON_CARD, RECIPE, ROOT, sized
 
 LAYERS = int(os.environ.get("HF_GALORE_CARD_LAYERS", sized("32", "2")))
-EXPANDABLE = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+STEPS = 4
 TRAINING = ("forward", "backward", "update")
 # For each of two threads cuBLAS takes 32 MiB on cards of compute capability 9 and 10; a plan counts 8, as on others.
 LARGER_WORK_SPACES = 48 * 2**20
@@ -31,28 +35,27 @@ SITUATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def started(overrides: dict[str, Any], environment: dict[str, str]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.support.card_run", "--layers", str(LAYERS), "--cap", str(CAP / GIB)]
-    return subprocess.Popen(
-        [*command, *(f"{key}={value}" for key, value in overrides.items())],
-        cwd=ROOT,
-        env={**{k: v for k, v in os.environ.items() if k != "PYTORCH_ALLOC_CONF"}, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+def words(overrides: dict[str, Any]) -> list[str]:
+    return [word for key, value in overrides.items() for word in (f"--{key}", str(value))]
+
+
+def trained(overrides: dict[str, Any]) -> Measured:
+    """What a run of four steps, with random weights, had to give."""
+    job = Job(
+        task="train",
+        arguments=("--config", str(RECIPE), *words(overrides)),
+        layers=LAYERS,
+        steps=STEPS - WARM_UP,
+        small=not ON_CARD,
+        limit_bytes=int(CAP),
     )
-
-
-def figures_of(process: subprocess.Popen[str]) -> dict[str, Any]:
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == 0, err[-3000:]
-    figures: dict[str, Any] = json.loads(out.splitlines()[-1])
-    return figures
+    found = run(job)
+    assert isinstance(found, Measured), found
+    return found
 
 
 def planned(overrides: dict[str, Any]) -> MemoryPlan:
-    words = [word for key, value in overrides.items() for word in (f"--{key}", str(value))]
-    return hf_galore.plan(RECIPE, overrides=words, layers=LAYERS)
+    return hf_galore.plan(RECIPE, overrides=words(overrides), layers=LAYERS)
 
 
 def peak_of_training(plan: MemoryPlan) -> int:
@@ -61,35 +64,38 @@ def peak_of_training(plan: MemoryPlan) -> int:
 
 
 @pytest.mark.parametrize("situation", SITUATIONS)
-def test_a_recipe_takes_what_its_plan_says(situation: str, record_property: Any) -> None:
+def test_a_recipe_takes_what_its_plan_says(
+    situation: str, record_property: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, SETTING)
     overrides = SITUATIONS[situation]
-    process = started(overrides, EXPANDABLE)
-    plan = planned(overrides)
-    found = figures_of(process)
+    plan, found = planned(overrides), trained(overrides)
     say(situation, plan, found, record_property)
-    assert len(found["seconds"]) == len(found["losses"]) == 4
-    assert all(loss < 20 for loss in found["losses"])
-    assert not [message for message in found["warnings"] if "plain torch is used" in message]
+    assert len(found.seconds) == len(found.losses) == STEPS
+    assert all(loss < 20 for loss in found.losses)
+    assert not [message for message in found.warnings if "plain torch is used" in message]
     if ON_CARD:
-        assert found["allocated"] == pytest.approx(peak_of_training(plan), rel=0.03)
-        assert found["reserved"] <= plan.expandable_bytes + LARGER_WORK_SPACES
-        assert found["seconds"][0] < 60
+        assert found.allocated == pytest.approx(peak_of_training(plan), rel=0.03)
+        assert found.reserved is not None
+        assert found.reserved <= plan.expandable_bytes + LARGER_WORK_SPACES
+        assert found.seconds[0] < 60
 
 
-def test_without_expandable_segments_it_still_fits(record_property: Any) -> None:
-    process = started({}, {})
-    plan = planned({})
-    found = figures_of(process)
+def test_without_expandable_segments_it_still_fits(record_property: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "expandable_segments:False")
+    plan, found = planned({}), trained({})
     say("without expandable segments", plan, found, record_property)
     if ON_CARD:
-        assert found["reserved"] <= plan.segmented_bytes + LARGER_WORK_SPACES
+        assert found.reserved is not None
+        assert found.reserved <= plan.segmented_bytes + LARGER_WORK_SPACES
 
 
-def say(situation: str, plan: MemoryPlan, found: dict[str, Any], record_property: Any) -> None:
+def say(situation: str, plan: MemoryPlan, found: Measured, record_property: Any) -> None:
     """For the reader of a run with `-rA` or `--junit-xml`."""
-    for key, value in {"plan": plan.as_dict(), **found}.items():
+    figures = dataclasses.asdict(found)
+    for key, value in {"plan": plan.as_dict(), **figures}.items():
         record_property(key, value)
-    logging.getLogger(__name__).info("%s: planned %d, %s", situation, peak_of_training(plan), json.dumps(found))
+    logging.getLogger(__name__).info("%s: planned %d, %s", situation, peak_of_training(plan), json.dumps(figures))
 
 
 def test_a_plan_needs_no_card() -> None:
