@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
+from .synonyms import GALORE, synonym
+
 ProjType = Literal["std", "reverse_std", "left", "right", "full"]
 PROJ_TYPES: tuple[ProjType, ...] = get_args(ProjType)
 RefreshMethod = Literal["svd", "randomized", "subspace", "random"]
@@ -92,6 +94,8 @@ _OPTIONS: dict[str, _Option] = {
 
 GROUP_OPTIONS: tuple[str, ...] = tuple(_GROUP_OPTIONS)
 """The options that a parameter group may set."""
+OPTIONS: tuple[str, ...] = tuple(_OPTIONS)
+"""All of GaLore's arguments."""
 
 
 def nearest(name: str, known: list[str]) -> str:
@@ -103,8 +107,9 @@ def nearest(name: str, known: list[str]) -> str:
 def _check(key: str, value: Any) -> None:
     option = _OPTIONS.get(key)
     if option is None:
-        known = list(_OPTIONS)
-        raise ValueError(f"GaLore has no argument {key!r}; it has {', '.join(known)}.{nearest(key, known)}")
+        meant = synonym(key, GALORE, OPTIONS)
+        advice = f" Did you mean {meant!r}?" if meant else nearest(key, list(OPTIONS))
+        raise ValueError(f"GaLore has no argument {key!r}; it has {', '.join(OPTIONS)}.{advice}")
     if not option.is_valid(value):
         raise ValueError(f"GaLore's {key} has to be {option.allowed}, but was given {value!r}.")
 

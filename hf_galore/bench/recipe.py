@@ -9,10 +9,10 @@ from typing import Any
 import transformers
 from transformers import LlamaConfig
 
+from ..errors import UserError
 from ..integrations.trainer import optim_name
 from ..recipes import any_recipe, sft
 from ..recipes.checks import galore_config
-from ..recipes.errors import UserError
 from .jobs import ADAMW_8BIT, SMALL_LAYERS, SMALL_RANK, TRAINERS_OWN, WARM_UP, Job
 
 PROG = "hf-galore bench"

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from ..recipes.errors import UserError
+from ..errors import UserError
 from .jobs import ADAMW_8BIT, GALORE, ROUNDS, TRAINERS_OWN, Contender, Failed, Job, Look, Measured, Planned
 from .processes import Result, run_all
 from .report import Report, Row, name_of

@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
+from ..errors import UserError
 from ..integrations.random_weights import random_weights
 from ..integrations.trainer import optim_name, unregister
 from ..recipes.checks import galore_config
-from ..recipes.errors import UserError, reporting_complaints
+from ..recipes.errors import reporting_complaints
 from ..recipes.planning import plan_recipe
 from ..recipes.stand_in import prepare, shape_of
 from . import machine

@@ -20,8 +20,8 @@ from ..bench.jobs import ROUNDS, STEPS, WARM_UP, Job, Measured
 from ..bench.others import ANCHORS
 from ..bench.report import Report, short_name
 from ..bench.session import Say, begin, look_at, measure, would_measure
+from ..errors import UserError
 from ..recipes.config_file import keys_given, take_config
-from ..recipes.errors import UserError
 from ..recipes.writable import check_file
 from .interrupts import Stopped
 from .options import take_options

@@ -17,8 +17,8 @@ from ..compare.page import PAGE, page
 from ..compare.runs import Run, read_runs
 from ..compare.tables import Table, as_dict, notes, results_table, settings_table
 from ..config import nearest
+from ..errors import UserError
 from ..recipes import writable
-from ..recipes.errors import UserError
 from .interrupts import stoppable
 from .options import take_options
 

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
+from ..errors import UserError
 from ..integrations.older import end
 from ..recipes import glue
 from ..recipes.config_file import take_config
-from ..recipes.errors import UserError
 from ..recipes.glue import Arguments, Score
 from ..recipes.glue_tasks import PUBLISHED, PUBLISHED_IN
 from .training_command import need_recipe, train

@@ -9,9 +9,10 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from ..config import nearest
+from ..errors import UserError
 from ..expandable_segments import use_expandable_segments
 from ..extras import MissingExtraError, require
-from ..recipes.errors import UserError
 from ..version import __version__
 from .interrupts import INTERRUPTED, Stopped
 
@@ -58,9 +59,14 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    parser.add_argument("command", choices=COMMANDS, help=argparse.SUPPRESS)
+    parser.add_argument("command", help=argparse.SUPPRESS)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
+
+
+def _check_command(name: str) -> None:
+    if name not in COMMANDS:
+        raise UserError(f"there is no command {name!r}, only {', '.join(COMMANDS)}.{nearest(name, list(COMMANDS))}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_to_the_point)
     try:
         chosen = _parser().parse_args(argv)
+        _check_command(chosen.command)
         prog = f"hf-galore {chosen.command}"
         require(EXTRAS[chosen.command], "The command")
         if chosen.command not in WITHOUT_CARD:

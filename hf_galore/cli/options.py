@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from ..recipes.errors import UserError
+from ..errors import UserError
 
 
 def take_options(

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..errors import UserError
 from ..plan.cards import DESKTOP, DESKTOP_GIB, parse_size, present_card
 from ..plan.needs import CONTEXT, OUTSIDE
 from ..plan.planner import MemoryPlan
@@ -19,7 +20,7 @@ from ..plan.rehearsal import EVALUATION, SAVING, STEPS, Progress
 from ..plan.tracking import FORWARD
 from ..recipes import any_recipe
 from ..recipes.any_recipe import Arguments
-from ..recipes.errors import UserError, reporting_complaints
+from ..recipes.errors import reporting_complaints
 from ..recipes.planning import plan_recipe
 from . import plan_picture
 from .interrupts import stoppable

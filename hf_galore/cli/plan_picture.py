@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..compare import colors
+from ..errors import UserError
 from ..plan.planner import GIB, MemoryPlan
 from ..recipes import writable
-from ..recipes.errors import UserError
 
 
 def file_for(name: str) -> Path:

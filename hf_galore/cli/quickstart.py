@@ -25,12 +25,12 @@ from transformers import (
 )
 from trl import SFTTrainer
 
+from ..errors import UserError
 from ..integrations.older import end
 from ..recipes import sft
 from ..recipes.checkpoints import last_checkpoint
 from ..recipes.config_file import key_of
 from ..recipes.embedded_model import conversations, embedded, is_asked_in, split
-from ..recipes.errors import UserError
 from ..recipes.folders import recipes_folder
 from ..recipes.kinds import QUICKSTART
 from ..recipes.run_record import optimizer_bytes

@@ -22,8 +22,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..config import nearest
+from ..errors import UserError
 from ..expandable_segments import use_expandable_segments
-from ..recipes.errors import UserError
 from ..version import __version__
 
 PROG = "python -m hf_galore"

@@ -15,10 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 from ..config import GaLoreConfig
+from ..errors import UserError
 from ..plan.cards import DESKTOP
 from ..plan.planner import GIB, MemoryPlan, in_gib
 from ..recipes.checks import galore_config
-from ..recipes.errors import UserError
 from ..recipes.stand_in import shape_of
 from ..recipes.suggestions import PROJ_BITS, Choice, Parse, ranks_for, search
 from .spinner import spinner

@@ -6,11 +6,11 @@ import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ..errors import UserError
 from ..integrations.older import end
 from ..recipes import training
 from ..recipes.any_recipe import Arguments
 from ..recipes.checkpoints import last_checkpoint
-from ..recipes.errors import UserError
 from ..recipes.run_record import RecordedTrainer
 from .interrupts import stoppable
 

@@ -15,10 +15,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config import GaLoreConfig
+from ..errors import UserError
 from ..integrations.trainer import KINDS
 from ..log import logger
 from ..recipes.checkpoints import checkpoints_in
-from ..recipes.errors import UserError
 from ..recipes.run_record import RunFacts
 from ..recipes.whole_files import cut_off
 

@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 from transformers import TrainingArguments
 
 from ..config import GaLoreConfig, nearest
+from ..errors import UserError
 from ..integrations.trainer import optim_name
 from ..recipes import any_recipe
 from ..recipes.any_recipe import Arguments
 from ..recipes.checkpoints import last_checkpoint
 from ..recipes.checks import galore_config
 from ..recipes.config_file import keys_given, take_config
-from ..recipes.errors import UserError, reporting_complaints
+from ..recipes.errors import reporting_complaints
 from ..recipes.kinds import command_for, is_quickstart_recipe
 from ..recipes.run_record import RunFacts
 

@@ -23,9 +23,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..errors import UserError
 from ..extras import require
 from .embedded_model import Embedded, embedded
-from .errors import UserError
 from .folders import configs_folder, known_models, known_recipes, recipes_folder
 
 if TYPE_CHECKING:

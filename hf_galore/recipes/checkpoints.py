@@ -25,9 +25,9 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
+from ..errors import UserError
 from ..log import logger
 from . import writable
-from .errors import UserError
 from .whole_files import cut_off
 
 _RNG_NAME = "rng_state.pth"

@@ -13,12 +13,12 @@ from transformers import AutoConfig, TrainingArguments
 from trl import ModelConfig
 
 from ..config import GaLoreConfig
+from ..errors import UserError
 from ..integrations.trainer import KINDS, optim_name
 from ..log import logger
 from ..optim.admission import check_refresh
 from ..optim.groups import check_gradient_bits
 from .checkpoints import check_folders
-from .errors import UserError
 from .trackers import check_trackers
 
 

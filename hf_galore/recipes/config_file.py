@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from .errors import UserError
+from ..errors import UserError
 
 
 def take_config(arguments: Sequence[str]) -> tuple[str | None, list[str]]:

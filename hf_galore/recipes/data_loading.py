@@ -6,7 +6,7 @@ from typing import Any
 
 import datasets
 
-from .errors import UserError
+from ..errors import UserError
 
 
 def load_dataset(given: str, *args: Any, **options: Any) -> Any:

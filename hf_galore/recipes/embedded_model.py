@@ -22,8 +22,8 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ..errors import UserError
 from ..extras import require
-from .errors import UserError
 from .folders import recipes_folder
 
 CACHE_VARIABLE = "HF_GALORE_CACHE"

@@ -1,4 +1,4 @@
-"""Mistakes of the person at the terminal: each is one line, without a traceback; bugs keep theirs."""
+"""Complaints of libraries about what a person gave: each becomes one line, without a traceback; bugs keep theirs."""
 
 from __future__ import annotations
 
@@ -8,13 +8,7 @@ import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-
-class UserError(ValueError):
-    """Something that was given is wrong; the message names it, what is allowed and what to do."""
-
-    def __init__(self, message: str) -> None:
-        # Libraries wrap their messages over lines; a person reads one.
-        super().__init__(" ".join(message.split()))
+from ..errors import UserError
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..config import nearest
-from .errors import UserError
+from ..errors import UserError
 
 # What hatch_build.py calls the checkout's recipes/ in a wheel. An editable install has no copy of it.
 BUNDLED = "bundled"

@@ -19,10 +19,10 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
+from ..errors import UserError
 from ..integrations.devices import keep_to_one_gpu
 from .checkpoints import last_checkpoint, no_checkpoint
 from .checks import check_arguments, check_model, say_if_widened
-from .errors import UserError
 from .glue_data import LABEL, GlueArguments, load_texts, numbered
 from .glue_tasks import CLASSIFICATION, REGRESSION, TASKS, scorer
 from .parser import parse_into

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import datasets
 
+from ..errors import UserError
 from .data_loading import load_dataset
-from .errors import UserError
 from .glue_tasks import CLASSIFICATION, REGRESSION, TASKS
 
 _KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json"}

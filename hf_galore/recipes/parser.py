@@ -13,11 +13,12 @@ from typing import Any, NoReturn
 
 from transformers import TrainingArguments
 
-from ..config import nearest
+from ..config import OPTIONS
+from ..errors import UserError
 from ..integrations.trainer import KINDS, optim_name
 from ..integrations.trl_parser import OLD_NAMES, ListParser
-from .config_file import key_of, keys_given, read, shortened, take_config
-from .errors import UserError
+from ..synonyms import hint
+from .config_file import keys_given, read, shortened, take_config
 from .folders import find_recipe
 from .kinds import MARKS
 from .value_types import problem_with
@@ -95,8 +96,8 @@ class _RecipeParser(ListParser):
 def _explain_unknown(item: str, parser: _RecipeParser) -> str:
     if not item.startswith("-"):
         return f"{item!r} belongs to no --key. Options are given as --key value."
-    flags = [f"--{name}" for name in parser.known_keys()]
-    return f"there is no option {item.partition('=')[0]}.{nearest(f'--{key_of(item)}', flags)}"
+    flag = item.partition("=")[0]
+    return f"there is no option {flag}.{hint(flag, parser.known_keys(), OPTIONS)}"
 
 
 def _check_renamed(given: set[str]) -> None:
@@ -115,8 +116,8 @@ def _check_values(path: Path, config: dict[str, Any], parser: _RecipeParser) -> 
             continue
         if key not in known:
             owner = next((command for command, marks in MARKS.items() if key in marks), None)
-            hint = f" It is one of hf-galore {owner}." if owner else nearest(str(key), known)
-            raise UserError(f"{path}: there is no option {key!r}.{hint}")
+            advice = f" It is one of hf-galore {owner}." if owner else hint(str(key), known, OPTIONS)
+            raise UserError(f"{path}: there is no option {key!r}.{advice}")
         if key == "resume_from_checkpoint" and isinstance(value, bool):
             continue  # the Trainer takes it, whatever the type hint says
         problem = problem_with(value, parser.hints[key], parser.choices(key))

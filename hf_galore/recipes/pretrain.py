@@ -13,10 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_se
 from trl import ScriptArguments, SFTConfig, SFTTrainer
 
 from ..config import nearest
+from ..errors import UserError
 from ..integrations.devices import keep_to_one_gpu
 from ..log import logger
 from .checks import check_arguments
-from .errors import UserError
 from .folders import configs_folder, known_models
 from .parser import parse_into
 from .run_record import RecordedTrainer

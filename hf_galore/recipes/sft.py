@@ -17,12 +17,15 @@ from trl import (
     get_quantization_config,
 )
 
+from ..errors import UserError
 from ..integrations.devices import keep_to_one_gpu, one_device_map
 from .checks import check_arguments, check_model, say_if_widened
 from .data_loading import load_dataset, split_of
-from .errors import UserError
 from .parser import parse_into
 from .run_record import RecordedTrainer
+
+DATACLASSES = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig)
+"""Their fields are the keys of a recipe, as of `trl sft`."""
 
 
 class Arguments(NamedTuple):
@@ -70,8 +73,7 @@ class RecordedSFTTrainer(RecordedTrainer, SFTTrainer):  # type: ignore[misc, unu
 
 def parse(arguments: Sequence[str], prog: str, about: str) -> Arguments:
     """Read a command's arguments, with the arguments and errors of `parser.parse_into`."""
-    dataclass_types = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig)
-    (script, training, model, dataset), path = parse_into(dataclass_types, arguments, prog, about)
+    (script, training, model, dataset), path = parse_into(DATACLASSES, arguments, prog, about)
     _find_template(training, path)
     return Arguments(script, training, model, dataset, path)
 

@@ -14,12 +14,12 @@ from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, Trainer, TrainingArguments
 from trl import ModelConfig, SFTConfig
 
+from ..errors import UserError
 from ..plan.rehearsal import STEPS
 from . import glue, pretrain, sft
 from .any_recipe import Arguments
 from .checks import galore_config
 from .embedded_model import embedded
-from .errors import UserError
 from .folders import configs_folder, known_models
 from .glue_tasks import REGRESSION, TASKS
 from .kinds import is_quickstart_recipe

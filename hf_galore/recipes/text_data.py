@@ -8,8 +8,8 @@ from typing import Any
 
 from trl import ScriptArguments
 
+from ..errors import UserError
 from .data_loading import load_dataset, split_of
-from .errors import UserError
 
 # What `datasets` reads as tables; a folder without such files is one of texts.
 _TABLES = {".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 
-from .errors import UserError
+from ..errors import UserError
 
 EXTRA = ("tensorboard", "trackio", "wandb")  # what the extra `tracking` installs
 

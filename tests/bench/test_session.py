@@ -31,8 +31,8 @@ from hf_galore.bench.report import GIB, Report, Row, ratio
 from hf_galore.bench.session import begin, look_at, measure
 from hf_galore.cli import bench as command
 from hf_galore.cli.main import main
+from hf_galore.errors import UserError
 from hf_galore.plan.needs import OUTSIDE_BYTES
-from hf_galore.recipes.errors import UserError
 
 DOCS = Path(__file__).parents[2] / "docs" / "cards.md"
 JOB = Job(task="look", arguments=("--config", "llama2_7b_oasst2.yaml"))

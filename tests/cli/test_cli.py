@@ -33,6 +33,24 @@ def test_what_needs_no_recipe_imports_nothing_that_reads_one(module: str) -> Non
     assert "trl" not in loaded
 
 
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["trian"]])
+def test_what_says_a_line_imports_nothing_heavy(arguments: list[str]) -> None:
+    """torch takes over a second, transformers another. (Seconds would be those of a busy machine.)"""
+    code = """
+import sys
+from hf_galore.cli.main import main
+try:
+    main(sys.argv[1:])
+except SystemExit:
+    pass
+print(*sorted({name.partition(".")[0] for name in sys.modules}))
+"""
+    run = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    loaded = set(run.stdout.splitlines()[-1].split())
+    assert "hf_galore" in loaded
+    assert loaded.isdisjoint({"torch", "numpy", "transformers", "accelerate", "rich", "yaml"})
+
+
 def test_a_warning_of_bitsandbytes_that_is_of_no_use_here(
     capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

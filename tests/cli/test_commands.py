@@ -114,7 +114,7 @@ def test_a_file_that_is_no_recipe(text: str, words: str, tmp_path: Path, capsys:
         (["sft", "--config", "missing.yaml"], "there is no such file, and no such recipe comes with hf_galore"),
         (["sft", "--config", "llama2_7b_oast2.yaml"], "Did you mean 'llama2_7b_oasst2.yaml'?"),
         (["sft"], "give a recipe"),
-        (["trian"], "invalid choice: 'trian'"),
+        (["trian"], "there is no command 'trian', only quickstart, sft, "),
         (["quickstart", "--max_step", "3"], "--max_steps"),
     ],
 )

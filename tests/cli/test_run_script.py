@@ -21,9 +21,9 @@ import yaml
 
 from hf_galore.cli import run_script
 from hf_galore.cli.run_script import BOOTSTRAP, environment, interpreter_options, main, python_arguments
+from hf_galore.errors import UserError
 from hf_galore.expandable_segments import SETTING, VARIABLE, supported
 from hf_galore.recipes.embedded_model import CACHE_VARIABLE, embedded
-from hf_galore.recipes.errors import UserError
 
 SITECUSTOMIZE = "sitecustomize.py"
 

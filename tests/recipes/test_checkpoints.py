@@ -17,9 +17,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from hf_galore.errors import UserError
 from hf_galore.recipes.checkpoints import check_folders, flaw, last_checkpoint
 from hf_galore.recipes.embedded_model import Embedded
-from hf_galore.recipes.errors import UserError
 from hf_galore.recipes.run_record import RecordedTrainer
 from hf_galore.recipes.stream_position import POSITION_FILE
 from hf_galore.recipes.whole_files import write_whole

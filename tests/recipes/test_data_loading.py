@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from hf_galore.errors import UserError
 from hf_galore.recipes.data_loading import load_dataset, split_of
-from hf_galore.recipes.errors import UserError
 
 
 def test_a_file_that_is_broken_is_named_with_what_is_wrong_in_it(tmp_path: Path) -> None:

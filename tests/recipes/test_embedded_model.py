@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from hf_galore.errors import UserError
 from hf_galore.recipes import embedded_model
 from hf_galore.recipes.embedded_model import CACHE_VARIABLE, conversations, embedded, is_asked_in, split
-from hf_galore.recipes.errors import UserError
 
 # ---- conversations
 

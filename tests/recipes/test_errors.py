@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from hf_galore import GaLoreConfig
+from hf_galore.errors import UserError
 from hf_galore.recipes import errors
-from hf_galore.recipes.errors import UserError
 
 
 def test_a_bug_keeps_its_traceback(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from transformers import AutoModelForSequenceClassification, EvalPrediction
 from hf_galore import recipes
 from hf_galore.cli import glue
 from hf_galore.cli.main import main
+from hf_galore.errors import UserError
 from hf_galore.recipes.embedded_model import Embedded
-from hf_galore.recipes.errors import UserError
 from hf_galore.recipes.glue import Score
 from hf_galore.recipes.glue_data import GlueArguments, load_texts, numbered
 from hf_galore.recipes.glue_tasks import PUBLISHED, TASKS, scorer

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from hf_galore.errors import UserError
 from hf_galore.recipes import kinds, sft
-from hf_galore.recipes.errors import UserError
 from hf_galore.recipes.folders import find_recipe, recipes_folder
 from tests.support.commands import recipe_on_cpu
 

@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from trl import ScriptArguments
 
 from hf_galore.cli.main import main
+from hf_galore.errors import UserError
 from hf_galore.recipes import pretrain
 from hf_galore.recipes.embedded_model import Embedded
-from hf_galore.recipes.errors import UserError
 from hf_galore.recipes.run_record import RUN_FILE, RunFacts
 from hf_galore.recipes.stream_position import POSITION_FILE, Positioned
 from hf_galore.recipes.text_data import load_text

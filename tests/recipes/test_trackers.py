@@ -17,9 +17,9 @@ from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations, integration_utils
 from wandb.proto import wandb_internal_pb2
 
+from hf_galore.errors import UserError
 from hf_galore.recipes import trackers
 from hf_galore.recipes.embedded_model import CACHE_VARIABLE, conversations, embedded, split
-from hf_galore.recipes.errors import UserError
 from hf_galore.recipes.trackers import check_trackers
 from tests.support.commands import command_line, write_recipe
 

@@ -1,0 +1,67 @@
+"""Options by the names that other trainers and papers have for them: what is advised exists, and is what was meant."""
+
+from __future__ import annotations
+
+import pytest
+
+from hf_galore.config import OPTIONS, GaLoreConfig
+from hf_galore.errors import UserError
+from hf_galore.recipes import sft
+from hf_galore.synonyms import GALORE, PHRASES, TRAINING
+
+IN_OPTIM_ARGS = "is one of GaLore's arguments, which stand together in optim_args: "
+
+
+def said(*arguments: str) -> str:
+    with pytest.raises(UserError) as error:
+        sft.parse(arguments, "hf-galore sft", "")
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flag", "advice"),
+    [
+        ("--rank", f" rank {IN_OPTIM_ARGS}--optim_args 'rank=..., ...'"),
+        ("--galore-rank", f" rank {IN_OPTIM_ARGS}--optim_args 'rank=..., ...'"),
+        ("--update_proj_gpa", f" update_proj_gap {IN_OPTIM_ARGS}--optim_args 'update_proj_gap=..., ...'"),
+        ("--lr", " Did you mean '--learning_rate'?"),
+        ("--torch_dtype", " Did you mean '--dtype'?"),
+        ("--batch_size", " Did you mean '--per_device_train_batch_size'?"),
+        ("--batch-size", " Did you mean '--per_device_train_batch_size'?"),
+        ("--model", " Did you mean '--model_name_or_path'?"),
+        ("--max_seq_length", " Did you mean '--max_length'?"),
+        ("--learning_rat", " Did you mean '--learning_rate'?"),
+        ("--layerwise", " Layerwise is a part of the optimizer's name: optim: galore_adamw_8bit_layerwise."),
+        ("--xyzzy", ""),
+    ],
+)
+def test_on_a_command_line(flag: str, advice: str) -> None:
+    for arguments in ([flag, "8"], [f"{flag}=8"]):
+        assert said(*arguments) == f"there is no option {flag}.{advice}"
+
+
+def test_in_a_file(tmp_path: pytest.TempPathFactory) -> None:
+    recipe = f"{tmp_path}/recipe.yaml"
+    for line, advice in (
+        ("lr: 1e-5", " Did you mean 'learning_rate'?"),
+        ("galore_rank: 8", f" rank {IN_OPTIM_ARGS}optim_args: rank=..., ..."),
+    ):
+        with open(recipe, "w", encoding="utf-8") as file:
+            file.write(line)
+        assert said("--config", recipe) == f"{recipe}: there is no option {line.partition(':')[0]!r}.{advice}"
+
+
+def test_in_optim_args() -> None:
+    with pytest.raises(ValueError, match=r"GaLore has no argument 'r'; .* Did you mean 'rank'\?$"):
+        GaLoreConfig.from_optim_args("r=8")
+    with pytest.raises(ValueError, match=r"GaLore has no argument 'rnak'; .* Did you mean 'rank'\?$"):
+        GaLoreConfig.from_optim_args("rnak=8")
+
+
+def test_what_is_advised_exists_and_no_name_is_its_own_synonym() -> None:
+    known = {name for part in sft.DATACLASSES for name in part.__dataclass_fields__}
+    assert set(TRAINING.values()) <= known
+    assert set(GALORE.values()) <= set(OPTIONS)
+    others = [*TRAINING, *GALORE, *PHRASES]
+    assert len(set(others)) == len(others)
+    assert not {*others} & {*known, *OPTIONS}
