@@ -105,13 +105,27 @@ def nearest(name: str, known: list[str]) -> str:
 
 
 def _check(key: str, value: Any) -> None:
+    if not _option(key).is_valid(value):
+        raise ValueError(f"GaLore's {key} has to be {_option(key).allowed}, but was given {value!r}.")
+
+
+def _option(key: str) -> _Option:
     option = _OPTIONS.get(key)
     if option is None:
         meant = synonym(key, GALORE, OPTIONS)
         advice = f" Did you mean {meant!r}?" if meant else nearest(key, list(OPTIONS))
         raise ValueError(f"GaLore has no argument {key!r}; it has {', '.join(OPTIONS)}.{advice}")
-    if not option.is_valid(value):
-        raise ValueError(f"GaLore's {key} has to be {option.allowed}, but was given {value!r}.")
+    return option
+
+
+def _parse(key: str, text: str) -> Any:
+    """A value from its text; whether it is in range is not looked at."""
+    option = _option(key)
+    try:
+        return option.parse(text)
+    except (ValueError, KeyError):
+        hint = " Items are separated by commas." if ";" in text or "=" in text else ""
+        raise ValueError(f"GaLore's {key} has to be {option.allowed}, but was given {text!r}.{hint}") from None
 
 
 def _parse_optim_args(text: str) -> dict[str, Any]:
@@ -127,16 +141,8 @@ def _parse_optim_args(text: str) -> dict[str, Any]:
             )
         if key in values:
             raise ValueError(f"optim_args gives {key!r} twice: {values[key]!r} and {raw!r}. Give it once.")
-        option = _OPTIONS.get(key)
-        if option is None:
-            _check(key, raw)
-        else:
-            try:
-                values[key] = option.parse(raw)
-            except (ValueError, KeyError):
-                hint = " Items are separated by commas." if ";" in raw or "=" in raw else ""
-                raise ValueError(f"GaLore's {key} has to be {option.allowed}, but was given {raw!r}.{hint}") from None
-            _check(key, values[key])
+        values[key] = _parse(key, raw)
+        _check(key, values[key])
     return values
 
 
@@ -198,22 +204,28 @@ class GaLoreConfig:
             _check(key, value)
 
     @classmethod
-    def from_optim_args(cls, optim_args: str | None) -> GaLoreConfig:
-        """Read the string of `TrainingArguments.optim_args`: ``"rank=1024, update_proj_gap=200, scale=2"``.
+    def from_optim_args(cls, optim_args: str | Mapping[str, Any] | None) -> GaLoreConfig:
+        """Read `TrainingArguments.optim_args`: ``"rank=1024, update_proj_gap=200, scale=2"``, or a mapping.
 
         Args:
-            optim_args: comma-separated `key=value` items; spaces and a trailing comma are fine; `None` and an
-                empty string give the defaults.
+            optim_args: comma-separated `key=value` items; spaces and a trailing comma are fine. Or a mapping, as YAML
+                has them, whose values may be text. `None` and what is empty give the defaults.
 
         Raises:
             ValueError: an unknown or repeated key, a missing `=`, a value of the wrong type or out of range.
-            TypeError: something other than a string or `None`.
+            TypeError: something other than a string, a mapping or `None`.
         """
         if optim_args is None:
             return cls()
+        if isinstance(optim_args, Mapping):
+            given = {str(key): value for key, value in optim_args.items()}
+            values = {key: _parse(key, value) if isinstance(value, str) else value for key, value in given.items()}
+            for key, value in values.items():
+                _check(key, value)
+            return cls(**values)
         if not isinstance(optim_args, str):
             raise TypeError(
-                f"optim_args has to be a string such as 'rank=128, scale=0.25', but is a "
+                f"optim_args has to be a string such as 'rank=128, scale=0.25', or a mapping, but is a "
                 f"{type(optim_args).__name__}: {optim_args!r}."
             )
         return cls(**_parse_optim_args(optim_args))

@@ -182,7 +182,26 @@ def test_keywords_are_checked_as_strings_are(key: str, value: Any) -> None:
         GaLoreConfig(**options)
 
 
-@pytest.mark.parametrize("given_", [{"rank": 8}, ["rank=8"], 8, b"rank=8"], ids=repr)
+def test_a_mapping_is_what_yaml_makes_of_it() -> None:
+    """YAML 1.1 reads 1e-1 as text."""
+    given_ = {"rank": 8, "scale": "1e-1", "stagger": False, "proj_bits": "8", "rule": None, "lazy_refresh": "true"}
+    assert GaLoreConfig.from_optim_args(given_) == GaLoreConfig(
+        rank=8, scale=0.1, stagger=False, proj_bits=8, lazy_refresh=True
+    )
+    mistakes: tuple[tuple[dict[Any, Any], str], ...] = (
+        ({"rnak": 8}, "no argument 'rnak'; .* Did you mean 'rank'"),
+        ({8: "rank"}, "no argument '8'"),
+        ({"rank": 8.0}, "rank has to be an integer of at least 1, but was given 8.0"),
+        ({"rank": None}, "rank has to be an integer of at least 1, but was given None"),
+        ({"rank": [8]}, r"rank has to be .*, but was given \[8\]"),
+        ({"scale": "big"}, "scale has to be a finite number above 0, but was given 'big'"),
+    )
+    for wrong, words in mistakes:
+        with pytest.raises(ValueError, match=words):
+            GaLoreConfig.from_optim_args(wrong)
+
+
+@pytest.mark.parametrize("given_", [["rank=8"], 8, b"rank=8"], ids=repr)
 def test_something_other_than_a_string_is_named(given_: Any) -> None:
     """Without hf_galore: `optim_args` as dict gave `'dict' object has no attribute 'replace'`."""
     with pytest.raises(TypeError) as error:

@@ -54,14 +54,33 @@ class ListParser(TrlParser):
 
     def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
         """Take a file's values for defaults, as TRL's parser, under the names that this transformers has."""
-        values = {self.renamed.get(key, key): value for key, value in kwargs.items()}
+        values = {self.renamed.get(key, key): self.as_typed(key, value) for key, value in kwargs.items()}
         unknown: list[str] = super().set_defaults_with_config(**values)
         return unknown
+
+    def as_typed(self, key: str, value: Any) -> Any:
+        """A file's value in the type that its key has, where YAML has another way to write it.
+
+        One name instead of a list of names, which the libraries would take apart by its letters; and a mapping where
+        the command line has `key=value, key=value`.
+        """
+        kinds = set(get_args(self.hints.get(key))) or {self.hints.get(key)}
+        if isinstance(value, str) and list[str] in kinds and str not in kinds:
+            return [value]
+        if key == "optim_args" and isinstance(value, dict) and not any(map(_is_nested, value.values())):
+            return ", ".join(
+                f"{name}={str(one).lower() if isinstance(one, bool) else one}" for name, one in value.items()
+            )
+        return value
 
     def parse_args_into_dataclasses(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Parse, as TRL's parser, but for a file of options (`hf-galore.args`) that it would look for."""
         parsed: tuple[Any, ...] = super().parse_args_into_dataclasses(*args, **{**kwargs, "look_for_args_file": False})
         return parsed
+
+
+def _is_nested(value: Any) -> bool:
+    return value is None or isinstance(value, (dict, list))
 
 
 class _OneOrMany(argparse.Action):

@@ -184,13 +184,7 @@ def _kind(optim: Any) -> Kind:
 def _config(optim_args: GaLoreConfig | Mapping[str, Any] | str | None) -> GaLoreConfig:
     if isinstance(optim_args, GaLoreConfig):
         return optim_args
-    unset: dict[str, Any] = {}
-    if isinstance(optim_args, Mapping):
-        # A text has no word for it.
-        fields = {field.name for field in dataclasses.fields(GaLoreConfig)}
-        unset = {key: None for key, value in optim_args.items() if value is None and key in fields}
-        optim_args = ", ".join(f"{key}={value}" for key, value in optim_args.items() if key not in unset)
-    return dataclasses.replace(GaLoreConfig.from_optim_args(optim_args), **unset)
+    return GaLoreConfig.from_optim_args(optim_args)
 
 
 def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

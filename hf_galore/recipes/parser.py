@@ -120,6 +120,6 @@ def _check_values(path: Path, config: dict[str, Any], parser: _RecipeParser) -> 
             raise UserError(f"{path}: there is no option {key!r}.{advice}")
         if key == "resume_from_checkpoint" and isinstance(value, bool):
             continue  # the Trainer takes it, whatever the type hint says
-        problem = problem_with(value, parser.hints[key], parser.choices(key))
+        problem = problem_with(parser.as_typed(key, value), parser.hints[key], parser.choices(key))
         if problem:
             raise UserError(f"{path}: {key} {problem}")

@@ -21,6 +21,7 @@ from ..errors import UserError
 from ..integrations.devices import keep_to_one_gpu, one_device_map
 from .checks import check_arguments, check_model, say_if_widened
 from .data_loading import load_dataset, split_of
+from .folders import recipes_folder
 from .parser import parse_into
 from .run_record import RecordedTrainer
 
@@ -79,13 +80,18 @@ def parse(arguments: Sequence[str], prog: str, about: str) -> Arguments:
 
 
 def _find_template(training: SFTConfig, recipe: Path | None) -> None:
-    """Let a recipe name a template beside it or in a folder beside its own, from whatever folder it is run."""
+    """Let a recipe name a template beside it, in a folder beside its own, or one that comes with hf_galore.
+
+    From whatever folder it is run; and a copy of a recipe that comes with hf_galore finds what that names.
+    """
     name = training.chat_template_path
     if name is None or recipe is None or Path(name).exists():
         return
-    for folder in recipe.resolve().parents[:2]:
-        if (folder / name).exists():
-            training.chat_template_path = str(folder / name)
+    packaged = recipes_folder()
+    below = Path(name).relative_to("recipes") if Path(name).parts[:1] == ("recipes",) else Path(name)
+    for found in (*(folder / name for folder in recipe.resolve().parents[:2]), packaged / below):
+        if found.exists():
+            training.chat_template_path = str(found)
             return
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from hf_galore.config import GaLoreConfig
 from hf_galore.errors import UserError
 from hf_galore.recipes import kinds, sft
 from hf_galore.recipes.folders import find_recipe, recipes_folder
@@ -42,6 +43,31 @@ def test_values_in_every_spelling_that_yaml_and_trl_allow(tmp_path: Path) -> Non
         assert parsed.recipe == path
 
 
+def test_what_yaml_has_another_way_to_write(tmp_path: Path) -> None:
+    """`trl sft` takes a name for a list of one; and everybody writes optim_args as a mapping."""
+    optim_args = {"rank": 8, "scale": 1.5, "stagger": False, "proj_bits": "8"}
+    settings = {
+        "optim_args": optim_args,
+        "lora_target_modules": "all-linear",
+        "use_peft": True,
+        "label_names": "labels",
+    }
+    parsed = parse("--config", recipe_on_cpu(tmp_path, **settings))
+    assert parsed.training.optim_args == "proj_bits=8, rank=8, scale=1.5, stagger=false"
+    assert GaLoreConfig.from_optim_args(parsed.training.optim_args) == GaLoreConfig.from_optim_args(optim_args)
+    assert parsed.model.lora_target_modules == "all-linear"  # as TRL's ModelConfig makes it of a list of one
+    assert parsed.training.label_names == ["labels"]
+
+
+def test_a_copy_of_a_recipe_finds_the_template_that_it_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    copy = tmp_path / "deep" / "down" / "mine.yaml"
+    copy.parent.mkdir(parents=True)
+    copy.write_text((recipes_folder() / "llama2_7b_oasst2.yaml").read_text("utf-8"), "utf-8")
+    parsed = parse("--config", str(copy), "--use_cpu", "true")
+    assert parsed.training.chat_template_path == str(recipes_folder() / "chatml")
+
+
 def test_a_recipe_sets_environment_variables_as_trl_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_GALORE_TEST", "before")
     parse("--config", recipe_on_cpu(tmp_path, env={"HF_GALORE_TEST": 3}))
@@ -57,7 +83,7 @@ def test_a_recipe_sets_environment_variables_as_trl_does(tmp_path: Path, monkeyp
         ({"use_cpu": 1}, [], "use_cpu has to be true or false, but is 1"),
         ({"learning_rate": True}, [], "learning_rate has to be a number, but is True"),
         ({"learning_rate": "fast"}, [], "learning_rate has to be a number, but is 'fast'"),
-        ({"optim_args": {"rank": 8}}, [], "optim_args has to be a string, but is {'rank': 8}"),
+        ({"optim_args": {"rank": [8]}}, [], "optim_args has to be a string, but is {'rank': [8]}"),
         ({"optim_target_modules": ["attn", 3]}, [], "optim_target_modules has to be a string or a list of strings"),
         ({"lr_scheduler_type": "cosin"}, [], "Did you mean 'cosine'?"),
         ({"datasets": "mine"}, [], "datasets has to be a list of mappings, but is 'mine'"),
