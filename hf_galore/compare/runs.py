@@ -61,6 +61,23 @@ class Run:
         series = self.series(key)
         return series[-1][1] if series else None
 
+    @cached_property
+    def broken(self) -> tuple[str, int] | None:
+        """The first of what was logged that is NaN, or a loss that is infinite, and its step; `None` for a sound run.
+
+        NaN is looked for in everything, and not in the losses alone: where a Trainer filters those, as transformers'
+        does by default, a loss of NaN is logged as 0, and the norm of the gradient says it.
+        """
+        keys = dict.fromkeys(key for entry in self.log for key in entry)
+        found = [(step, key) for key in keys if (step := first_nan(self.series(key))) is not None]
+        for key in (TRAINING_LOSS, HELD_OUT_LOSS):
+            infinite = first_not_finite(self.series(key))
+            found += [] if infinite is None else [(infinite, key)]
+        if not found:
+            return None
+        step, key = min(found, key=lambda one: (one[0], one[1] != TRAINING_LOSS))
+        return key, step
+
     # ---- settings
 
     @cached_property
@@ -196,6 +213,11 @@ def is_finite(value: float | None) -> bool:
 def first_not_finite(series: Series) -> int | None:
     """The step of the first value that is NaN or infinite."""
     return next((step for step, value in series if not math.isfinite(value)), None)
+
+
+def first_nan(series: Series) -> int | None:
+    """The step of the first value that is NaN."""
+    return next((step for step, value in series if math.isnan(value)), None)
 
 
 def _finite(values: Iterable[float]) -> list[float]:

@@ -16,7 +16,6 @@ from .runs import (
     TRAINING_LOSS,
     Run,
     Series,
-    first_not_finite,
     is_finite,
     shared_metrics,
 )
@@ -222,7 +221,8 @@ def _targets(run: Run) -> str | None:
 
 def _steps(run: Run) -> str:
     how = "" if run.step >= run.max_steps and run.finished else "stopped early" if run.finished else "interrupted"
-    return f"{_of_all(run)}, {how}" if how else f"{run.step:,}"
+    text = f"{_of_all(run)}, {how}" if how else f"{run.step:,}"
+    return text if run.broken is None else f"{text}, broken at {run.broken[1]:,}"
 
 
 def _of_all(run: Run) -> str:
@@ -240,7 +240,8 @@ def _row(quantity: Quantity, runs: Sequence[Run]) -> Row:
             cells.append(f"{quantity.text(value)} ({_per_cent(value / first - 1)})")
         else:
             cells.append(quantity.text(value))
-    return Row(quantity.label, cells, _best(values, quantity.lower_is_better))
+    sound = [None if run.broken else value for run, value in zip(runs, values, strict=True)]
+    return Row(quantity.label, cells, _best(sound, quantity.lower_is_better))
 
 
 def _per_cent(difference: float) -> str:
@@ -271,10 +272,10 @@ def notes(runs: Sequence[Run]) -> list[str]:
             )
         if run.training_seconds is None and run.last("train_runtime") is not None:
             found.append(f"{run.name} was resumed: its training time is known of the last part only, and left out.")
-        for key, label in ((TRAINING_LOSS, "training loss"), (HELD_OUT_LOSS, "held-out loss")):
-            broken = first_not_finite(run.series(key))
-            if broken is not None:
-                found.append(f"{run.name}: the {label} is not finite, first at step {broken:,}.")
+        if run.broken is not None:
+            key, step = run.broken
+            label = {TRAINING_LOSS: "the training loss", HELD_OUT_LOSS: "the held-out loss"}.get(key, key)
+            found.append(f"{run.name} is broken: {label} is not finite, first at step {step:,}. It is best at nothing.")
     measured = [run for run in runs if run.peak_memory_gib is not None and run.facts is not None]
     devices = {run.facts.device == "cpu" for run in measured if run.facts}
     if devices == {True}:
@@ -313,6 +314,7 @@ def as_dict(runs: Sequence[Run]) -> list[dict[str, Any]]:
             "name": run.name,
             "folder": str(run.folder),
             "finished": run.finished,
+            "broken": None if run.broken is None else {"key": run.broken[0], "step": run.broken[1]},
             "step": run.step,
             "max_steps": run.max_steps,
             "method": run.method,

@@ -50,6 +50,8 @@ def parse_into(
         description=about,
         allow_abbrev=False,
     )
+    # A Trainer logs a loss of NaN as 0 otherwise; and on a GPU it waits for each loss to see whether it is.
+    parser.set_defaults(logging_nan_inf_filter=False)
     path = None if name is None else find_recipe(name)
     config = {} if path is None else read(path)
     if path is not None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
+
+from ..errors import UserError
 from ..integrations.trainer import KINDS, optim_name
 from ..log import logger
 from ..plan.planner import MemoryPlan
@@ -89,5 +93,31 @@ def _train_and_save(trainer: RecordedTrainer, dataset_name: str | None) -> None:
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model(trainer.args.output_dir)
     trainer.save_record()
+    check_weights(trainer)
     if trainer.args.push_to_hub:
         trainer.push_to_hub(**({} if dataset_name is None else {"dataset_name": dataset_name}))
+
+
+def check_weights(trainer: RecordedTrainer) -> None:
+    """Check that a training ended with numbers; a warning says of a loss that is none, with weights that are.
+
+    Raises:
+        UserError: weights are NaN or infinite; the message says which, and what to do.
+    """
+    named = list(trainer.model.named_parameters())
+    broken = [name for name, weight in named if not bool(torch.isfinite(weight.detach()).all())]
+    losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    first = next((step for step, loss in losses if not math.isfinite(loss)), None)
+    advice = "Give a lower learning_rate, or a lower scale in optim_args, or clip with max_grad_norm."
+    if broken:
+        raise UserError(
+            f"the training ended with weights that are not finite: {len(broken)} of {len(named)}, the first is "
+            f"{broken[0]}.{'' if first is None else f' The loss is not finite since step {first}.'} What "
+            f"{trainer.args.output_dir} holds is of no use. {advice}"
+        )
+    if losses and not math.isfinite(losses[-1][1]):
+        logger.warning(
+            "The training ended with a loss that is not finite, since step %d, though the weights are. %s",
+            first,
+            advice,
+        )

@@ -12,7 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from hf_galore.cli.main import main
-from hf_galore.compare import figures, runs
+from hf_galore.compare import figures, runs, tables
 from tests.support.written_runs import NAN, Page, a_log, compared, numbers, png_size, write_run, write_state
 
 
@@ -77,10 +77,25 @@ def test_a_loss_that_is_not_a_number(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (found["eval_loss_last"], found["eval_loss_lowest"]) == (None, 3.0)
     assert main(["compare", str(bad), str(good), "--output", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
-    assert "bad: the training loss is not finite, first at step 2." in shown
+    assert "bad is broken: the training loss is not finite, first at step 2." in " ".join(shown.split())
     rows = Page((tmp_path / "out" / "index.html").read_text(encoding="utf-8")).rows()
     assert rows["held-out loss, last"] == ["NaN", "2.0000"]  # and no difference from it
     assert rows["training loss, mean of the last tenth"] == ["inf", "2.0000"]
+
+
+def test_a_broken_run_is_best_at_nothing(tmp_path: Path) -> None:
+    """transformers logs a loss of NaN as 0, unless it is told otherwise: the norm of the gradient gives it away."""
+    good = write_run(tmp_path / "good", [4.0, 3.0], held_out=[3.0, 2.0])
+    bad = write_run(tmp_path / "bad")
+    write_state(bad, [*a_log([4.0], held_out=[3.0]), *({**one, "step": 2} for one in a_log([0.0], grad_norm=NAN))], 2)
+    found = runs.read_runs([good, bad])
+    assert [run.broken for run in found] == [None, ("grad_norm", 2)]
+    rows = {row.label: row for row in tables.results_table(found).rows}
+    loss = rows["training loss, mean of the last tenth"]
+    assert (loss.cells[1], loss.best) == ("0.0000 (−100.0 %)", frozenset())
+    assert rows["steps"].cells == ["2", "2, broken at 2"]
+    said = tables.notes(found)
+    assert "bad is broken: grad_norm is not finite, first at step 2. It is best at nothing." in said
 
 
 def test_only_nan(tmp_path: Path) -> None:

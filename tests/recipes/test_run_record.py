@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,6 +48,22 @@ def settings(small: Embedded, tmp_path: Path) -> dict[str, Any]:
         "save_steps": 2,
         "output_dir": tmp_path / "out",
     }
+
+
+def test_a_run_that_ends_without_numbers_says_so_and_logs_what_was(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each loss is logged as it is, and not as 0 where it is NaN."""
+    given = {**settings, "optim": "adamw_torch", "learning_rate": 1e30, "logging_steps": 1, "max_grad_norm": 0}
+    given = {key: value for key, value in given.items() if not key.startswith("optim_")}
+    assert main(["sft", *options(given)]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("hf-galore sft: the training ended with weights that are not finite: ")
+    assert "The loss is not finite since step " in said
+    assert f"What {tmp_path / 'out'} holds is of no use. Give a lower learning_rate" in said
+    losses = [entry["loss"] for entry in history(tmp_path / "out") if "loss" in entry]
+    assert math.isfinite(losses[0])
+    assert not math.isfinite(losses[-1])
 
 
 def test_a_run_leaves_its_settings_and_its_log(settings: dict[str, Any], tmp_path: Path, small: Embedded) -> None:
