@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,10 +30,11 @@ from ..errors import UserError
 from ..integrations.older import end
 from ..recipes import sft
 from ..recipes.checkpoints import last_checkpoint
-from ..recipes.config_file import key_of
+from ..recipes.config_file import key_of, keys_given
 from ..recipes.embedded_model import conversations, embedded, is_asked_in, split
 from ..recipes.folders import recipes_folder
 from ..recipes.kinds import QUICKSTART
+from ..recipes.output_folder import OutputArguments
 from ..recipes.run_record import optimizer_bytes
 from ..recipes.sft import RecordedSFTTrainer
 from ..recipes.training import run_recorded
@@ -71,7 +73,8 @@ def run(arguments: Sequence[str]) -> int:
     console = Console()
     # Parsed without model and data first: a mistake, or --help, is found before anything is made.
     output_dir = sft.parse(["--config", str(_recipe()), *arguments], PROG, ABOUT).training.output_dir
-    with stoppable(lambda: _how_to_go_on(arguments, output_dir)):
+    since = None if "resume_from_checkpoint" in keys_given(arguments) else time.time()
+    with stoppable(lambda: _how_to_go_on(arguments, output_dir, since)):
         trainer = _train(arguments, console)
     answers = ask(Path(trainer.args.output_dir), trainer.args.device)
     train, _ = split(conversations())
@@ -87,10 +90,10 @@ def _recipe() -> Path:
     return recipes_folder() / QUICKSTART
 
 
-def _how_to_go_on(arguments: Sequence[str], output_dir: str) -> str:
+def _how_to_go_on(arguments: Sequence[str], output_dir: str, since: float | None) -> str:
     if last_checkpoint(Path(output_dir)) is None:  # its recipe writes none
         return f"interrupted; nothing was saved. Run {PROG} again."
-    return how_to_go_on(PROG, arguments, output_dir)
+    return how_to_go_on(PROG, arguments, output_dir, since=since)
 
 
 def _train(arguments: Sequence[str], console: Console) -> SFTTrainer:
@@ -99,6 +102,8 @@ def _train(arguments: Sequence[str], console: Console) -> SFTTrainer:
     made = embedded()
     own = ["--model_name_or_path", str(made.model), "--dataset_name", str(made.data)]
     parsed = sft.parse(["--config", str(_recipe()), *own, *arguments], PROG, ABOUT)
+    if not {"output_dir", "resume_from_checkpoint"} & keys_given(arguments):
+        parsed = parsed._replace(output=OutputArguments(overwrite_output_dir=True))  # an earlier quickstart's folder
 
     def make() -> RecordedSFTTrainer:
         trainer = sft.make_trainer(parsed)

@@ -11,9 +11,11 @@ from collections.abc import Sequence
 
 from ..compare.sweep import SETTINGS_FILE, Sweep, Trial, options_to_go_on
 from ..recipes.errors import remove_empty
+from ..recipes.output_folder import check_unused
 from ..recipes.whole_files import write_whole
 from ..recipes.writable import unwritable_folder
 from .interrupts import INTERRUPTED, Stopped
+from .training_command import to_go_on
 
 _PATIENCE = 20  # seconds that a run has to stop by itself after Ctrl-C, which a terminal sends to it too
 
@@ -32,10 +34,13 @@ def run_sweep(sweep: Sweep, prog: str, arguments: Sequence[str], *, to_stderr: b
 
     Raises:
         Stopped: Ctrl-C.
+        UserError: a folder holds a run, and the sweep neither goes on with it nor overwrites it.
     """
     stream = sys.stderr if to_stderr else sys.stdout
-    again = shlex.join([*arguments, *([] if sweep.resumes else ["--resume_from_checkpoint"])])
+    again = shlex.join(to_go_on(arguments))
     # All are checked before the first is run.
+    for trial in sweep.trials:
+        check_unused(trial.folder, sweep.output, resumes=sweep.resumes, of_sweep=True)
     todo = [(trial, options_to_go_on(trial) if sweep.resumes else []) for trial in sweep.trials]
     for count, (trial, options) in enumerate(todo, start=1):
         progress = f"{trial.name} ({count} of {len(todo)})"

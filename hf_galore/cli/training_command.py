@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from ..integrations.older import end
 from ..recipes import training
 from ..recipes.any_recipe import Arguments
 from ..recipes.checkpoints import last_checkpoint
+from ..recipes.config_file import key_of
 from ..recipes.run_record import RecordedTrainer
 from .interrupts import stoppable
 
@@ -40,7 +42,9 @@ def train(prog: str, arguments: Sequence[str], parsed: Arguments) -> RecordedTra
         UserError: something that was given is wrong.
         Stopped: Ctrl-C.
     """
-    with stoppable(lambda: how_to_go_on(prog, arguments, parsed.training.output_dir)):
+    resumes = str(parsed.training.resume_from_checkpoint or False).lower() != "false"
+    since = None if resumes else time.time()
+    with stoppable(lambda: how_to_go_on(prog, arguments, parsed.training.output_dir, since=since)):
         return training.run(parsed)
 
 
@@ -54,24 +58,31 @@ def train_and_say(
     return 0
 
 
-def how_to_go_on(prog: str, arguments: Sequence[str], output_dir: str) -> str:
-    """What to say after Ctrl-C: the command that goes on from the last whole checkpoint, if there is one."""
+def how_to_go_on(prog: str, arguments: Sequence[str], output_dir: str, *, since: float | None) -> str:
+    """What to say after Ctrl-C: the command that goes on from the last whole checkpoint, if there is one.
+
+    Args:
+        prog: the command.
+        arguments: what it was given.
+        output_dir: the run's folder.
+        since: when the run began, in seconds as of `time.time`, where it is new: older checkpoints are another run's.
+    """
     last = last_checkpoint(Path(output_dir))
-    if last is None:
+    if last is None or (since is not None and last.stat().st_mtime < since):
         return (
             f"interrupted; {output_dir} holds no checkpoint yet, so run the same command again. save_steps says how "
             "often one is written."
         )
-    command = shlex.join([*prog.split(), *_without_resume(arguments), "--resume_from_checkpoint"])
-    return f"interrupted; go on from {last} with: {command}"
+    return f"interrupted; go on from {last} with: {shlex.join([*prog.split(), *to_go_on(arguments)])}"
 
 
-def _without_resume(arguments: Sequence[str]) -> list[str]:
+def to_go_on(arguments: Sequence[str]) -> list[str]:
+    """The arguments of a command, for it to go on with its run."""
     kept: list[str] = []
     skipping = False
     for item in arguments:
         if item.startswith("--"):
-            skipping = item.partition("=")[0].replace("-", "_") == "__resume_from_checkpoint"
+            skipping = key_of(item) in ("resume_from_checkpoint", "overwrite_output_dir")
         if not skipping:
             kept.append(item)
-    return kept
+    return [*kept, "--resume_from_checkpoint"]

@@ -23,6 +23,7 @@ from ..recipes.checks import galore_config
 from ..recipes.config_file import keys_given, take_config
 from ..recipes.errors import reporting_complaints
 from ..recipes.kinds import command_for, is_quickstart_recipe
+from ..recipes.output_folder import OutputArguments
 from ..recipes.run_record import RunFacts
 
 SETTINGS_FILE = "hf_galore_sweep.json"
@@ -30,7 +31,7 @@ SETTINGS_FILE = "hf_galore_sweep.json"
 
 _GALORE_KEYS = [field.name for field in dataclasses.fields(GaLoreConfig)]
 # What a sweep decides, and what makes no difference to a run.
-_OWN = ("output_dir", "resume_from_checkpoint", "config")
+_OWN = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "config")
 _NO_SETTINGS = (*_OWN, "logging_dir", "run_name", "use_cpu")
 
 
@@ -51,6 +52,7 @@ class Sweep(NamedTuple):
     output_dir: Path
     trials: list[Trial]
     resumes: bool
+    output: OutputArguments
 
 
 def plan_sweep(given: Sequence[str], arguments: Sequence[str]) -> Sweep:
@@ -79,7 +81,7 @@ def plan_sweep(given: Sequence[str], arguments: Sequence[str]) -> Sweep:
     for trial in trials:
         if folders.count(trial.folder) > 1:
             raise UserError(f"{trial.name}: its folder would be {trial.folder}, and so would another value's.")
-    return Sweep(output_dir, trials, _resumes(base))
+    return Sweep(output_dir, trials, _resumes(base), base.output)
 
 
 # ---- what was given
@@ -203,7 +205,7 @@ def options_to_go_on(trial: Trial) -> list[str] | None:
         told = ", ".join(f"{key} {known.get(key)!r}, now {trial.settings.get(key)!r}" for key in changed[:3])
         raise UserError(
             f"{trial.folder} holds a run with other settings ({told}). Give them again, or another --output_dir, or "
-            "leave out --resume_from_checkpoint to run everything anew."
+            "--overwrite_output_dir instead of --resume_from_checkpoint to run everything anew."
         )
     if facts is not None and facts.finished:
         return None

@@ -33,8 +33,8 @@ from .whole_files import cut_off
 _RNG_NAME = "rng_state.pth"
 _RNG_PREFIX = "rng_state_"
 """With a number and .pth behind it: of one process of several."""
-_MODELS = (SAFE_WEIGHTS_NAME, WEIGHTS_NAME, ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME)
-_INDEXES = (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME)
+MODELS: tuple[str, ...] = (SAFE_WEIGHTS_NAME, WEIGHTS_NAME, ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME)
+INDEXES: tuple[str, ...] = (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME)
 # DeepSpeed and FSDP keep weights and optimizer in folders of their own; what has to be in them, they know alone.
 _ENGINES_FOLDERS = ("global_step", "pytorch_model_fsdp", "optimizer_")
 
@@ -149,9 +149,9 @@ def _missing_random_states(found: AbstractSet[str]) -> list[str]:
 def _missing_weights(folder: Path, found: AbstractSet[str]) -> list[str]:
     """The files of the model that are not there."""
     adapters = (folder.glob(f"*/{name}") for name in (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME))
-    if not found.isdisjoint(_MODELS) or any(any(paths) for paths in adapters):
+    if not found.isdisjoint(MODELS) or any(any(paths) for paths in adapters):
         return []
-    for index in _INDEXES:
+    for index in INDEXES:
         if index in found:
             shards = json.loads((folder / index).read_text(encoding="utf-8")).get("weight_map", {}).values()
             return sorted(set(shards) - found)

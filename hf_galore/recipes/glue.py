@@ -25,6 +25,7 @@ from .checkpoints import last_checkpoint, no_checkpoint
 from .checks import check_arguments, check_model, say_if_widened
 from .glue_data import LABEL, GlueArguments, load_texts, numbered
 from .glue_tasks import CLASSIFICATION, REGRESSION, TASKS, scorer
+from .output_folder import OutputArguments, check_unused
 from .parser import parse_into
 from .run_record import RecordedTrainer, RunFacts
 
@@ -37,6 +38,7 @@ class Arguments(NamedTuple):
     model: ModelConfig
     recipe: Path | None
     """The recipe's file, if there is one."""
+    output: OutputArguments = OutputArguments()
 
     @property
     def command(self) -> str:
@@ -75,8 +77,9 @@ class Score(NamedTuple):
 
 def parse(arguments: Sequence[str], prog: str, about: str) -> Arguments:
     """Read a command's arguments, with the arguments and errors of `parser.parse_into`."""
-    (glue, training, model), path = parse_into((GlueArguments, TrainingArguments, ModelConfig), arguments, prog, about)
-    return Arguments(glue, training, model, path)
+    dataclass_types = (GlueArguments, TrainingArguments, ModelConfig, OutputArguments)
+    (glue, training, model, output), path = parse_into(dataclass_types, arguments, prog, about)
+    return Arguments(glue, training, model, path, output)
 
 
 def runs_of(parsed: Arguments) -> list[tuple[Arguments, Score | None]]:
@@ -102,6 +105,7 @@ def runs_of(parsed: Arguments) -> list[tuple[Arguments, Score | None]]:
         if len(seeds) > 1:
             training.output_dir = str(Path(training.output_dir) / f"seed-{seed}")
         one = parsed._replace(training=training)
+        check_unused(Path(training.output_dir), parsed.output, resumes=wanted.lower() != "false")
         known = finished_score(one) if resumes else None
         if resumes and known is None:
             last = last_checkpoint(Path(training.output_dir))
@@ -206,7 +210,8 @@ def finished_score(parsed: Arguments) -> Score | None:
         state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{folder} cannot be gone on with: {error}. Remove it, or leave out --resume_from_checkpoint to train anew."
+            f"{folder} cannot be gone on with: {error}. Remove it, or give --overwrite_output_dir instead of "
+            "--resume_from_checkpoint to train anew."
         ) from error
     return score_of(state["log_history"], parsed)
 

@@ -18,6 +18,7 @@ from ..integrations.devices import keep_to_one_gpu
 from ..log import logger
 from .checks import check_arguments
 from .folders import configs_folder, known_models
+from .output_folder import OutputArguments
 from .parser import parse_into
 from .run_record import RecordedTrainer
 from .stream_position import keep_position
@@ -68,6 +69,7 @@ class Arguments(NamedTuple):
     model: PretrainArguments
     recipe: Path | None
     """The recipe's file, if there is one."""
+    output: OutputArguments = OutputArguments()
 
     @property
     def command(self) -> str:
@@ -108,10 +110,9 @@ class PretrainingTrainer(RecordedTrainer, SFTTrainer):  # type: ignore[misc, unu
 
 def parse(arguments: Sequence[str], prog: str, about: str) -> Arguments:
     """Read a command's arguments, with the arguments and errors of `parser.parse_into`."""
-    (script, training, model), path = parse_into(
-        (ScriptArguments, SFTConfig, PretrainArguments), arguments, prog, about
-    )
-    return Arguments(script, training, model, path)
+    dataclass_types = (ScriptArguments, SFTConfig, PretrainArguments, OutputArguments)
+    (script, training, model, output), path = parse_into(dataclass_types, arguments, prog, about)
+    return Arguments(script, training, model, path, output)
 
 
 def make_trainer(parsed: Arguments) -> PretrainingTrainer:

@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,8 @@ class RecordedTrainer(TrainerParts, Trainer):  # type: ignore[misc, unused-ignor
 
     memory_plan: MemoryPlan | None = None
     """For the model card."""
+    before_record: Callable[[], None] | None = None
+    """Called before the record is written, by one process."""
     _facts: RunFacts | None = None
     _clock: StepClock | None = None
 
@@ -129,6 +132,8 @@ class RecordedTrainer(TrainerParts, Trainer):  # type: ignore[misc, unused-ignor
     def begin_record(self) -> None:
         """Write the record. Called when training begins: a mistake that ends the run before leaves nothing."""
         if self._facts is not None and self.is_world_process_zero():
+            if self.before_record is not None:
+                self.before_record()
             self._facts.write(Path(self.args.output_dir))
 
     def save_record(self) -> None:

@@ -22,11 +22,12 @@ from ..integrations.devices import keep_to_one_gpu, one_device_map
 from .checks import check_arguments, check_model, say_if_widened
 from .data_loading import load_dataset, split_of
 from .folders import recipes_folder
+from .output_folder import OutputArguments
 from .parser import parse_into
 from .run_record import RecordedTrainer
 
-DATACLASSES = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig)
-"""Their fields are the keys of a recipe, as of `trl sft`."""
+DATACLASSES = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, OutputArguments)
+"""Their fields are the keys of a recipe, as of `trl sft`, but for the last one's."""
 
 
 class Arguments(NamedTuple):
@@ -38,6 +39,7 @@ class Arguments(NamedTuple):
     dataset: DatasetMixtureConfig
     recipe: Path | None
     """The recipe's file, if there is one."""
+    output: OutputArguments = OutputArguments()
 
     @property
     def command(self) -> str:
@@ -74,9 +76,9 @@ class RecordedSFTTrainer(RecordedTrainer, SFTTrainer):  # type: ignore[misc, unu
 
 def parse(arguments: Sequence[str], prog: str, about: str) -> Arguments:
     """Read a command's arguments, with the arguments and errors of `parser.parse_into`."""
-    (script, training, model, dataset), path = parse_into(DATACLASSES, arguments, prog, about)
+    (script, training, model, dataset, output), path = parse_into(DATACLASSES, arguments, prog, about)
     _find_template(training, path)
-    return Arguments(script, training, model, dataset, path)
+    return Arguments(script, training, model, dataset, path, output)
 
 
 def _find_template(training: SFTConfig, recipe: Path | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from ..log import logger
 from ..plan.planner import MemoryPlan
 from .any_recipe import Arguments
 from .errors import reporting_errors
+from .output_folder import check_unused, remove_run
 from .planning import plan_recipe
 from .run_record import RecordedTrainer
 
@@ -66,10 +68,14 @@ def run_recorded(
         UserError: something in the arguments is wrong. No file or folder is left behind then.
     """
     with reporting_errors(parsed.training.output_dir):
+        output_dir, wanted = Path(parsed.training.output_dir), str(parsed.training.resume_from_checkpoint or False)
+        check_unused(output_dir, parsed.output, resumes=wanted.lower() != "false")
         memory_plan = plan_for_card(parsed)
         trainer = make_trainer()
         trainer.memory_plan = memory_plan
         trainer.record(command, parsed.recipe, model, data)
+        if parsed.output.overwrite_output_dir:
+            trainer.before_record = lambda: remove_run(output_dir)
         _train_and_save(trainer, dataset_name)
     return trainer
 

@@ -110,11 +110,11 @@ def test_the_command_to_go_on_with_asks_to_resume_once(
     resumed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(*args: Any) -> None:
+        write_checkpoint(tmp_path / "out" / "checkpoint-4")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(training, "run", interrupted)
     path = recipe_on_cpu(tmp_path)
-    write_checkpoint(tmp_path / "out" / "checkpoint-4")
     assert main(["sft", "--config", path, *resumed, "--max_steps", "9"]) == 130
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.endswith(f": hf-galore sft --config {path} --max_steps 9 --resume_from_checkpoint")

@@ -218,7 +218,9 @@ def test_several_seeds_are_runs_of_their_own(
 # ---- running, and going on
 
 
-def test_a_sweep_goes_on_where_it_was(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_goes_on_where_it_was(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["compare", "--sweep", "rank=4,8,16,32", "--config", path]
     first = trained(monkeypatch, rank_16=1)
     assert main(arguments) == 1
@@ -236,9 +238,11 @@ def test_a_sweep_goes_on_where_it_was(path: str, tmp_path: Path, monkeypatch: py
     assert [option(command, "resume_from_checkpoint") for command in second.commands] == ["true", "false"]
     page = Page((tmp_path / "out" / "comparison" / "index.html").read_text(encoding="utf-8"))
     assert page.tables[0][0] == ["run", "rank=4", "rank=8", "rank=16", "rank=32"]
-    # Without the option everything is run anew.
+    # Without the option nothing is, unless what is there is to be removed.
     third = trained(monkeypatch)
-    assert main(arguments) == 0
+    assert main(arguments) == 2
+    assert "rank-4 holds a run: " in capsys.readouterr().err
+    assert main([*arguments, "--overwrite_output_dir"]) == 0
     assert third.folders == ["rank-4", "rank-8", "rank-16", "rank-32"]
 
 
