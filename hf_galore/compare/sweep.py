@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import TrainingArguments
-
 from ..config import GaLoreConfig, nearest
 from ..errors import UserError
 from ..integrations.trainer import optim_name
@@ -25,6 +23,7 @@ from ..recipes.errors import reporting_complaints
 from ..recipes.kinds import command_for, is_quickstart_recipe
 from ..recipes.output_folder import OutputArguments
 from ..recipes.run_record import RunFacts
+from ..recipes.settings import settings_of
 
 SETTINGS_FILE = "hf_galore_sweep.json"
 """In the folder of each run: all its settings, so that a sweep that goes on does not take another's run for its own."""
@@ -32,7 +31,6 @@ SETTINGS_FILE = "hf_galore_sweep.json"
 _GALORE_KEYS = [field.name for field in dataclasses.fields(GaLoreConfig)]
 # What a sweep decides, and what makes no difference to a run.
 _OWN = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "config")
-_NO_SETTINGS = (*_OWN, "logging_dir", "run_name", "use_cpu")
 
 
 class Trial(NamedTuple):
@@ -142,7 +140,7 @@ def _trial(values: Mapping[str, str], arguments: Sequence[str], base: Arguments)
         galore_config(parsed.training)  # read now, for its mistakes
     except ValueError as error:
         raise UserError(f"--sweep {name}: {error}") from error
-    return Trial(name, folder, _command(parsed, [*arguments, *options]), _settings(parsed))
+    return Trial(name, folder, _command(parsed, [*arguments, *options]), settings_of(parsed))
 
 
 def _optim_args(parsed: Arguments, given: Sequence[str]) -> str:
@@ -167,19 +165,6 @@ def _command(parsed: Arguments, arguments: Sequence[str]) -> list[str]:
 
 def _folder_name(text: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", text)
-
-
-def _settings(parsed: Arguments) -> dict[str, Any]:
-    """All that a run is told, as JSON gives it back; tokens are not written down."""
-    found: dict[str, Any] = {}
-    for part in parsed:
-        if isinstance(part, TrainingArguments):  # whose to_dict leaves tokens out
-            found.update(part.to_dict())
-        elif dataclasses.is_dataclass(part) and not isinstance(part, type):
-            found.update(dataclasses.asdict(part))
-    kept = {key: value for key, value in found.items() if key not in _NO_SETTINGS}
-    plain: dict[str, Any] = json.loads(json.dumps(kept, default=str, sort_keys=True))
-    return plain
 
 
 # ---- going on

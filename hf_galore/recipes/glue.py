@@ -38,7 +38,9 @@ class Arguments(NamedTuple):
     model: ModelConfig
     recipe: Path | None
     """The recipe's file, if there is one."""
-    output: OutputArguments = OutputArguments()
+    output: OutputArguments
+    given: dict[str, Any]
+    """What was said, by the file and the command line."""
 
     @property
     def command(self) -> str:
@@ -78,8 +80,8 @@ class Score(NamedTuple):
 def parse(arguments: Sequence[str], prog: str, about: str) -> Arguments:
     """Read a command's arguments, with the arguments and errors of `parser.parse_into`."""
     dataclass_types = (GlueArguments, TrainingArguments, ModelConfig, OutputArguments)
-    (glue, training, model, output), path = parse_into(dataclass_types, arguments, prog, about)
-    return Arguments(glue, training, model, path, output)
+    (glue, training, model, output), path, given = parse_into(dataclass_types, arguments, prog, about)
+    return Arguments(glue, training, model, path, output, given)
 
 
 def runs_of(parsed: Arguments) -> list[tuple[Arguments, Score | None]]:
@@ -104,7 +106,9 @@ def runs_of(parsed: Arguments) -> list[tuple[Arguments, Score | None]]:
         training.seed = seed
         if len(seeds) > 1:
             training.output_dir = str(Path(training.output_dir) / f"seed-{seed}")
-        one = parsed._replace(training=training)
+        own = {"seed": seed, "output_dir": training.output_dir} if len(seeds) > 1 else {}
+        given = {key: value for key, value in parsed.given.items() if not own or key != "seeds"}
+        one = parsed._replace(training=training, given={**given, **own})
         check_unused(Path(training.output_dir), parsed.output, resumes=wanted.lower() != "false")
         known = finished_score(one) if resumes else None
         if resumes and known is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from transformers import TrainingArguments
 
@@ -24,9 +24,7 @@ from .kinds import MARKS
 from .value_types import problem_with
 
 
-def parse_into(
-    dataclass_types: Sequence[type], arguments: Sequence[str], prog: str, about: str
-) -> tuple[list[Any], Path | None]:
+def parse_into(dataclass_types: Sequence[type], arguments: Sequence[str], prog: str, about: str) -> Parsed:
     """Read a command's arguments: `--config FILE`, and `--key value` items that override what the file says.
 
     Args:
@@ -34,9 +32,6 @@ def parse_into(
         arguments: what follows the command's name.
         prog: the command, for its help.
         about: what it does, for its help.
-
-    Returns:
-        An instance of each dataclass, and the recipe's file if one was given.
 
     Raises:
         UserError: no such file, no YAML mapping, an unknown key, a value of the wrong type or out of range.
@@ -58,7 +53,7 @@ def parse_into(
         _check_values(path, config, parser)
     given = keys_given(rest)
     _check_renamed({*config, *given})
-    _, unknown = parser.parse_known_args(rest)
+    spoken, unknown = parser.parse_known_args(rest)
     if unknown:
         raise UserError(_explain_unknown(unknown[0], parser))
     try:
@@ -66,7 +61,8 @@ def parse_into(
     except (ValueError, TypeError, ImportError) as error:  # the dataclasses check values of their own
         raise UserError(str(error)) from error
     _drop_other_optims(parsed, config, given)
-    return list(parsed), path
+    over = {key: getattr(spoken, parser.renamed.get(key, key)) for key in given}
+    return Parsed(list(parsed), path, {**config, **over})
 
 
 def _drop_other_optims(parsed: Iterable[Any], config: dict[str, Any], given: set[str]) -> None:
@@ -77,6 +73,17 @@ def _drop_other_optims(parsed: Iterable[Any], config: dict[str, Any], given: set
         if isinstance(values, TrainingArguments) and optim_name(values) not in KINDS:
             for key in {"optim_args", "optim_target_modules"} - given:
                 setattr(values, key, None)
+
+
+class Parsed(NamedTuple):
+    """What a command's arguments come to."""
+
+    values: list[Any]
+    """An instance of each dataclass."""
+    recipe: Path | None
+    """The recipe's file, if one was given."""
+    given: dict[str, Any]
+    """What was said, by the file and over it by the command line, and not what is the default."""
 
 
 class _RecipeParser(ListParser):

@@ -69,7 +69,9 @@ class Arguments(NamedTuple):
     model: PretrainArguments
     recipe: Path | None
     """The recipe's file, if there is one."""
-    output: OutputArguments = OutputArguments()
+    output: OutputArguments
+    given: dict[str, Any]
+    """What was said, by the file and the command line."""
 
     @property
     def command(self) -> str:
@@ -111,8 +113,8 @@ class PretrainingTrainer(RecordedTrainer, SFTTrainer):  # type: ignore[misc, unu
 def parse(arguments: Sequence[str], prog: str, about: str) -> Arguments:
     """Read a command's arguments, with the arguments and errors of `parser.parse_into`."""
     dataclass_types = (ScriptArguments, SFTConfig, PretrainArguments, OutputArguments)
-    (script, training, model, output), path = parse_into(dataclass_types, arguments, prog, about)
-    return Arguments(script, training, model, path, output)
+    (script, training, model, output), path, given = parse_into(dataclass_types, arguments, prog, about)
+    return Arguments(script, training, model, path, output, given)
 
 
 def make_trainer(parsed: Arguments) -> PretrainingTrainer:

@@ -20,6 +20,7 @@ from ..integrations.trainer import optim_name, register
 from ..integrations.trainer_parts import TrainerParts
 from ..plan.planner import GIB, MemoryPlan
 from .model_card import add_galore
+from .settings import RECIPE_FILE
 from .whole_files import write_whole
 
 RUN_FILE = "hf_galore_run.json"
@@ -53,6 +54,8 @@ class RunFacts:
     finished: bool = False
     optimizer_bytes: int | None = None
     """Bytes of the optimizer's state: moments, bases, steps."""
+    settings: dict[str, Any] | None = None
+    """All that the run was told, defaults too; see `settings.settings_of`."""
 
     @classmethod
     def read(cls, folder: Path) -> RunFacts | None:
@@ -91,6 +94,7 @@ class RecordedTrainer(TrainerParts, Trainer):  # type: ignore[misc, unused-ignor
     before_record: Callable[[], None] | None = None
     """Called before the record is written, by one process."""
     _facts: RunFacts | None = None
+    _recipe_text: str | None = None
     _clock: StepClock | None = None
 
     def __init__(self, *, args: TrainingArguments, **others: Any) -> None:
@@ -99,7 +103,15 @@ class RecordedTrainer(TrainerParts, Trainer):  # type: ignore[misc, unused-ignor
             args.dataloader_pin_memory = False  # there is no device to copy to
         super().__init__(args=args, **others)
 
-    def record(self, command: str, recipe: Path | None, model: str, data: str | None) -> None:
+    def record(
+        self,
+        command: str,
+        recipe: Path | None,
+        model: str,
+        data: str | None,
+        settings: dict[str, Any] | None = None,
+        recipe_text: str | None = None,
+    ) -> None:
         """Note what the training to come is, and log its time and memory. Nothing is written before it begins.
 
         Args:
@@ -107,6 +119,8 @@ class RecordedTrainer(TrainerParts, Trainer):  # type: ignore[misc, unused-ignor
             recipe: its file, if there is one.
             model: what is trained.
             data: what it is trained on.
+            settings: all that the run is told.
+            recipe_text: a recipe that runs again, to be written beside the record.
         """
         args, model_of = self.args, self.model
         adapters = getattr(model_of, "peft_config", {})
@@ -124,8 +138,10 @@ class RecordedTrainer(TrainerParts, Trainer):  # type: ignore[misc, unused-ignor
             trainable_parameters=sum(param.numel() for param in model_of.parameters() if param.requires_grad),
             device=torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type,
             versions={name: _version(name) for name in _PACKAGES},
+            settings=settings,
             started=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         )
+        self._recipe_text = recipe_text
         self._clock = StepClock(self)
         self.add_callback(self._clock)
 
@@ -135,6 +151,8 @@ class RecordedTrainer(TrainerParts, Trainer):  # type: ignore[misc, unused-ignor
             if self.before_record is not None:
                 self.before_record()
             self._facts.write(Path(self.args.output_dir))
+            if self._recipe_text is not None:
+                write_whole(Path(self.args.output_dir) / RECIPE_FILE, self._recipe_text)
 
     def save_record(self) -> None:
         """Write the Trainer's log, and into the record that the run is finished. Called after the training."""

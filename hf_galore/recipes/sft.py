@@ -39,7 +39,9 @@ class Arguments(NamedTuple):
     dataset: DatasetMixtureConfig
     recipe: Path | None
     """The recipe's file, if there is one."""
-    output: OutputArguments = OutputArguments()
+    output: OutputArguments
+    given: dict[str, Any]
+    """What was said, by the file and the command line."""
 
     @property
     def command(self) -> str:
@@ -76,9 +78,11 @@ class RecordedSFTTrainer(RecordedTrainer, SFTTrainer):  # type: ignore[misc, unu
 
 def parse(arguments: Sequence[str], prog: str, about: str) -> Arguments:
     """Read a command's arguments, with the arguments and errors of `parser.parse_into`."""
-    (script, training, model, dataset, output), path = parse_into(DATACLASSES, arguments, prog, about)
+    (script, training, model, dataset, output), path, given = parse_into(DATACLASSES, arguments, prog, about)
     _find_template(training, path)
-    return Arguments(script, training, model, dataset, path, output)
+    if "chat_template_path" in given:
+        given["chat_template_path"] = training.chat_template_path  # found from any folder
+    return Arguments(script, training, model, dataset, path, output, given)
 
 
 def _find_template(training: SFTConfig, recipe: Path | None) -> None:

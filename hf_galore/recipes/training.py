@@ -19,6 +19,7 @@ from .errors import reporting_errors
 from .output_folder import check_unused, remove_run
 from .planning import plan_recipe
 from .run_record import RecordedTrainer
+from .settings import recipe_text, settings_of
 
 _Trainer = TypeVar("_Trainer", bound=RecordedTrainer)
 
@@ -70,10 +71,10 @@ def run_recorded(
     with reporting_errors(parsed.training.output_dir):
         output_dir, wanted = Path(parsed.training.output_dir), str(parsed.training.resume_from_checkpoint or False)
         check_unused(output_dir, parsed.output, resumes=wanted.lower() != "false")
-        memory_plan = plan_for_card(parsed)
+        memory_plan, settings = plan_for_card(parsed), settings_of(parsed)
         trainer = make_trainer()
         trainer.memory_plan = memory_plan
-        trainer.record(command, parsed.recipe, model, data)
+        trainer.record(command, parsed.recipe, model, data, settings, recipe_text(command, parsed.given))
         if parsed.output.overwrite_output_dir:
             trainer.before_record = lambda: remove_run(output_dir)
         _train_and_save(trainer, dataset_name)

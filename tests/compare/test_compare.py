@@ -12,7 +12,7 @@ import pytest
 from hf_galore.cli import compare
 from hf_galore.cli.main import main
 from hf_galore.compare import runs
-from hf_galore.compare.tables import digits, duration
+from hf_galore.compare.tables import digits, duration, notes, settings_table
 from hf_galore.recipes.run_record import RUN_FILE
 from tests.support.written_runs import a_log, compared, numbers, write_facts, write_run, write_state
 
@@ -292,3 +292,25 @@ def test_what_else_is_in_the_output_stays(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
     assert (tmp_path / "out" / "index.html").read_text().startswith("<!DOCTYPE html>")
     assert not [path for path in (tmp_path / "out").iterdir() if path.is_dir()]
+
+
+def test_every_setting_that_differs_is_shown_and_other_work_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same = {"max_length": 256, "weight_decay": 0.0, "learning_rate": 2e-3}
+    first = write_run(tmp_path / "a", facts={"settings": {**same, "seed": 1, "packing": True}})
+    second = write_run(tmp_path / "b", facts={"settings": {**same, "seed": 2, "packing": False, "max_length": 128}})
+    unknown = write_run(tmp_path / "c")
+    found = runs.read_runs([first, second, unknown])
+    rows = {row.label: row.cells for row in settings_table(found).rows}
+    assert rows["max_length"] == ["256", "128", "–"]
+    assert rows["packing"] == ["true", "false", "–"]
+    assert rows["seed"] == ["1", "2", "–"]
+    assert "weight_decay" not in rows
+    said = (
+        "The runs did not do the same work: max_length, packing, seed differ. A lower loss or a shorter time may come "
+    )
+    assert f"{said}come of that." in notes(found)
+    assert main(["compare", str(first), str(second), "--output", str(tmp_path / "out")]) == 0
+    assert "max_length" in capsys.readouterr().out
+    assert not any("same work" in note for note in notes(runs.read_runs([first, unknown])))

@@ -8,14 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from hf_galore.cli.main import main
 from hf_galore.cli.training_command import how_to_go_on
 from hf_galore.recipes.embedded_model import Embedded
 from hf_galore.recipes.output_folder import OutputArguments, check_unused, remove_run
 from hf_galore.recipes.run_record import RUN_FILE, RunFacts
-from tests.support.commands import ON_CPU, history, options, said_of_mistake, write_checkpoint
+from hf_galore.recipes.settings import RECIPE_FILE
+from tests.support.commands import ON_CPU, history, options, said_of_mistake, write_checkpoint, write_recipe
 from tests.support.written_runs import write_run
+
+TYPED = {key: value == "true" for key, value in ON_CPU.items() if value in ("true", "false")}
+TYPED["activation_checkpointing"] = False
 
 
 @pytest.fixture
@@ -65,6 +70,36 @@ def test_a_new_run_refuses_the_folder_of_another_unless_told(
     assert "are both given" in said_of_mistake(
         "sft", [*options(new), "--overwrite_output_dir", "--resume_from_checkpoint"], capsys
     )
+
+
+def test_the_recipe_that_a_run_leaves_runs_again(settings: dict[str, Any], tmp_path: Path) -> None:
+    """What the file says, and over it what the command line does: the same losses, bit for bit."""
+    texts = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
+    path = write_recipe(tmp_path, {**texts, **TYPED})
+    options_ = [
+        "--learning_rate",
+        "3e-4",
+        "--no_dataloader_pin_memory",
+        "--optim-target-modules",
+        "attn",
+        "mlp",
+        "--hub_token=secret",
+    ]
+    assert main(["sft", "--config", path, *options_]) == 0
+    left = tmp_path / "out" / RECIPE_FILE
+    said = yaml.safe_load(left.read_text("utf-8"))
+    expected = {**yaml.safe_load(Path(path).read_text("utf-8")), "learning_rate": 3e-4}
+    assert said == {**expected, "optim_target_modules": ["attn", "mlp"], "dataloader_pin_memory": False}
+    assert main(["sft", "--config", str(left), "--output_dir", str(tmp_path / "again")]) == 0
+    assert history(tmp_path / "again") == history(tmp_path / "out")
+    first, second = (RunFacts.read(tmp_path / name) for name in ("out", "again"))
+    assert first is not None
+    assert second is not None
+    assert first.settings == second.settings
+    assert first.settings is not None
+    assert (first.settings["seed"], first.settings["max_length"]) == (42, 32)
+    assert (first.settings["hub_token"], first.settings["eos_token"]) == ("<HUB_TOKEN>", None)
+    assert "secret" not in left.read_text("utf-8")
 
 
 def test_a_run_that_was_stopped_before_its_first_checkpoint_is_begun_again(tmp_path: Path) -> None:
