@@ -226,7 +226,8 @@ def summary_table(trainer: SFTTrainer) -> Table:
     )
     table.add_row("training loss", _first_and_last(history, "loss"))
     table.add_row("held-out loss", _first_and_last(history, "eval_loss"))
-    table.add_row("optimizer state", f"{own / 1e6:.2f} MB; AdamW's would be {adamw / 1e6:.2f} MB")
+    if own is not None:
+        table.add_row("optimizer state", f"{own / 1e6:.2f} MB; AdamW's would be {adamw / 1e6:.2f} MB")
     table.add_row("training time", f"{seconds:.0f} s for {trainer.state.global_step} steps")
     table.add_row("the model is in", Text(str(args.output_dir), overflow="fold"))
     return table

@@ -13,6 +13,7 @@ from ..recipes import training
 from ..recipes.any_recipe import Arguments
 from ..recipes.checkpoints import last_checkpoint
 from ..recipes.config_file import key_of
+from ..recipes.resuming import FinishedError
 from ..recipes.run_record import RecordedTrainer
 from .interrupts import stoppable
 
@@ -52,7 +53,11 @@ def train_and_say(
     prog: str, arguments: Sequence[str], parsed: Arguments, closing_line: Callable[[RecordedTrainer], str]
 ) -> int:
     """Run a recipe for a command, print its closing line, and return the exit status 0; see `train`."""
-    trainer = train(prog, arguments, parsed)
+    try:
+        trainer = train(prog, arguments, parsed)
+    except FinishedError as finished:  # which is no failure of a job that is started until it is done
+        print(f"{prog}: {finished}")
+        return 0
     trainer.accelerator.print(closing_line(trainer))
     end(trainer)
     return 0

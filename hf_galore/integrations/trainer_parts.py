@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from transformers.trainer import Trainer
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .signatures import moved
@@ -21,6 +22,7 @@ PARTS: dict[str, str] = {
     "evaluate": "(self, eval_dataset=None, ignore_keys=None, metric_key_prefix='eval')",
     "_save_checkpoint": "(self, model, trial)",
     "_get_output_dir": "(self, trial)",
+    "_load_from_checkpoint": "(self, resume_from_checkpoint, model=None)",
 }
 
 
@@ -69,6 +71,11 @@ class TrainerParts:
     @trained_tokens.setter
     def trained_tokens(self, tokens: int) -> None:
         self._total_train_tokens = tokens
+
+    def take_over(self, checkpoint: Path) -> None:
+        """Take weights and log from the last checkpoint of a training that has no steps left."""
+        self._load_from_checkpoint(str(checkpoint))  # type: ignore[attr-defined]
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
     def before_checkpoint(self, folder: Path) -> None:
         """Called on the processes that write, before a checkpoint is written into `folder`; does nothing."""

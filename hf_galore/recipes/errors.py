@@ -36,6 +36,8 @@ def reporting_complaints() -> Iterator[None]:
     """Turn complaints of libraries about arguments into `UserError`."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         if _is_about_arguments(error):
             raise UserError(str(error)) from error

@@ -132,7 +132,7 @@ class RecordedTrainer(TrainerParts, Trainer):  # type: ignore[misc, unused-ignor
             optim=optim_name(args),
             optim_args=args.optim_args,
             optim_target_modules=args.optim_target_modules,
-            learning_rate=args.learning_rate,
+            learning_rate=args.learning_rate if settings is None else settings["learning_rate"],
             lora_rank=next((config.r for config in adapters.values() if hasattr(config, "r")), None),
             parameters=sum(param.numel() for param in model_of.parameters()),
             trainable_parameters=sum(param.numel() for param in model_of.parameters() if param.requires_grad),
@@ -231,8 +231,10 @@ class StepClock(TrainerCallback):  # type: ignore[misc, unused-ignore]
         return figures
 
 
-def optimizer_bytes(optimizer: Any) -> int:
-    """The bytes of all tensors in an optimizer's state."""
+def optimizer_bytes(optimizer: Any) -> int | None:
+    """The bytes of all tensors in an optimizer's state; `None` where there is no optimizer."""
+    if optimizer is None:
+        return None
     return sum(
         value.numel() * value.element_size()
         for state in optimizer.state.values()

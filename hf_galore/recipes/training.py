@@ -15,9 +15,11 @@ from ..integrations.trainer import KINDS, optim_name
 from ..log import logger
 from ..plan.planner import MemoryPlan
 from .any_recipe import Arguments
+from .checkpoints import check_folders
 from .errors import reporting_errors
 from .output_folder import check_unused, remove_run
 from .planning import plan_recipe
+from .resuming import check_left, check_settings
 from .run_record import RecordedTrainer
 from .settings import recipe_text, settings_of
 
@@ -32,6 +34,7 @@ def run(parsed: Arguments) -> RecordedTrainer:
 
     Raises:
         UserError: something in the arguments is wrong. No file or folder is left behind then.
+        FinishedError: the run is to go on, and is finished.
     """
     return run_recorded(
         parsed,
@@ -71,13 +74,23 @@ def run_recorded(
     with reporting_errors(parsed.training.output_dir):
         output_dir, wanted = Path(parsed.training.output_dir), str(parsed.training.resume_from_checkpoint or False)
         check_unused(output_dir, parsed.output, resumes=wanted.lower() != "false")
-        memory_plan, settings = plan_for_card(parsed), settings_of(parsed)
+        settings, finished = settings_of(parsed), False
+        check_folders(parsed.training)
+        checkpoint = parsed.training.resume_from_checkpoint
+        if checkpoint is not None:
+            finished = not check_left(Path(checkpoint), parsed.training)
+            settings = check_settings(Path(checkpoint), settings)
+        memory_plan = plan_for_card(parsed)
         trainer = make_trainer()
         trainer.memory_plan = memory_plan
         trainer.record(command, parsed.recipe, model, data, settings, recipe_text(command, parsed.given))
         if parsed.output.overwrite_output_dir:
             trainer.before_record = lambda: remove_run(output_dir)
-        _train_and_save(trainer, dataset_name)
+        if finished:
+            trainer.take_over(Path(checkpoint))
+        else:
+            trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+        _save(trainer, dataset_name)
     return trainer
 
 
@@ -96,8 +109,7 @@ def plan_for_card(parsed: Arguments) -> MemoryPlan | None:
         return None
 
 
-def _train_and_save(trainer: RecordedTrainer, dataset_name: str | None) -> None:
-    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+def _save(trainer: RecordedTrainer, dataset_name: str | None) -> None:
     trainer.save_model(trainer.args.output_dir)
     trainer.save_record()
     check_weights(trainer)

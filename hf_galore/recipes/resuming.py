@@ -1,0 +1,135 @@
+"""Going on with a run: whether anything is left to do, and which settings are no longer those that it began with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+
+from ..config import GROUP_OPTIONS, GaLoreConfig
+from ..errors import UserError
+from ..integrations.trainer import KINDS
+from ..log import logger
+from .run_record import RunFacts
+
+# The checkpoint has them, in the optimizer's groups or the schedule, and the new values are not read.
+_KEPT = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+# With others of these, the data that a run has seen are not those that a resumed one skips.
+_DATA = (
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "packing", "seed", "data_seed"),
+    *("dataset_name", "dataset_config", "dataset_train_split", "datasets", "train_file"),
+)
+
+
+class FinishedError(UserError):
+    """A run that is to go on has nothing left to do."""
+
+
+def finished_at(checkpoint: Path, training: TrainingArguments) -> int | None:
+    """The step at which a run has finished that is to go on from a checkpoint; `None` where steps are left.
+
+    Args:
+        checkpoint: a whole one.
+        training: what the resumed run is told.
+    """
+    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    step, steps, epochs = (state.get(key) for key in ("global_step", "max_steps", "num_train_epochs"))
+    if not isinstance(step, int):
+        return None
+    if training.max_steps > 0:
+        return step if step >= training.max_steps else None
+    # How many steps an epoch has, only the data say; the run that wrote the checkpoint knew it.
+    known = isinstance(steps, int) and isinstance(epochs, (int, float)) and steps > 0
+    return step if known and step >= steps and training.num_train_epochs <= epochs else None
+
+
+def check_left(checkpoint: Path, training: TrainingArguments) -> bool:
+    """Whether a run that is to go on from a checkpoint has steps left; or else only its model is still to be saved.
+
+    Raises:
+        FinishedError: nothing is left to do.
+    """
+    step = finished_at(checkpoint, training)
+    if step is None:
+        return True
+    facts = _facts(checkpoint)
+    if facts is None or facts.finished:
+        raise FinishedError(
+            f"the run in {checkpoint.parent} is finished, at step {step}: nothing is left to do. To train it longer, "
+            f"give more {'max_steps' if training.max_steps > 0 else 'num_train_epochs'}."
+        )
+    return False
+
+
+def _facts(checkpoint: Path) -> RunFacts | None:
+    try:
+        return RunFacts.read(checkpoint.parent)
+    except (ValueError, OSError):
+        return None
+
+
+def check_settings(checkpoint: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Check a run that is to go on against the settings that it began with; a warning says what has no effect.
+
+    Args:
+        checkpoint: in the folder of a run; of another program's, nothing is known.
+        settings: what the resumed run is told, as `settings.settings_of` has it.
+
+    Returns:
+        What has effect.
+
+    Raises:
+        UserError: its optimizer is another one, or another one's GaLore.
+    """
+    facts = _facts(checkpoint)
+    if facts is None or facts.settings is None:
+        return settings
+    before = facts.settings
+    _check_optimizer(checkpoint, before, settings)
+    for keys, consequence in (
+        (_KEPT, "A resumed run keeps what its checkpoint has: the new value has no effect."),
+        (_DATA, "A resumed run skips as many batches as it has had, which are others now: it repeats or omits some."),
+    ):
+        changed = [key for key in keys if before.get(key) != settings.get(key)]
+        if changed:
+            told = ", ".join(_change(key, before.get(key), settings.get(key)) for key in changed)
+            logger.warning("%s: %s", told, consequence)
+    return {**settings, **{key: before.get(key) for key in _KEPT}}
+
+
+def _check_optimizer(checkpoint: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    changed = []
+    # Layerwise or not, the state is the same.
+    if len({str(one.get("optim")).removesuffix("_layerwise") for one in (before, now)}) > 1:
+        changed.append(_change("optim", before.get("optim"), now.get("optim")))
+    elif now.get("optim") in KINDS:
+        old, new = (GaLoreConfig.from_optim_args(one.get("optim_args")) for one in (before, now))
+        changed += [
+            _change(key, getattr(old, key), getattr(new, key))
+            for key in (*GROUP_OPTIONS, "embedding_bits")  # those that groups and state are made by
+            if getattr(old, key) != getattr(new, key)
+        ]
+    targets = [_listed(one.get("optim_target_modules")) for one in (before, now)]
+    if not changed and targets[0] != targets[1]:
+        changed.append(_change("optim_target_modules", *targets))
+    if changed:
+        raise UserError(
+            f"{checkpoint} was written with other settings of the optimizer: {', '.join(changed)}. Give the run's own "
+            "again, or begin anew: another --output_dir, without --resume_from_checkpoint."
+        )
+
+
+def _listed(targets: Any) -> Any:
+    return sorted(targets) if isinstance(targets, list) else targets
+
+
+def _change(key: str, old: Any, new: Any) -> str:
+    return f"{key} {_text(old)} → {_text(new)}"
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
