@@ -57,8 +57,8 @@ def make_optimizer(
 
     With the same data, learning rates and `hold_gradients` (a Trainer's `max_grad_norm` above 0) the weights end bit
     for bit where the Trainer's end. Biases and norms are not decayed, as far as a Trainer knows them: it decays the
-    weights of GroupNorm, of BatchNorm, and of an RMSNorm by an unusual name. For a layerwise optimizer, and for one with a projected backward, hooks are put on the model:
-    `optimizer.close()` takes them off.
+    weights of GroupNorm, of BatchNorm, and of an RMSNorm by an unusual name. For a layerwise optimizer, and for one
+    with a projected backward, hooks are put on the model: `optimizer.close()` takes them off.
 
         optimizer = make_optimizer(model, optim="galore_adamw_8bit_layerwise", optim_args={"rank": 256}, lr=1e-4)
 
