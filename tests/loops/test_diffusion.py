@@ -87,7 +87,8 @@ def test_layerwise_ends_where_plain_does(kind: str, max_norm: float | None, tmp_
     unused = {"transformer_blocks.1.attn.add_q_proj.bias"}
     assert set(start) - useful == (unused if kind == "transformer" else set())
     for part in ("weights", "average"):
-        assert_same_but_for_rounding(*of(useful, found[part], expected[part], nearby[part], start))
+        ends = of(useful, found[part], expected[part], nearby[part], start)
+        assert_same_but_for_rounding(ends[0], ends[1], ends[2], ends[3])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -17,7 +17,7 @@ from tests.support.examples import all_apart, example
 from tests.support.helpers import assert_identical, assert_same_path, fraction_apart, hooks_on, snapshot
 
 lightning = pytest.importorskip("lightning")
-from lightning.pytorch.callbacks import EMAWeightAveraging  # noqa: E402
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging  # noqa: E402
 from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
 
 program = example("lightning_module")
@@ -92,7 +92,7 @@ def plain_loop(
     return snapshot(model)
 
 
-class Manual(program.FineTuning):  # type: ignore[misc, name-defined]
+class Manual(program.FineTuning):  # type: ignore[name-defined]
     """Calls backward and step itself."""
 
     def __init__(self, *args: Any) -> None:
@@ -107,7 +107,7 @@ class Manual(program.FineTuning):  # type: ignore[misc, name-defined]
         self.lr_schedulers().step()
 
 
-class ManualAndClipped(program.FineTuning):  # type: ignore[misc, name-defined]
+class ManualAndClipped(program.FineTuning):  # type: ignore[name-defined]
     """Clips by the optimizer's own method, which Lightning's wrapper has too."""
 
     def __init__(self, *args: Any) -> None:
@@ -160,7 +160,7 @@ def test_accumulate_grad_batches(optim: str) -> None:
     assert_identical(ended(optim, accumulate_grad_batches=2), plain_loop(optim, accumulate=2))
 
 
-class NothingHeld(program.FineTuning):  # type: ignore[misc, name-defined]
+class NothingHeld(program.FineTuning):  # type: ignore[name-defined]
     def configure_optimizers(self) -> Any:
         return make_optimizer(self.model, optim=self.optim, optim_args=ARGS)
 
@@ -182,7 +182,7 @@ def test_what_needs_held_gradients_says_so(options: dict[str, Any], words: str) 
 
 
 def test_clipping_by_value_is_refused_where_there_are_low_rank_gradients() -> None:
-    options = {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}
+    options: dict[str, Any] = {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}
     with pytest.raises(RuntimeError, match="clamp_ needs the gradient itself"):
         fitted("galore_adamw_layerwise", **options)
     fitted("galore_adamw", **options)
@@ -207,7 +207,7 @@ def test_a_resumed_fit_is_the_uninterrupted_one(optim: str, options: dict[str, A
     assert_identical(found, expected)
 
 
-class StopAfter(lightning.Callback):  # type: ignore[misc]
+class StopAfter(Callback):
     """Stops after some epochs, as an interruption would."""
 
     def __init__(self, epochs: int) -> None:
@@ -247,14 +247,14 @@ def test_loss_scaling() -> None:
 def test_an_average_of_the_weights_is_that_of_the_plain_model(optim: str) -> None:
     """A deep copy of the module is averaged, and swapped in for each validation."""
 
-    class Validated(program.FineTuning):  # type: ignore[misc, name-defined]
+    class Validated(program.FineTuning):  # type: ignore[name-defined]
         def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
             self.training_step(batch, index)
 
     module = Validated(program.tiny_classifier(), optim, ARGS)
     average = EMAWeightAveraging(decay=0.5)
     trainer(callbacks=[average], val_check_interval=3).fit(module, loader(), loader())
-    averaged = {}
+    averaged: dict[str, Tensor] = {}
     for steps in range(1, STEPS + 1):  # by hand
         weights = dict(plain_steps(optim)[steps - 1])
         averaged = {
@@ -283,7 +283,7 @@ def test_a_second_fit_takes_the_hooks_over() -> None:
     module = program.FineTuning(program.tiny_classifier(), "galore_adamw_layerwise", ARGS)
     seen = []
 
-    class Looking(lightning.Callback):  # type: ignore[misc]
+    class Looking(Callback):
         def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
             seen.append(trainer.optimizers[0].hooks.attached)
 
@@ -330,12 +330,12 @@ def test_fabric_saves_and_loads(optim: str, tmp_path: Path) -> None:
             optimizer.step()
             optimizer.zero_grad()
 
-    whole, *rest = made()
-    trained(*rest, batches[:8])
-    _, *rest = made()
-    trained(*rest, batches[:5])
-    fabric.save(tmp_path / "half.ckpt", {"model": rest[0], "optimizer": rest[1]})
-    resumed, *rest = made()
-    fabric.load(tmp_path / "half.ckpt", {"model": rest[0], "optimizer": rest[1]})
-    trained(*rest, batches[5:8])
+    whole, prepared, optimizer = made()
+    trained(prepared, optimizer, batches[:8])
+    _, prepared, optimizer = made()
+    trained(prepared, optimizer, batches[:5])
+    fabric.save(tmp_path / "half.ckpt", {"model": prepared, "optimizer": optimizer})
+    resumed, prepared, optimizer = made()
+    fabric.load(tmp_path / "half.ckpt", {"model": prepared, "optimizer": optimizer})
+    trained(prepared, optimizer, batches[5:8])
     assert_identical(snapshot(resumed), snapshot(whole))
