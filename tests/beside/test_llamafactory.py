@@ -32,6 +32,8 @@ EXAMPLE = recipes_folder() / "llamafactory" / "llama3_8b_alpaca.yaml"
 RANK = 16
 # 14 in the layers, and the embedding and the head, which the example names.
 TARGETS = 16
+# Stages other than sft, and what they train on here.
+STAGES = {"pt": "sums", "dpo": "preferred", "rm": "preferred", "kto": "liked"}
 VOCABULARY = 512  # room for the tokens that the template of Llama-3 adds
 
 
@@ -56,13 +58,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     alpaca = [{"instruction": asked, "input": "", "output": answer} for asked, answer in sums]
     long = [{"instruction": "What is 1 plus 1?", "input": "", "output": "2 " * 2048}] * 64
     preferred = [{"instruction": asked, "input": "", "chosen": answer, "rejected": "?"} for asked, answer in sums]
+    liked = [{**row, "liked": index % 2 == 0} for index, row in enumerate(alpaca)]
+    alpacas = {"prompt": "instruction", "query": "input", "response": "output"}
     columns = {"prompt": "instruction", "query": "input", "chosen": "chosen", "rejected": "rejected"}
     info = {
         "sums": {"file_name": "sums.json"},
         "long": {"file_name": "long.json"},
         "preferred": {"file_name": "preferred.json", "ranking": True, "columns": columns},
+        "liked": {"file_name": "liked.json", "columns": {**alpacas, "kto_tag": "liked"}},
     }
-    for name, content in (("sums", alpaca), ("long", long), ("preferred", preferred), ("dataset_info", info)):
+    contents = {"sums": alpaca, "long": long, "preferred": preferred, "liked": liked, "dataset_info": info}
+    for name, content in contents.items():
         (folder / f"{name}.json").write_text(json.dumps(content), "utf-8")
 
     (folder / "modules").mkdir()
@@ -151,7 +157,10 @@ def outcomes(tiny: Path, trained: Path) -> dict[str, Any]:
     jobs = {
         "resumed": ("run", settings(tiny, resumed)),
         "plain": ("run_plain", settings(tiny, tiny / "plain")),
-        "dpo": ("run", settings(tiny, tiny / "dpo", stage="dpo", dataset="preferred", eval_strategy="no", val_size=0)),
+        **{
+            stage: ("run", settings(tiny, tiny / stage, stage=stage, dataset=dataset, eval_strategy="no", val_size=0))
+            for stage, dataset in STAGES.items()
+        },
         "otherwise": ("run", settings(tiny, tiny / "otherwise", **otherwise)),
         "typo": ("run", settings(tiny, tiny / "typo", optim_args="rnak=16")),
         "muon": ("run", settings(tiny, tiny / "muon", use_muon=True)),
@@ -203,7 +212,7 @@ def test_a_run_that_finds_a_checkpoint_goes_on_bit_for_bit(trained: Path, tiny: 
     assert_identical(weights(trained), weights(tiny / "resumed"))
 
 
-@pytest.mark.parametrize(("name", "targets"), [("dpo", TARGETS), ("otherwise", 14)])
+@pytest.mark.parametrize(("name", "targets"), [*((stage, TARGETS) for stage in STAGES), ("otherwise", 14)])
 def test_other_settings_train(name: str, targets: int, tiny: Path, outcomes: dict[str, Any]) -> None:
     assert outcomes[name] is None
     assert logged(tiny / name)[0]["galore/targets"] == targets
