@@ -293,6 +293,15 @@ def registered() -> Iterator[None]:
             unregister()
 
 
+def _let_through(replacement: Any, original: Any) -> None:
+    """Let who looks at a method of the Trainer see the one that is replaced: its name, signature and source.
+
+    unsloth makes a training loop of its own of the source of `Trainer._inner_training_loop`, and knows it by its name.
+    """
+    seen, behind = (getattr(method, "__func__", method) for method in (replacement, original))
+    seen.__name__, seen.__wrapped__ = behind.__name__, behind
+
+
 # The last thing in this file: where it is there, all that it needs is (`hf_galore.registering`).
 def register() -> None:
     """Make the `galore_*` names of `TrainingArguments.optim` mean these optimizers. Once or many times alike.
@@ -321,4 +330,5 @@ def register() -> None:
             )
         for name, replacement in replacements.items():
             _originals[name] = inspect.getattr_static(Trainer, name)
+            _let_through(replacement, _originals[name])
             setattr(Trainer, name, replacement)

@@ -17,13 +17,12 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from hf_galore.plan.cards import parse_size
 from hf_galore.recipes.folders import configs_folder, recipes_folder
 from tests.support.helpers import assert_identical, tiny_llama
+from tests.support.tokenizer import save_tokenizer
 
 pytest.importorskip("llamafactory")
 
@@ -42,17 +41,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, its tokenizer, and data sets to train and to prefer; empty modules that a CPU lacks."""
     folder = tmp_path_factory.mktemp("llamafactory")
     sums = [(f"What is {a} plus {b}?", f"{a} plus {b} is {a + b}.") for a in range(8) for b in range(8)]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<s>", "</s>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    tokenizer.train_from_iterator([" ".join(row) for row in sums], trainer)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(folder / "model")
+    save_tokenizer(folder / "model", [" ".join(row) for row in sums])
     tiny_llama(vocab_size=VOCABULARY, max_position_embeddings=256).save_pretrained(folder / "model")
 
     alpaca = [{"instruction": asked, "input": "", "output": answer} for asked, answer in sums]
