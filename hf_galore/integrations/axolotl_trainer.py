@@ -1,0 +1,93 @@
+"""axolotl's own configuration and trainer, made where there is no card, for plans; imported beside axolotl only."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+from unittest import mock
+
+import torch
+import transformers.training_args
+from transformers.trainer import Trainer
+
+from .signatures import moved
+
+# What a card that trains in bfloat16 can do, as axolotl asks: an RTX 4090. Memory does not depend on which one it is.
+_CAPABILITIES = {"bf16": True, "fp8": False, "tf32": True, "compute_capability": "sm_89"}
+
+# What is called or replaced, with the signatures that this was written for.
+_CONFIG: dict[str, str] = {"load_cfg": "(config=PosixPath('examples'), **kwargs)", "gpu_capabilities": "()"}
+_TRAIN: dict[str, str] = {"setup_model_and_trainer": "(cfg, dataset_meta)"}
+_META: dict[str, str] = {"__init__": "(self, train_dataset, eval_dataset=None, total_num_steps=None)"}
+
+
+def moved_parts() -> list[str]:
+    """What this axolotl no longer has as plans need it, in words; empty where all is well."""
+    from axolotl import train
+    from axolotl.cli import config
+    from axolotl.common.datasets import TrainDatasetMeta
+    from axolotl.utils import config as checks
+
+    found = moved(config, "axolotl.cli.config", _CONFIG) + moved(train, "axolotl.train", _TRAIN)
+    found += moved(TrainDatasetMeta, "TrainDatasetMeta", _META)
+    for owner in (checks, transformers.training_args):
+        if not hasattr(owner, "is_torch_bf16_gpu_available"):
+            found.append(f"{owner.__name__}.is_torch_bf16_gpu_available is gone")
+    return found
+
+
+def known_keys() -> Mapping[str, Any]:
+    """The keys of a configuration that axolotl knows, without those of plugins."""
+    from axolotl.utils.schemas.config import AxolotlInputConfig
+
+    fields: Mapping[str, Any] = AxolotlInputConfig.model_fields
+    return fields
+
+
+def load_config(file: str, overrides: Mapping[str, Any]) -> Any:
+    """Read and check a configuration as `axolotl train` does, as on a machine with a card.
+
+    Args:
+        file: its file.
+        overrides: as axolotl's commands pass them on: `{"micro_batch_size": "2", "trl__beta": "0.1"}`.
+
+    Raises:
+        ValueError: axolotl, or a plugin, refuses it.
+    """
+    from axolotl.cli.config import load_cfg
+
+    return load_cfg(file, **overrides)
+
+
+def make_trainer(config: Any, train: Any, evaluated: Any, steps: int) -> Trainer:
+    """Make the trainer that `axolotl train` makes, for tokenized data."""
+    from axolotl.common.datasets import TrainDatasetMeta
+    from axolotl.train import setup_model_and_trainer
+
+    data = TrainDatasetMeta(train_dataset=train, eval_dataset=evaluated, total_num_steps=steps)
+    trainer: Trainer = setup_model_and_trainer(config, data)[0]
+    return trainer
+
+
+@contextlib.contextmanager
+def as_with_a_card() -> Iterator[None]:
+    """Within, axolotl and `TrainingArguments` take bfloat16 and TF32 where there is no card, which refuses them."""
+    if torch.cuda.is_available():
+        yield
+        return
+    from axolotl.cli import config
+    from axolotl.utils import config as checks
+
+    version = torch.__version__.partition("+")[0]
+    found = {**_CAPABILITIES, "n_gpu": int(os.environ.get("WORLD_SIZE", "1"))}, {"torch_version": version}
+    with contextlib.ExitStack() as stack:
+        for owner, name, answer in (
+            (config, "gpu_capabilities", found),
+            (checks, "is_torch_bf16_gpu_available", True),
+            (transformers.training_args, "is_torch_bf16_gpu_available", True),
+            (transformers.training_args, "is_torch_tf32_available", True),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, lambda answer=answer: answer))
+        yield
