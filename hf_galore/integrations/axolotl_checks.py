@@ -14,6 +14,8 @@ from typing import Any
 from ..config import GaLoreConfig, nearest
 from ..optim.build import KINDS, needs_hooks
 
+PLUGIN = "hf_galore.axolotl.GaLorePlugin"
+
 OPTIMIZER, TARGETS, ARGUMENTS = "optimizer", "optim_target_modules", "optim_args"
 _ANOTHER = "Leave the plugin out to train with another optimizer."
 

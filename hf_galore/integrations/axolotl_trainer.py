@@ -28,22 +28,20 @@ def moved_parts() -> list[str]:
     from axolotl import train
     from axolotl.cli import config
     from axolotl.common.datasets import TrainDatasetMeta
+    from axolotl.loaders import model
     from axolotl.utils import config as checks
 
     found = moved(config, "axolotl.cli.config", _CONFIG) + moved(train, "axolotl.train", _TRAIN)
     found += moved(TrainDatasetMeta, "TrainDatasetMeta", _META)
-    for owner in (checks, transformers.training_args):
-        if not hasattr(owner, "is_torch_bf16_gpu_available"):
-            found.append(f"{owner.__name__}.is_torch_bf16_gpu_available is gone")
+    for owner, name in (
+        (checks, "is_torch_bf16_gpu_available"),
+        (transformers.training_args, "is_torch_bf16_gpu_available"),
+        (transformers.training_args, "is_torch_tf32_available"),
+        (model, "get_device_count"),
+    ):
+        if not hasattr(owner, name):
+            found.append(f"{owner.__name__}.{name} is gone")
     return found
-
-
-def known_keys() -> Mapping[str, Any]:
-    """The keys of a configuration that axolotl knows, without those of plugins."""
-    from axolotl.utils.schemas.config import AxolotlInputConfig
-
-    fields: Mapping[str, Any] = AxolotlInputConfig.model_fields
-    return fields
 
 
 def load_config(file: str, overrides: Mapping[str, Any]) -> Any:
@@ -73,21 +71,23 @@ def make_trainer(config: Any, train: Any, evaluated: Any, steps: int) -> Trainer
 
 @contextlib.contextmanager
 def as_with_a_card() -> Iterator[None]:
-    """Within, axolotl and `TrainingArguments` take bfloat16 and TF32 where there is no card, which refuses them."""
-    if torch.cuda.is_available():
-        yield
-        return
+    """Within, axolotl sees one card, and without any takes bfloat16 and TF32, as do `TrainingArguments`."""
     from axolotl.cli import config
+    from axolotl.loaders import model
     from axolotl.utils import config as checks
 
     version = torch.__version__.partition("+")[0]
     found = {**_CAPABILITIES, "n_gpu": int(os.environ.get("WORLD_SIZE", "1"))}, {"torch_version": version}
+    without: tuple[tuple[Any, str, Any], ...] = (
+        (config, "gpu_capabilities", found),
+        (checks, "is_torch_bf16_gpu_available", True),
+        (transformers.training_args, "is_torch_bf16_gpu_available", True),
+        (transformers.training_args, "is_torch_tf32_available", True),
+    )
     with contextlib.ExitStack() as stack:
         for owner, name, answer in (
-            (config, "gpu_capabilities", found),
-            (checks, "is_torch_bf16_gpu_available", True),
-            (transformers.training_args, "is_torch_bf16_gpu_available", True),
-            (transformers.training_args, "is_torch_tf32_available", True),
+            (model, "get_device_count", 1),  # with several, axolotl lets the model's layers be anywhere
+            *(() if torch.cuda.is_available() else without),
         ):
             stack.enter_context(mock.patch.object(owner, name, lambda answer=answer: answer))
         yield

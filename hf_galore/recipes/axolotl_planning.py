@@ -19,6 +19,7 @@ import datasets
 import yaml
 
 from ..integrations import axolotl_trainer
+from ..integrations.axolotl_checks import PLUGIN
 from ..integrations.axolotl_logging import quiet_axolotl
 from ..integrations.trainer import registered
 from ..optim.build import KINDS
@@ -27,8 +28,6 @@ from ..plan.planner import MemoryPlan, plan, quiet
 from ..plan.rehearsal import STEPS, Progress
 from .errors import UserError
 from .stand_in import find_config, find_tokenizer, tokenizer_for
-
-PLUGIN = "hf_galore.axolotl.GaLorePlugin"
 
 # Keys that change what is in memory in ways that fake tensors cannot show, and why; or a training of another kind.
 NOT_PLANNED: dict[str, str] = {

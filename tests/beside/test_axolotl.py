@@ -128,7 +128,7 @@ def environment() -> dict[str, str]:
 def results(folder: Path) -> dict[str, Config]:
     """What came of all that is run in the one process."""
     jobs = [("refused: " + name, "check", config) for name, (config, _) in REFUSED.items()]
-    jobs += [("accepted", "check", {})]
+    jobs += [("accepted", "check", {}), ("parts", "parts", {})]
     # axolotl keeps the plugin for the process: a configuration without it is not checked by it, nor registered.
     jobs += [("another's", "check", {**ADAMW, "plugins": ["axolotl.integrations.base.BasePlugin"]})]
     jobs += [("moved", "check_where_transformers_has_moved", {})]
@@ -220,6 +220,10 @@ def test_what_would_train_otherwise_is_refused(results: dict[str, Config], name:
     found = results[f"refused: {name}"]
     assert found.get("error") == "ValidationError", found
     assert REFUSED[name][1] in found["message"]
+
+
+def test_what_plans_need_of_axolotl_is_there(results: dict[str, Config]) -> None:
+    assert results["parts"] == {"moved": []}
 
 
 def test_a_configuration_that_is_right_is_registered(results: dict[str, Config]) -> None:

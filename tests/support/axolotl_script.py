@@ -47,6 +47,13 @@ def check(config: Config) -> Config:
     return {"registered": integration.is_registered()}
 
 
+def parts(config: Config) -> Config:
+    """What this axolotl no longer has as it is needed."""
+    from hf_galore.integrations.axolotl_trainer import moved_parts
+
+    return {"moved": moved_parts()}
+
+
 def check_where_transformers_has_moved(config: Config) -> Config:
     """Read it where what `register` replaces is not there."""
     integration.unregister()
