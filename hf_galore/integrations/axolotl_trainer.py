@@ -18,13 +18,15 @@ from .signatures import moved
 _CAPABILITIES = {"bf16": True, "fp8": False, "tf32": True, "compute_capability": "sm_89"}
 
 # What is called or replaced, with the signatures that this was written for.
-_CONFIG: dict[str, str] = {"load_cfg": "(config=PosixPath('examples'), **kwargs)", "gpu_capabilities": "()"}
+_CONFIG: dict[str, str] = {"gpu_capabilities": "()"}
 _TRAIN: dict[str, str] = {"setup_model_and_trainer": "(cfg, dataset_meta)"}
+_LIGER = ("liger_cross_entropy_kernel", "element_mul_kernel")
 _META: dict[str, str] = {"__init__": "(self, train_dataset, eval_dataset=None, total_num_steps=None)"}
 
 
 def moved_parts() -> list[str]:
     """What this axolotl no longer has as plans need it, in words; empty where all is well."""
+    import liger_kernel.ops.fused_linear_cross_entropy as loss
     from axolotl import train
     from axolotl.cli import config
     from axolotl.common.datasets import TrainDatasetMeta
@@ -34,10 +36,12 @@ def moved_parts() -> list[str]:
     found = moved(config, "axolotl.cli.config", _CONFIG) + moved(train, "axolotl.train", _TRAIN)
     found += moved(TrainDatasetMeta, "TrainDatasetMeta", _META)
     for owner, name in (
+        (config, "load_cfg"),
         (checks, "is_torch_bf16_gpu_available"),
         (transformers.training_args, "is_torch_bf16_gpu_available"),
         (transformers.training_args, "is_torch_tf32_available"),
         (model, "get_device_count"),
+        *((loss, name) for name in _LIGER),
     ):
         if not hasattr(owner, name):
             found.append(f"{owner.__name__}.{name} is gone")
@@ -91,3 +95,21 @@ def as_with_a_card() -> Iterator[None]:
         ):
             stack.enter_context(mock.patch.object(owner, name, lambda answer=answer: answer))
         yield
+
+
+@contextlib.contextmanager
+def without_kernels_of_liger() -> Iterator[None]:
+    """Within, Liger's fused loss goes without its Triton kernels, which fill what is there and allocate nothing."""
+    import liger_kernel.ops.fused_linear_cross_entropy as loss
+
+    with contextlib.ExitStack() as stack:
+        for name in _LIGER:
+            stack.enter_context(mock.patch.object(loss, name, _NoKernel()))
+        yield
+
+
+class _NoKernel:
+    """Instead of a Triton kernel, which is called as `kernel[grid](...)`."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *args, **kwargs: None

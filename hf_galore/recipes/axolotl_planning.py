@@ -49,9 +49,11 @@ NOT_PLANNED: dict[str, str] = {
 }
 # The same for keys by how they begin, of axolotl's own plugins.
 NOT_PLANNED_BEGINNINGS: dict[str, str] = {
-    "liger_": "its kernels need a card; without it, the plan is of more than it takes",
-    "cut_cross_entropy": "its kernels need a card; without it, the plan is of more than it takes",
+    "liger_": "its kernels need a card",
+    "cut_cross_entropy": "its kernels need a card",
 }
+_FUSED_LOSS = "liger_fused_linear_cross_entropy"
+"""The one of Liger's that can be planned: its kernels allocate nothing, and the rest of it is torch."""
 
 # Trackers, the Hub, and what a run leaves and continues: they take nothing on the device.
 _BESIDE_MEMORY = (
@@ -104,12 +106,13 @@ def plan_axolotl(
         config = axolotl_trainer.load_config(str(written), rest)
         _check(config)
         train, evaluated = full_rows(config, target)
-        found = plan(
-            lambda: axolotl_trainer.make_trainer(config, train, evaluated, STEPS),
-            vram=vram,
-            target=target,
-            progress=progress,
-        )
+        with axolotl_trainer.without_kernels_of_liger() if config.get(_FUSED_LOSS) else contextlib.nullcontext():
+            found = plan(
+                lambda: axolotl_trainer.make_trainer(config, train, evaluated, STEPS),
+                vram=vram,
+                target=target,
+                progress=progress,
+            )
     return dataclasses.replace(
         found,
         seconds=time.perf_counter() - start,  # with the configuration's reading
@@ -133,7 +136,7 @@ def _check(config: Mapping[str, Any]) -> None:
     for key, value in config.items():
         beginnings = (reason for start, reason in NOT_PLANNED_BEGINNINGS.items() if key.startswith(start))
         reason = NOT_PLANNED.get(key) or next(beginnings, None)
-        if value and reason is not None:
+        if value and key != _FUSED_LOSS and reason is not None:
             raise UserError(f"{key}: {_short(value)} cannot be planned: {reason}. Leave it out of what is planned.")
     attention = config.get("attn_implementation")
     if attention and not str(attention).startswith(("eager", "sdpa", "flash_attention", "kernels-community/flash")):

@@ -139,13 +139,16 @@ def results(folder: Path) -> dict[str, Config]:
         ("layerwise", "run_beside_the_trainer", LAYERWISE),
         ("accumulated", "run_beside_the_trainer", {**EIGHT_BIT, "gradient_accumulation_steps": 2}),
         ("whole", "run", saved),
-        ("resumed", "run", {**saved, "resume_from_checkpoint": str(folder / "whole" / "checkpoint-2")}),
+        ("resumed", "resume", {**saved, "resume_from_checkpoint": str(folder / "whole" / "checkpoint-2")}),
         ("all linear", "run", {"optim_target_modules": "all_linear", "optim_args": "rank=16, scale=0.5"}),
         ("another's trainer", "run", {"trainer_cls": "tests.support.axolotl_script.OwnOptimizerTrainer"}),
     ]
     jobs += [(name, "run", config) for name, (config, _) in RATES.items()]
     for name, config in PLANNED.items():
         jobs += [(f"measured: {name}", "measure", config), (f"planned: {name}", "plan", config)]
+    # The last, since Liger replaces the model's forward pass for good.
+    plugins = [PLUGIN, "axolotl.integrations.liger.LigerPlugin"]
+    jobs += [("planned: Liger's loss", "plan", {"plugins": plugins, "liger_fused_linear_cross_entropy": True})]
     written = [{"name": name, "do": do, "config": config_in(folder, name, config)} for name, do, config in jobs]
     (folder / "jobs.json").write_text(json.dumps(written), "utf-8")
     command = [sys.executable, "-m", "tests.support.axolotl_script", str(folder)]
@@ -190,7 +193,9 @@ def test_it_does_something_else_than_adamw(results: dict[str, Config], folder: P
 
 def test_a_resumed_run_ends_as_a_whole_one(results: dict[str, Config], folder: Path) -> None:
     assert without_error(results["whole"])["optimizer"] == "GaLoreAdamW8bit"
-    without_error(results["resumed"])
+    logs = without_error(results["resumed"])["logs"]
+    assert logs[0]["from_checkpoint"] == 1
+    assert len(logs) == 4
     whole, resumed = (load_file(folder / name / "model.safetensors") for name in ("whole", "resumed"))
     start = load_file(folder / "model" / "model.safetensors")
     assert {name for name in whole if not torch.equal(whole[name], resumed[name])} == set()
@@ -259,6 +264,14 @@ def test_a_plan_is_what_its_trainer_takes(results: dict[str, Config], name: str)
     assert planned["phase_peaks"] == measured["phase_peaks"]
     assert planned["breakdown"] == measured["breakdown"]
     assert planned["expandable_bytes"] == measured["expandable_bytes"]
+
+
+def test_ligers_fused_loss_can_be_planned(results: dict[str, Config]) -> None:
+    """It keeps no logits, and has the head's gradient in the forward pass. What it takes on a card is not measured."""
+    fused, usual = (without_error(results[f"planned: {name}"]) for name in ("Liger's loss", "plain"))
+    logits = 4 * 64 * VOCABULARY * 4
+    assert fused["phase_peaks"]["backward"] <= usual["phase_peaks"]["backward"] - logits
+    assert fused["phase_peaks"]["forward"] >= fused["resident_bytes"] + VOCABULARY * 64 * 4
 
 
 def axolotl(*words: str) -> subprocess.CompletedProcess[str]:

@@ -68,6 +68,15 @@ def run(config: Config) -> Config:
     return told(trainer)
 
 
+def resume(config: Config) -> Config:
+    """Go on from a checkpoint, of which the log is marked: a run from the start would end with the same weights."""
+    file = Path(config["resume_from_checkpoint"], "trainer_state.json")
+    state = json.loads(file.read_text("utf-8"))
+    state["log_history"][0]["from_checkpoint"] = 1
+    file.write_text(json.dumps(state), "utf-8")
+    return run(config)
+
+
 def run_beside_the_trainer(config: Config) -> Config:
     """Train by axolotl, and by transformers' Trainer with the same data, and compare the weights."""
     cfg = loaded(config)
