@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-from collections.abc import Iterator
 
 from packaging.requirements import Requirement
 
@@ -48,7 +47,7 @@ def require(extra: str, what: str) -> None:
 
 @functools.cache
 def _requirements(extra: str) -> tuple[Requirement, ...]:
-    """All that an extra brings, with what the extras that it names bring.
+    """All that an extra brings. (hatchling writes there what the extras bring that one names.)
 
     Empty where the package is not installed, as with its folder on PYTHONPATH: then nothing says what belongs to it.
     """
@@ -56,16 +55,11 @@ def _requirements(extra: str) -> tuple[Requirement, ...]:
         written = importlib.metadata.requires(_PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:
         written = []
-    return tuple(_of_extra(extra, [Requirement(line) for line in written]))
-
-
-def _of_extra(extra: str, written: list[Requirement]) -> Iterator[Requirement]:
-    for requirement in written:
-        marker = requirement.marker
-        if marker is None or marker.evaluate({"extra": ""}) or not marker.evaluate({"extra": extra}):
-            continue
-        if requirement.name == _PACKAGE:
-            for named in sorted(requirement.extras):
-                yield from _of_extra(named, written)
-        else:
-            yield requirement
+    found = [Requirement(line) for line in written]
+    return tuple(
+        requirement
+        for requirement in found
+        if requirement.marker is not None
+        and not requirement.marker.evaluate({"extra": ""})
+        and requirement.marker.evaluate({"extra": extra})
+    )

@@ -23,8 +23,6 @@ from hf_galore.cli.main import COMMANDS, EXTRAS
 from hf_galore.extras import MissingExtraError, require
 
 ROOT = Path(__file__).parents[1]
-NAME = "hf-galore"
-
 # What the installed `hf-galore` does.
 COMMAND = ("-c", "import sys; from hf_galore.cli.main import main; sys.exit(main())")
 TRAIN = """
@@ -99,20 +97,10 @@ def needs(wheel: Path, wanted: str = "") -> set[str]:
     """What an install with an extra, or with none, comes to: the wheel says, and what is installed here."""
     (information,) = wheel.glob("*.dist-info")
     lines = importlib.metadata.Distribution.at(information).requires or []
-    todo, done = [wanted], set[str]()
-    chosen = []
-    while todo:
-        extra = todo.pop()
-        done.add(extra)
-        for line in lines:
-            requirement = Requirement(line)
-            if requirement.marker is not None and not requirement.marker.evaluate({"extra": extra}):
-                continue
-            if canonicalize_name(requirement.name) == NAME:
-                todo += requirement.extras - done
-            else:
-                chosen.append(line.partition(";")[0])
-    return closure(chosen)
+    applies = (
+        line for line in lines if (marker := Requirement(line).marker) is None or marker.evaluate({"extra": wanted})
+    )
+    return closure(line.partition(";")[0] for line in applies)
 
 
 def installed(wheel: Path, folder: Path, wanted: str = "") -> Path:
