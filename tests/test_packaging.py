@@ -174,6 +174,12 @@ def test_a_wheel_is_the_package_and_the_recipes_and_no_tests(published: Publishe
     assert sorted(contents(published.wheel)) == sorted([*package, *recipes, *of_the_wheel])
 
 
+def test_a_wheel_brings_a_command_to_axolotl(published: Published) -> None:
+    """By the entry point that axolotl asks for; `tests/beside` runs it."""
+    points = contents(published.wheel)[f"hf_galore-{__version__}.dist-info/entry_points.txt"].decode()
+    assert "[axolotl.cli_commands]\ngalore-plan = hf_galore.cli.axolotl_plan:command" in points
+
+
 def test_an_sdist_is_the_checkout(published: Published, tmp_path: Path) -> None:
     with tarfile.open(published.sdist) as archive:
         archive.extractall(tmp_path, filter="data")

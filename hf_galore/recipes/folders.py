@@ -10,7 +10,7 @@ from .errors import UserError
 # What hatch_build.py calls the checkout's recipes/ in a wheel. An editable install has no copy of it.
 BUNDLED = "bundled"
 
-OF_OTHERS = ("llamafactory", "lm_eval")
+OF_OTHERS = ("axolotl", "llamafactory", "lm_eval")
 """Folders of what other programs read: their configurations and tasks."""
 
 

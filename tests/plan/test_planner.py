@@ -170,6 +170,14 @@ def test_checkpointing_with_reentry(optim: str, tmp_path: Path) -> None:
     )
 
 
+def test_a_data_loader_with_workers(tmp_path: Path) -> None:
+    """They have no part in a plan, nor has what they fetch beforehand."""
+    found = planner.plan(
+        sft(tmp_path, "adamw_torch", dataloader_num_workers=2, dataloader_prefetch_factor=4), target="cpu"
+    )
+    assert found.phase_peaks == planner.plan(sft(tmp_path, "adamw_torch"), target="cpu").phase_peaks
+
+
 def test_checkpointing_lowers_the_peak(tmp_path: Path) -> None:
     def activations(**overrides: Any) -> int:
         make = sft(tmp_path, "galore_adamw_layerwise", per_device_train_batch_size=32, **overrides)
