@@ -2,6 +2,8 @@
 #   make quickstart   train a small chat model with GaLore and talk to it
 #   make test         run the tests
 #   make test-gpu     run the tests of what only a graphics card can show
+#   make test-compat  run the tests on other Pythons and releases, oldest to newest (ONLY=oldest,newest for some of them)
+#   make test-newest  run some tests on the newest release of everything but torch
 #   make lint         ruff and mypy
 #   make dist         sdist and wheel, as they would be published, in dist/
 #   make notebooks    execute the notebooks in place, for the outputs that are committed
@@ -13,7 +15,7 @@ BIN := $(VENV)/bin
 # One that has run out of tests takes some of another: those that plan recipes of 7B models take long.
 WORKERS ?= auto
 
-.PHONY: quickstart notebooks test test-gpu lint format dist clean
+.PHONY: quickstart notebooks test test-gpu test-compat test-newest lint format dist clean
 
 $(VENV)/pyvenv.cfg:
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +37,13 @@ notebooks: $(VENV)/installed-dev
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not gpu"
 
+# Away from this checkout, in an environment each below .compat; docs/versions.md has what came of it (WRITE=1 puts it there).
+test-compat: $(VENV)/installed-dev
+	$(BIN)/python -m tests.compat --workers $(WORKERS) $(if $(ONLY),--only $(ONLY)) $(if $(WRITE),--write)
+
+test-newest: $(VENV)/installed-dev
+	$(BIN)/python -m tests.compat --workers $(WORKERS) --only newest --tests quick
+
 # One process: a card of 24 GB has room for one.
 test-gpu: $(VENV)/installed-dev
 	$(BIN)/python -m pytest tests/gpu --durations 10
@@ -55,4 +64,4 @@ dist: $(VENV)/installed-dev
 	$(BIN)/python -m twine check --strict dist/*
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) .compat .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

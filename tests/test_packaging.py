@@ -140,8 +140,12 @@ def test_an_installed_package_finds_them(checkout: Path, tmp_path: Path) -> None
     installed = tmp_path / "installed"
     with zipfile.ZipFile(built("wheel", checkout, tmp_path / "built")) as wheel:
         wheel.extractall(installed)
-    found = "str(recipes_folder()), known_recipes()"
-    code = f"import json; from hf_galore.recipes import *; print(json.dumps([{found}]))"
+    template = "any_recipe.parse(['--config', 'llama2_7b_oasst2.yaml'], '', '').training.chat_template_path"
+    found = f"str(recipes_folder()), known_recipes(), {template}"
+    code = (
+        "import json; from hf_galore.recipes import *; from hf_galore.recipes import any_recipe; "
+        f"print(json.dumps([{found}]))"
+    )
     run = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
@@ -150,7 +154,9 @@ def test_an_installed_package_finds_them(checkout: Path, tmp_path: Path) -> None
         text=True,
         check=True,
     )
-    assert json.loads(run.stdout) == [str(installed / "hf_galore" / "recipes" / "bundled"), known_recipes()]
+    folder = installed / "hf_galore" / "recipes" / "bundled"
+    # The recipe names it as in a checkout, where the folder is `recipes`.
+    assert json.loads(run.stdout) == [str(folder), known_recipes(), str(folder / "chatml")]
 
 
 def contents(wheel: Path) -> dict[str, bytes]:
@@ -172,6 +178,12 @@ def test_a_wheel_is_the_package_and_the_recipes_and_no_tests(published: Publishe
     information = ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")
     of_the_wheel = [f"hf_galore-{__version__}.dist-info/{name}" for name in information]
     assert sorted(contents(published.wheel)) == sorted([*package, *recipes, *of_the_wheel])
+
+
+def test_a_wheel_brings_a_command_to_axolotl(published: Published) -> None:
+    """By the entry point that axolotl asks for; `tests/beside` runs it."""
+    points = contents(published.wheel)[f"hf_galore-{__version__}.dist-info/entry_points.txt"].decode()
+    assert "[axolotl.cli_commands]\ngalore-plan = hf_galore.cli.axolotl_plan:command" in points
 
 
 def test_an_sdist_is_the_checkout(published: Published, tmp_path: Path) -> None:

@@ -43,7 +43,8 @@ class BackwardHooks:
 
     Args:
         optimizer: whose parameters they are for; referred to weakly.
-        model: whose modules own the parameters; referred to weakly.
+        model: whose modules own the parameters. It may be one that nothing else refers to, such as an `nn.ModuleList`
+            of two models.
         layerwise: whether weights are updated during the backward pass.
         projected_backward: whether linear targets compute R without building their gradient.
         hold_gradients: whether layerwise keeps R until `step()`.
@@ -63,7 +64,7 @@ class BackwardHooks:
     ) -> None:
         self._mode = Mode(layerwise, projected_backward, hold_gradients)
         self._optimizer = weakref.ref(optimizer)
-        self._model = weakref.ref(model)
+        self._model = model
         self._handles: list[Any] = []  # each with a remove()
         # A model outlives its trainers: hooks must not outlive theirs.
         self._finalizer = weakref.finalize(self, _remove, self._handles)
@@ -102,17 +103,16 @@ class BackwardHooks:
 
     def attach(self) -> None:
         """Put the hooks on the model; takes those of any other optimizer off first. Does nothing if they are on."""
-        model = self._model()
-        if self.attached or self._optimizer() is None or model is None:
+        if self.attached or self._optimizer() is None:
             return
-        detach_all(model)
+        detach_all(self._model)
         self._attached = True
         self.attach_new()
 
     def attach_new(self) -> None:
         """Put hooks on parameters that have none yet: of a new group, or frozen until now."""
-        optimizer, model, me = self._optimizer(), self._model(), weakref.ref(self)
-        if optimizer is None or model is None:
+        optimizer, model, me = self._optimizer(), self._model, weakref.ref(self)
+        if optimizer is None:
             return
         for trained in self._lacking(optimizer.trained_parameters()):
             handle = trained.param.register_post_accumulate_grad_hook(_GradientHook(me))

@@ -63,7 +63,7 @@ def _run(arguments: Sequence[str]) -> int:
         return any_recipe.parse([*rest, *overrides], PROG, ABOUT)
 
     parsed = parse()
-    vram = None if own.vram is None else _size(own.vram)
+    vram = None if own.vram is None else card_size(own.vram)
     if own.suggest:
         if vram is None:
             present = present_card(OUTSIDE[CONTEXT])
@@ -78,12 +78,12 @@ def _run(arguments: Sequence[str]) -> int:
     picture = None if own.plot is None else plan_picture.file_for(own.plot)
     name = parsed.recipe.name if parsed.recipe else str(parsed.model_name)
     # Whatever a library prints has no place in a pipe.
-    with contextlib.redirect_stdout(sys.stderr), _progress() as progress:
+    with contextlib.redirect_stdout(sys.stderr), shown_progress() as progress:
         found = plan_recipe(parsed, vram=vram, progress=progress)
     if own.json:
         print(json.dumps(found.as_dict(), indent=2))
     else:
-        _show(found, name)
+        show(found, name)
     if picture is not None:
         plan_picture.save(found, name, picture)
         print(f"The picture is in {picture}.", file=sys.stderr if own.json else sys.stdout)
@@ -113,7 +113,8 @@ def _take_own(arguments: Sequence[str]) -> tuple[_Own, list[str]]:
     return _Own(vram, plot, "--json" in given, "--suggest" in given), rest
 
 
-def _size(text: str) -> int:
+def card_size(text: str) -> int:
+    """The memory of the card that `--vram` names."""
     try:
         return parse_size(text)
     except ValueError as error:
@@ -124,7 +125,8 @@ def _size(text: str) -> int:
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Progress | None]:
+def shown_progress() -> Iterator[Progress | None]:
+    """A line that says how far a plan is; `None` where nobody would see it."""
     with spinner("making the model") as say:
         yield None if say is None else lambda phase, step: say(_doing(phase, step))
 
@@ -138,7 +140,8 @@ def _doing(phase: str, step: int) -> str:
 # ---- what came of it
 
 
-def _show(found: MemoryPlan, name: str) -> None:
+def show(found: MemoryPlan, name: str) -> None:
+    """Print a plan, and the verdict on the card."""
     console = Console(highlight=False)
     for note in found.notes:
         console.print(Text(note), soft_wrap=True)

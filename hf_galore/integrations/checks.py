@@ -17,8 +17,9 @@ from ..optim.build import KINDS
 from ..optim.groups import FROM_WEIGHTS, written_by_galore_torch
 from ..optim.optimizer import GaLoreOptimizer
 from ..rules import RULES, without_own_name
-from .accelerate import compiles
-from .callback import galore_callback
+from .accelerate import compiles, unwrapped
+from .callback import galore_callback, galore_optimizer
+from .llamafactory import own_optimizer_of
 
 
 def optim_name(args: TrainingArguments) -> str:
@@ -67,6 +68,36 @@ def _check_targets(trainer: Trainer, optimizer: GaLoreOptimizer) -> None:
                 args.optim_args,
                 kind,
             )
+
+
+def check_asked_for(trainer: Trainer, given: bool) -> None:
+    """Refuse another optimizer than `optim` asks for, where a subclass of the Trainer has made one.
+
+    Args:
+        trainer: one that is ready to train.
+        given: whether it was given the optimizer, or its class, and made none. transformers lets that come before
+            `optim`; a warning says so.
+    """
+    name = optim_name(trainer.args)
+    if name not in KINDS or trainer.optimizer is None or galore_optimizer(trainer.optimizer) is not None:
+        return
+    kind = type(unwrapped(trainer.optimizer)).__name__
+    if given:
+        logger.warning(
+            "optim=%r is not used: this Trainer was given an optimizer, and trains with that %s.", name, kind
+        )
+        return
+    # Who calls train() again is to hear it again, and not that it was given.
+    trainer.optimizer = trainer.lr_scheduler = None
+    setting = own_optimizer_of(trainer)
+    if setting is None:
+        leave_out = "Make none there for this optim, and let super().create_optimizer() do it; or leave out optim, "
+    else:
+        leave_out = f"LLaMA-Factory does so for {setting}. Leave that out; or, to train with it, leave out optim, "
+    raise ValueError(
+        f"optim={name!r} was asked for, but {type(trainer).__name__}.create_optimizer has made an optimizer of its "
+        f"own, {kind}. {leave_out}optim_target_modules and optim_args."
+    )
 
 
 def check_no_engine(asked: str, args: TrainingArguments, trainer: Trainer | None = None) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import transformers.masking_utils
 from packaging.version import parse
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers.trainer import Trainer
 
 from .signatures import moved
@@ -48,16 +51,44 @@ def loss_kernels() -> Any | None:
     return kernels
 
 
+def loss_of_all_labels() -> list[tuple[Any, str, Callable[..., Any]]]:
+    """Instead of the loss that TRL has before 1.15: a module, a name there, and what counts all labels.
+
+    TRL asks a batch how many are none of padding or a prompt: without an answer, a plan would go on as where all are.
+    """
+    if not _is_trl_here() or _trl_is_at_least("1.15"):
+        return []
+    import trl.trainer.sft_trainer as owner
+
+    name = "_chunked_cross_entropy_loss"
+    loss = getattr(owner, name)
+
+    @functools.wraps(loss)
+    def with_all_labels(*args: Any, **kwargs: Any) -> Any:
+        with _AllOfTheFirstMask():
+            return loss(*args, **kwargs)
+
+    return [(owner, name, with_all_labels)]
+
+
+class _AllOfTheFirstMask(TorchFunctionMode):
+    """Counts the first mask whose sum is asked for as true throughout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._asked = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self._asked and func is Tensor.sum and args[0].dtype == torch.bool:
+            self._asked = True
+            # On the CPU, where a fake has a number; elsewhere it has none.
+            return torch.tensor(args[0].numel())
+        return func(*args, **(kwargs or {}))
+
+
 def loss_asks_for_triton() -> bool:
     """Whether TRL asks `_use_triton` which way its fused loss goes. TRL 1.15 knows no other."""
     return _trl_is_at_least("1.16")
-
-
-def note_for_plans() -> str | None:
-    """What is to be known of plans with a TRL that is here; `None` with one that they are exact with."""
-    if not _is_trl_here() or loss_asks_for_triton():
-        return None
-    return "Plans are exact with TRL 1.16 and later; with an older one, as here, they were seen to differ."
 
 
 def _is_trl_here() -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, TrainingArguments
 from transformers.utils import is_peft_available
 
-from .older import loss_asks_for_triton, loss_kernels, masks_ask_themselves, told_of_padding
+from .older import loss_asks_for_triton, loss_kernels, loss_of_all_labels, masks_ask_themselves, told_of_padding
 from .signatures import moved
 
 # What is replaced, and what the replacements call, with the signatures that they were written for.
@@ -56,6 +56,7 @@ def without_numbers(
             (transformers.masking_utils, "is_tracing", lambda tensor=None: False),
             (transformers.masking_utils, "find_packed_sequence_indices", packed_indices),
             *((transformers.masking_utils, name, replacement) for name, replacement in masks.items()),
+            *loss_of_all_labels(),
             (transformers.trainer_pt_utils, "nested_numpify", _numpify),
             (TrainingArguments, "n_gpu", _at_most_one(TrainingArguments.n_gpu)),
         ):

@@ -27,6 +27,7 @@ from ..optim.classes import GaLoreAdamW
 from ..optim.optimizer import GaLoreOptimizer
 from .callback import GaLoreCallback, callbacks_of, galore_callback, galore_optimizer
 from .checks import (
+    check_asked_for,
     check_can_hook,
     check_no_adam_arguments,
     check_no_engine,
@@ -34,6 +35,7 @@ from .checks import (
     optim_name,
     why_not_loadable,
 )
+from .llamafactory import OWN_OPTIMIZERS, is_llamafactorys
 from .signatures import moved
 from .trl_head import restore_fused_head, use_fused_head
 
@@ -98,7 +100,7 @@ def _get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | No
             "'all-linear'."
         )
     if model is None:
-        raise ValueError(f"optim={name!r} needs the model, to find optim_target_modules in it.")
+        raise ValueError(f"optim={name!r} needs the model, to find optim_target_modules in it. {_who_asks(args)}")
     check_no_engine(f"optim={name!r}", args)
     if needs_hooks(name, config):
         asked = f"optim={name!r}" + (" with projected_backward=true" if config.projected_backward else "")
@@ -117,6 +119,17 @@ def _get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | No
     else:
         check_no_adam_arguments(name, args)
     return cls, kwargs
+
+
+def _who_asks(args: TrainingArguments) -> str:
+    """What to do where somebody asks for a class without giving the model."""
+    if is_llamafactorys(args):
+        names = ", ".join(OWN_OPTIMIZERS)
+        return (
+            "LLaMA-Factory asks without it for an optimizer of its own, which optim has no say in. Leave out what sets "
+            f"that ({names}); or, to train with it, optim, optim_target_modules and optim_args."
+        )
+    return "Call Trainer.get_optimizer_cls_and_kwargs(args, model)."
 
 
 def _create_optimizer(self: Trainer, model: nn.Module | None = None) -> Any:
@@ -164,8 +177,10 @@ def _inner_training_loop(
 def _prepare_for_training(self: Trainer, max_steps: Any, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
     """Replaces `Trainer._prepare_for_training`, after which there is an optimizer, wherever it comes from."""
     _look_after(self)  # one that is there already: before its state is loaded
+    given = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
     prepared = _originals["_prepare_for_training"](self, max_steps, train_dataloader, resume_from_checkpoint)
     _look_after(self)
+    check_asked_for(self, given)
     return prepared
 
 
@@ -278,6 +293,15 @@ def registered() -> Iterator[None]:
             unregister()
 
 
+def _let_through(replacement: Any, original: Any) -> None:
+    """Let who looks at a method of the Trainer see the one that is replaced: its name, signature and source.
+
+    unsloth makes a training loop of its own of the source of `Trainer._inner_training_loop`, and knows it by its name.
+    """
+    seen, behind = (getattr(method, "__func__", method) for method in (replacement, original))
+    seen.__name__, seen.__wrapped__ = behind.__name__, behind
+
+
 # The last thing in this file: where it is there, all that it needs is (`hf_galore.registering`).
 def register() -> None:
     """Make the `galore_*` names of `TrainingArguments.optim` mean these optimizers. Once or many times alike.
@@ -306,4 +330,5 @@ def register() -> None:
             )
         for name, replacement in replacements.items():
             _originals[name] = inspect.getattr_static(Trainer, name)
+            _let_through(replacement, _originals[name])
             setattr(Trainer, name, replacement)

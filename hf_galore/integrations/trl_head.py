@@ -63,13 +63,19 @@ def use_fused_head() -> None:
     """
     module = sys.modules.get(_MODULE)
     original = getattr(module, _NAME, _NONE)
-    if module is None or isinstance(original, _Dispatch):
+    if module is None or isinstance(original, _Dispatch) or (original is _NONE and not _fuses_otherwise()):
         return
     reason = why_not_known(original)
     if reason is None:
         setattr(module, _NAME, _Dispatch(original))
     else:
         _say_standing_back(reason)
+
+
+def _fuses_otherwise() -> bool:
+    """Whether TRL has a fused loss by another name: since 1.15 kernels, before in `sft_trainer`, in 0.24 none."""
+    trainers = sys.modules.get("trl.trainer.sft_trainer")
+    return "trl.kernels" in sys.modules or hasattr(trainers, "_chunked_cross_entropy_loss")
 
 
 def restore_fused_head() -> None:

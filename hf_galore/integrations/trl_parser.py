@@ -34,7 +34,11 @@ class ListParser(TrlParser):
         self.actions: dict[str, argparse.Action] = {}
         for dataclass_type in dataclass_types:
             self.hints.update(get_type_hints(dataclass_type))
+        twice = [old for old, new in OLD_NAMES.items() if {old, new} <= set(self.hints)]
         super().__init__(dataclass_types=dataclass_types, **kwargs)
+        # TRL gives defaults to the old names, of which transformers warns as of a user's: they go to the new ones.
+        self._of_old_names = {old: self.get_default(old) for old in twice}
+        self.set_defaults(**dict.fromkeys(twice))
 
     def add_argument(self, *flags: str, **kwargs: Any) -> argparse.Action:
         """Add an argument, as TRL's parser does for each field of a dataclass."""
@@ -72,6 +76,14 @@ class ListParser(TrlParser):
                 f"{name}={str(one).lower() if isinstance(one, bool) else one}" for name, one in value.items()
             )
         return value
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        """Parse; what has an old and a new name and is given by neither gets the default by the new one."""
+        namespace, rest = super().parse_known_args(*args, **kwargs)
+        for old, default in self._of_old_names.items():
+            if getattr(namespace, old) is None and getattr(namespace, OLD_NAMES[old]) is None:
+                setattr(namespace, OLD_NAMES[old], default)
+        return namespace, rest
 
     def parse_args_into_dataclasses(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Parse, as TRL's parser, but for a file of options (`hf-galore.args`) that it would look for."""

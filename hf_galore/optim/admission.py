@@ -142,6 +142,16 @@ def say_if_decay_is_lost(groups: Iterable[Group]) -> None:
         )
 
 
+def say_if_nothing_is_projected(cls_name: str, groups: Iterable[Group]) -> None:
+    """Warn of an optimizer whose groups have no rank, such as a program makes that is told the class alone."""
+    if not any("rank" in group for group in groups):
+        logger.warning(
+            "%s projects nothing, as none of its parameter groups has a rank: it trains, and takes memory, as without "
+            "GaLore. Give a group a 'rank', or let hf_galore.make_optimizer(model, ...) find the matrices.",
+            cls_name,
+        )
+
+
 def _check_present(named: list[tuple[str, Tensor]], on_meta: bool) -> None:
     absent = [name for name, param in named if param.device.type == "meta"]
     if absent and not (on_meta and len(absent) == len(named)):

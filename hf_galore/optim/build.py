@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..config import GaLoreConfig, nearest
 from ..integrations.target_modules import embedding_weights, find_targets, summarize
-from ..log import logger
+from ..log import and_others, logger
 from ..rules import RULES
 from .admission import check_parameters
 from .classes import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
@@ -50,18 +50,21 @@ def make_optimizer(
     lr: float = 1e-3,
     weight_decay: float = 0.0,
     hold_gradients: bool = False,
+    params: Iterable[Any] | None = None,
     **hyperparameters: Any,
 ) -> GaLoreOptimizer:
     """Make an optimizer for a training loop of one's own, as a Trainer would make it from the same arguments.
 
     With the same data, learning rates and `hold_gradients` (a Trainer's `max_grad_norm` above 0) the weights end bit
-    for bit where the Trainer's end. Biases and norms are not decayed. For a layerwise optimizer, and for one with a
-    projected backward, hooks are put on the model: `optimizer.close()` takes them off.
+    for bit where the Trainer's end. Biases and norms are not decayed, as far as a Trainer knows them: it decays the
+    weights of GroupNorm, of BatchNorm, and of an RMSNorm by an unusual name. For a layerwise optimizer, and for one
+    with a projected backward, hooks are put on the model: `optimizer.close()` takes them off.
 
         optimizer = make_optimizer(model, optim="galore_adamw_8bit_layerwise", optim_args={"rank": 256}, lr=1e-4)
 
     Args:
-        model: the model. What is frozen stays out of the optimizer.
+        model: the model; several as one, `nn.ModuleList([unet, text_encoder])`. What is frozen stays out of the
+            optimizer.
         target_modules: which layers to project, as `TrainingArguments.optim_target_modules`: a list of parts of names,
             a regular expression for whole names, or "all-linear".
         optim: one of `KINDS`.
@@ -69,17 +72,21 @@ def make_optimizer(
         lr: learning rate η.
         weight_decay: λ, of the weights that are decayed.
         hold_gradients: whether a layerwise optimizer waits for `step()` with its updates, as clipping needs it.
+        params: the trainable parameters of the model in groups of your own, or in one, in place of a Trainer's two:
+            `[{"params": unet.parameters(), "lr": 1e-5}, {"params": text_encoder.parameters(), "lr": 1e-6}]`. A group
+            without `lr` or `weight_decay` has those above.
         hyperparameters: what else the optimizer's class takes: `betas` and `eps` of `GaLoreAdamW` and
             `GaLoreAdamW8bit`; `eps`, `clip_threshold`, `decay_rate` and `beta1` of `GaLoreAdafactor`.
 
     Raises:
         ValueError: an unknown `optim`; an unknown key of `optim_args` or a value out of range; targets that select
-            nothing; parameters that GaLore cannot train.
+            nothing; parameters that GaLore cannot train; `params` that are not the model's, or not all of them.
         TypeError: a keyword that the optimizer's class does not have, or arguments of other types.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"make_optimizer takes the model itself, but was given a {type(model).__name__}.")
     _check_keywords(_kind(optim).cls, hyperparameters)
+    groups = _groups(model, weight_decay) if params is None else _given_groups(model, params, weight_decay)
     cls, kwargs = optimizer_cls_and_kwargs(
         model,
         target_modules,
@@ -89,7 +96,7 @@ def make_optimizer(
         say=_is_first_process(),
     )
     make: Callable[..., GaLoreOptimizer] = cls
-    return make(_groups(model, weight_decay), lr=lr, **kwargs, **hyperparameters)
+    return make(groups, lr=lr, **kwargs, **hyperparameters)
 
 
 def needs_hooks(optim: str, config: GaLoreConfig) -> bool:
@@ -160,7 +167,7 @@ def _check_keywords(cls: type[GaLoreOptimizer], given: Iterable[str]) -> None:
     """
     own = RULES[cls.rule_name].defaults.keys() - {"lr", "weight_decay"}
     options = [field.name for field in dataclasses.fields(GaLoreConfig)]
-    known = ["target_modules", "optim", "optim_args", "lr", "weight_decay", "hold_gradients", *sorted(own)]
+    known = ["target_modules", "optim", "optim_args", "lr", "weight_decay", "hold_gradients", "params", *sorted(own)]
     for name in given:
         if name in own:
             continue
@@ -197,6 +204,46 @@ def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         {"params": [param for name, param in trained.items() if name in decayed], "weight_decay": weight_decay},
         {"params": [param for name, param in trained.items() if name not in decayed], "weight_decay": 0.0},
     ]
+
+
+def _given_groups(model: nn.Module, params: Iterable[Any], weight_decay: float) -> list[dict[str, Any]]:
+    """Somebody's own groups, without what is frozen.
+
+    Raises:
+        TypeError: `params` are neither parameters nor groups of them.
+        ValueError: a parameter is not the model's; a trainable one of the model is in no group.
+    """
+    given = list(params)
+    if not all(isinstance(entry, Mapping) and "params" in entry for entry in given):
+        given = [{"params": given}]
+    names = {id(param): name for name, param in model.named_parameters() if param.requires_grad}
+    groups: list[dict[str, Any]] = []
+    missing = dict(names)
+    for group in given:
+        entries = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        entries = [entry[1] if isinstance(entry, tuple) else entry for entry in entries]  # of named_parameters()
+        others = sorted({type(entry).__name__ for entry in entries if not isinstance(entry, Tensor)})
+        if others:
+            raise TypeError(
+                "params has to be parameters, or groups such as {'params': unet.parameters(), 'lr': 1e-5}, but has "
+                f"{', '.join(others)}."
+            )
+        trainable = [param for param in entries if param.requires_grad]
+        for param in trainable:
+            if id(param) not in names:
+                raise ValueError(
+                    f"params has a parameter of shape {tuple(param.shape)} that is none of {type(model).__name__}. To "
+                    "train several models give them as one: make_optimizer(nn.ModuleList([unet, text_encoder]), ...)."
+                )
+            missing.pop(id(param), None)
+        groups.append({"weight_decay": weight_decay, **group, "params": trainable})
+    if missing:
+        name, *more = missing.values()
+        raise ValueError(
+            f"{name}{and_others(len(more))} can be trained, but is in no group of params. Add what is missing to a "
+            "group, or freeze it by requires_grad_(False)."
+        )
+    return groups
 
 
 def _is_first_process() -> bool:

@@ -20,8 +20,7 @@ from ..lowrank import nonfinite
 from ..lowrank.orthonormal import warm_up
 from ..lowrank.projection import norms_of
 from ..rules import RULES, options_of, without_own_name
-from . import checkpoint
-from .admission import check_group, check_parameters, check_stochastic_rounding, say_if_decay_is_lost
+from . import admission, checkpoint
 from .gradients import clip_, norm_of_all, norms_for_step
 from .groups import GaLoreOptions as GaLoreOptions
 from .groups import check_gradient_bits, check_group_keys, check_options, split_groups, with_seeds
@@ -60,15 +59,16 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         projected_backward: bool | None = options.get("projected_backward")
         self._init_unsaved(rule, model)
         groups = split_groups(params, options.get("param_options") or {})
-        check_parameters(self._names.of_entries(groups), model)
+        admission.check_parameters(self._names.of_entries(groups), model)
         defaults = {key: options.get(key, default) for key, default in own.items()}
         if options.get("stochastic_rounding", False):
             defaults["stochastic_rounding"] = True
         self._constructing = True
         super().__init__(self._names.in_groups(groups), defaults)
         self._constructing = False
-        check_stochastic_rounding(self.param_groups)
-        say_if_decay_is_lost(self.param_groups)
+        admission.check_stochastic_rounding(self.param_groups)
+        admission.say_if_decay_is_lost(self.param_groups)
+        admission.say_if_nothing_is_projected(type(self).__name__, self.param_groups)
         for device in {target.param.device for target in self.targets() if nonfinite.has_numbers(target.param)}:
             warm_up(device)
         if projected_backward is None:
@@ -124,9 +124,9 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         group = self.param_groups[-1]
         self._names.learn(group)
         try:
-            check_group(group, RULES[self.rule], self.name_of)
+            admission.check_group(group, RULES[self.rule], self.name_of)
             if not self._constructing:
-                check_parameters(self._names.of_entries(self.param_groups))
+                admission.check_parameters(self._names.of_entries(self.param_groups))
                 check_gradient_bits([group], hooked=self._hooks is not None)
         except ValueError:
             del self.param_groups[-1]

@@ -109,6 +109,7 @@ class Target(Trained):
         if self.refresh_asked:
             return True
         state = self.state
+        self._place_on_host(state)
         factor = int(state["gap_factor"].item()) if "gap_factor" in state else 1
         due_at = step_of_next_refresh(refreshed_at(state), self.group["update_proj_gap"], self.phase, factor)
         return int(state["step"].item()) >= due_at

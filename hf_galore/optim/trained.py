@@ -16,7 +16,7 @@ from ..lowrank.nonfinite import Skip
 from ..lowrank.projection import norm_of
 from ..lowrank.rounding import add_rounded_, generator_for
 from ..rules import Rule
-from .bases import State
+from .bases import ON_HOST, State
 from .groups import Group, check_fits
 from .report import Journal
 
@@ -169,6 +169,15 @@ class Trained:
             if value.device != device or (dtype is not None and value.dtype != dtype):
                 state[key] = value.to(device, dtype)
 
+    def _place_on_host(self, state: State) -> None:
+        """Take counters back that somebody has moved along with all other state: reading one would wait each time.
+
+        Lightning does so, and functions of many loops (`optimizer_to(optimizer, device)`).
+        """
+        for key in ON_HOST:
+            if key in state and state[key].device.type != "cpu":
+                state[key] = state[key].to("cpu")
+
     # ---- the update
 
     def step(self, gradient: Tensor, norm: Tensor | None = None) -> None:
@@ -199,6 +208,7 @@ class Trained:
         Returns:
             The number of the update, from 1; `None` where the host knows that it is skipped.
         """
+        self._place_on_host(state)
         step = int(state["step"].item()) + 1
         if skip.known is None:
             self.owner.journal.skipped.note(self.param, skip.norm, step)

@@ -101,6 +101,7 @@ def _prepare(trainer: Trainer) -> None:
     args.save_strategy = SaveStrategy.NO  # the rehearsal says when
     args.eval_on_start = False
     args.dataloader_num_workers = 0
+    args.dataloader_prefetch_factor = None  # only for workers
     args.dataloader_pin_memory = False
     args.dataloader_persistent_workers = False
     # No bars, no reports to trackers; a user's own callbacks may do anything.

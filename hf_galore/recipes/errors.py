@@ -44,8 +44,8 @@ def reporting_complaints() -> Iterator[None]:
         raise
 
 
-# The libraries that read a recipe's values.
-_CHECKING = ("hf_galore", "trl", "transformers", "datasets", "peft")
+# The libraries that read a recipe's values, or those of another library's configuration.
+_CHECKING = ("hf_galore", "trl", "transformers", "datasets", "peft", "axolotl")
 
 
 def _is_about_arguments(error: Exception) -> bool:

@@ -10,6 +10,9 @@ from ..errors import UserError
 # What hatch_build.py calls the checkout's recipes/ in a wheel. An editable install has no copy of it.
 BUNDLED = "bundled"
 
+OF_OTHERS = ("axolotl", "llamafactory", "lm_eval")
+"""Folders of what other programs read: their configurations and tasks."""
+
 
 def recipes_folder() -> Path:
     """The folder of the recipes that come with hf_galore: in an installed package, or beside it in a checkout."""
@@ -30,7 +33,7 @@ def known_models() -> list[str]:
 def known_recipes() -> list[str]:
     """The recipes that come with hf_galore, as `--config` takes them."""
     files = (path.relative_to(recipes_folder()) for path in recipes_folder().rglob("*.yaml"))
-    return sorted(file.as_posix() for file in files if file.parts[0] != "lm_eval")  # in which are tasks of lm-eval
+    return sorted(file.as_posix() for file in files if file.parts[0] not in OF_OTHERS)
 
 
 def find_recipe(name: str) -> Path:

@@ -86,18 +86,20 @@ def parse(arguments: Sequence[str], prog: str, about: str) -> Arguments:
 
 
 def _find_template(training: SFTConfig, recipe: Path | None) -> None:
-    """Let a recipe name a template beside it, in a folder beside its own, or one that comes with hf_galore.
+    """Let a recipe name a template beside it or in a folder beside its own, from whatever folder it is run.
 
-    From whatever folder it is run; and a copy of a recipe that comes with hf_galore finds what that names.
+    A copy of a recipe that comes with hf_galore finds what that names. In an installed package the folder of recipes
+    has another name.
     """
     name = training.chat_template_path
     if name is None or recipe is None or Path(name).exists():
         return
-    packaged = recipes_folder()
-    below = Path(name).relative_to("recipes") if Path(name).parts[:1] == ("recipes",) else Path(name)
-    for found in (*(folder / name for folder in recipe.resolve().parents[:2]), packaged / below):
-        if found.exists():
-            training.chat_template_path = str(found)
+    places = [folder / name for folder in recipe.resolve().parents[:2]]
+    if Path(name).parts[:1] == ("recipes",):
+        places.append(recipes_folder() / Path(name).relative_to("recipes"))
+    for place in places:
+        if place.exists():
+            training.chat_template_path = str(place)
             return
 
 

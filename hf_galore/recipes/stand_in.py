@@ -184,20 +184,32 @@ def _find_model(arguments: Arguments) -> _Model:
         name = tokenizer_name = str(embedded().model)  # which the quickstart trains
     if name is None:
         raise UserError(f"{key} is missing: give a model's name or folder.")
-    place, config = _find_config(key, name, options, notes)
+    place, config = find_config(key, name, options, notes)
     bundled = place != name  # what is not on this machine is not worth asking the Hub for
-    found = (
-        None if tokenizer_name is None else _find_tokenizer(tokenizer_name, {**options, "local_files_only": bundled})
-    )
+    found = None if tokenizer_name is None else find_tokenizer(tokenizer_name, {**options, "local_files_only": bundled})
     if found is None and not bundled:
         notes.append(f"The tokenizer of {name} is not there; its vocabulary is taken to be as large as the model's.")
-    tokenizer = _tokenizer(config) if found is None else found
+    tokenizer = tokenizer_for(config) if found is None else found
     if not config.architectures:
         raise UserError(f"{key} {name}: its config.json does not say its architectures. Add them.")
     return _Model(place, config, tokenizer, notes)
 
 
-def _find_config(key: str, name: str, options: dict[str, Any], notes: list[str]) -> tuple[str, Any]:
+def find_config(key: str, name: str, options: dict[str, Any], notes: list[str]) -> tuple[str, Any]:
+    """Find the config of a model: on this machine, or among those of hf_galore, or else on the Hub.
+
+    Args:
+        key: what gave the name, for messages.
+        name: its folder, or its name on the Hub.
+        options: what `from_pretrained` takes.
+        notes: where one is added, if it is not the one of that name on this machine.
+
+    Returns:
+        Where it is, and the config.
+
+    Raises:
+        UserError: there is none.
+    """
     try:
         return name, AutoConfig.from_pretrained(name, local_files_only=True, **options)
     except (OSError, ValueError) as error:
@@ -218,9 +230,11 @@ def _find_config(key: str, name: str, options: dict[str, Any], notes: list[str])
         ) from error
 
 
-def _find_tokenizer(name: str, options: dict[str, Any]) -> Any:
+def find_tokenizer(name: str, options: dict[str, Any]) -> Any:
+    """Find a model's tokenizer; `None` where there is none."""
     # transformers would make a folder without a tokenizer one with hardly a token.
-    if Path(name).is_dir() and not any(Path(name).glob(f"{kind}*") for kind in ("tokenizer", "vocab", "spiece")):
+    files = ("tokenizer", "vocab", "spiece")
+    if Path(name).is_dir() and not any(path.name.startswith(files) for path in Path(name).iterdir()):
         return None
     try:
         return AutoTokenizer.from_pretrained(name, **options)
@@ -228,7 +242,7 @@ def _find_tokenizer(name: str, options: dict[str, Any]) -> Any:
         return None
 
 
-def _tokenizer(config: Any) -> PreTrainedTokenizerFast:
+def tokenizer_for(config: Any) -> PreTrainedTokenizerFast:
     """Make a tokenizer with as many tokens as the model has rows: a template may add some to it."""
     size = config.get_text_config().vocab_size
     vocabulary = {f"<{index}>": index for index in range(size)}

@@ -49,9 +49,7 @@ class Full(nn.Module):
 
 
 def make(model: nn.Module, optim: str, *, hold: bool = False) -> GaLoreOptimizer:
-    return make_optimizer(
-        model, ["attn", "mlp"], optim=optim, optim_args=ARGS, lr=1e-2, **({"hold_gradients": True} if hold else {})
-    )
+    return make_optimizer(model, ["attn", "mlp"], optim=optim, optim_args=ARGS, lr=1e-2, hold_gradients=hold)
 
 
 def backward(model: Any, rows: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from transformers import Trainer
 
 from hf_galore import GaLoreAdamW
+from hf_galore.integrations.llamafactory import OWN_OPTIMIZERS
 from tests.support.helpers import (
     EXACT_ARGS,
     NAMES,
@@ -222,6 +224,80 @@ def test_arguments_that_a_ready_optimizer_does_not_have_are_said(
     assert len([record for record in caplog.records if "trains as it was made" in record.getMessage()]) == (
         optim_args == "rank=8"
     )
+
+
+# ---- another optimizer than `optim` asks for
+
+
+class MakesMuon(Trainer):
+    """As LLaMA-Factory's trainers, which make an optimizer by settings of their own, or else let the Trainer do it."""
+
+    optimizer: Any
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        if self.optimizer is None:
+            assert self.model is not None
+            self.optimizer = torch.optim.Muon([param for param in self.model.parameters() if param.ndim == 2])
+        return super().create_optimizer(*args, **kwargs)
+
+
+def test_another_optimizer_than_asked_for_is_an_error_each_time(tmp_path: Path) -> None:
+    """Before: it trained, and said nothing."""
+    model = tiny_llama()
+    before = snapshot(model)
+    trainer = make_trainer(model, tmp_path, "galore_adamw_layerwise", MakesMuon, max_steps=2)
+    for _ in range(2):
+        with pytest.raises(
+            ValueError,
+            match=r"^optim='galore_adamw_layerwise' was asked for, but MakesMuon\.create_optimizer .* Muon\.",
+        ):
+            trainer.train()
+    assert_identical(snapshot(model), before)
+    train(model, tmp_path, "adamw_torch", MakesMuon, max_steps=2, optim_target_modules=None, optim_args=None)
+
+
+@pytest.mark.parametrize("setting", OWN_OPTIMIZERS)
+def test_the_setting_of_llamafactory_that_makes_it_is_named(
+    setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MakesMuon, "__module__", "llamafactory.train.sft.trainer")
+    trainer: Any = make_trainer(tiny_llama(), tmp_path, "galore_adamw", MakesMuon, max_steps=2)
+    unset = dict.fromkeys(OWN_OPTIMIZERS, False) | {"loraplus_lr_ratio": None}
+    trainer.finetuning_args = SimpleNamespace(**unset | {setting: 16.0 if setting == "loraplus_lr_ratio" else True})
+    with pytest.raises(ValueError, match=rf" Muon\. LLaMA-Factory does so for {setting}\. Leave that out; or, "):
+        trainer.train()
+
+
+def test_a_class_without_a_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = arguments(tmp_path, "galore_adamw")
+    with pytest.raises(
+        ValueError, match=r"needs the model.* Call Trainer\.get_optimizer_cls_and_kwargs\(args, model\)\.$"
+    ):
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    monkeypatch.setattr(type(args), "__module__", "llamafactory.hparams.training_args")
+    with pytest.raises(ValueError, match=r"LLaMA-Factory asks without it .*\(use_galore, .*use_muon\); or, to train"):
+        Trainer.get_optimizer_cls_and_kwargs(args)
+
+
+@pytest.mark.parametrize("ready", [False, True])
+def test_another_optimizer_that_was_given_trains_and_is_said(
+    ready: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ends = []
+    for optim in ("galore_adamw", "adamw_torch"):
+        model = tiny_llama()
+        pair = (torch.optim.AdamW, {"lr": 1e-2})
+        given: dict[str, Any] = {"optimizer_cls_and_kwargs": pair}
+        if ready:
+            given = {"optimizers": (torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0), None)}
+        unused = {} if optim == "galore_adamw" else {"optim_args": None, "optim_target_modules": None}
+        with caplog.at_level(logging.WARNING, "hf_galore"):
+            trainer_with(model, tmp_path, optim, given, **unused).train()
+        ends.append(snapshot(model))
+    assert [record.getMessage() for record in caplog.records] == [
+        "optim='galore_adamw' is not used: this Trainer was given an optimizer, and trains with that AdamW."
+    ]
+    assert_identical(ends[0], ends[1])
 
 
 def test_what_the_trainer_itself_returns_trains(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from tests.support.helpers import (
     arguments,
     assert_identical,
     hooks_on,
+    logged,
     make_trainer,
     optimizer_of,
     snapshot,
@@ -167,6 +168,39 @@ def test_importing_twice_registers_once_and_unregistering_restores_the_very_obje
         """
     )
     assert printed == "restored"
+
+
+@pytest.mark.parametrize("name", PATCHED)
+def test_what_is_replaced_is_seen_through(name: str) -> None:
+    """By those who go by a method's name, signature or source."""
+    found = getattr(Trainer, name)
+    source = inspect.getsource(found)
+    hf_galore.unregister()
+    try:
+        own = getattr(Trainer, name)
+        assert found is not own
+        assert (found.__name__, inspect.signature(found)) == (own.__name__, inspect.signature(own))
+        assert source == inspect.getsource(own)
+    finally:
+        hf_galore.register()
+
+
+def test_a_training_loop_that_another_library_made_of_the_trainers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As unsloth does when it loads a model: of the source it makes its own function, and puts that in its place."""
+    ends = []
+    for rewritten in (False, True):
+        if rewritten:
+            source = textwrap.dedent(inspect.getsource(Trainer._inner_training_loop))
+            names = dict(vars(sys.modules[Trainer.__module__]))
+            exec(source.replace("def _inner_training_loop", "def _rewritten", 1), names)
+            monkeypatch.setattr(Trainer, "_inner_training_loop", names["_rewritten"])
+        model = tiny_llama()
+        trainer = train(model, tmp_path, "galore_adamw_layerwise", gradient_accumulation_steps=2, max_steps=3)
+        assert hooks_on(model) == 0
+        ends.append((snapshot(model), logged(trainer, "loss")))
+    assert_identical(ends[1], ends[0])
 
 
 def test_unregistered_trainers_are_transformers_own(unregistered: None, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import functools
 import inspect
 import logging
 import re
+import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -621,6 +622,21 @@ def test_a_trl_without_the_function_is_named(monkeypatch: pytest.MonkeyPatch, ca
         use_fused_head()
     (message,) = (record.getMessage() for record in caplog.records)
     assert "trl.trainer.utils has no _ChunkedLogProbFunction" in message
+
+
+def test_a_trl_that_fuses_nothing_is_not_mentioned(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As 0.24, of which LLaMA-Factory imports much: its losses are on logits, whose head is a layer like others."""
+    hf_galore.integrations.trl_head._say_standing_back.cache_clear()
+    monkeypatch.delattr(trl.trainer.utils, "_ChunkedLogProbFunction")
+    monkeypatch.delitem(sys.modules, "trl.kernels")
+    with caplog.at_level(logging.INFO, "hf_galore"):
+        use_fused_head()
+        assert not caplog.records
+        monkeypatch.setattr("trl.trainer.sft_trainer._chunked_cross_entropy_loss", None, raising=False)
+        use_fused_head()
+    assert len(caplog.records) == 1
 
 
 def test_the_example_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:

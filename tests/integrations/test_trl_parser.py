@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import warnings
 from typing import Any
 
 import pytest
+from transformers import TrainingArguments
 from trl import SFTConfig, TrlParser
 
 from hf_galore.integrations.trl_parser import ListParser
@@ -61,3 +63,40 @@ def test_a_list_of_other_things_is_an_error(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit):
         parsed("--names", "[1, 2]")
     assert "[1, 2] is not a list of strings" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(
+    "activation_checkpointing" not in TrainingArguments.__dataclass_fields__,
+    reason="transformers here has the old name",
+)
+@pytest.mark.parametrize(
+    ("given", "expected", "warned"),
+    [
+        ((), True, False),
+        (("--activation_checkpointing", "false"), False, False),
+        (("--gradient_checkpointing", "false"), False, True),
+        (("--no_gradient_checkpointing",), False, True),
+    ],
+)
+def test_transformers_warns_of_an_old_name_where_a_user_gives_it_and_not_of_trls_default(
+    given: tuple[str, ...], expected: bool, warned: bool, tmp_path: Any
+) -> None:
+    parser = ListParser([SFTConfig])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        (arguments,) = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--bf16", "false", *given])
+    assert arguments.activation_checkpointing is arguments.gradient_checkpointing is expected
+    assert any("gradient_checkpointing" in str(each.message) for each in caught) == warned
+    assert SFTConfig(output_dir=str(tmp_path), bf16=False).activation_checkpointing, "TRL's default is another one"
+
+
+@pytest.mark.skipif(
+    "activation_checkpointing" not in TrainingArguments.__dataclass_fields__,
+    reason="transformers here has the old name",
+)
+def test_a_file_may_have_the_old_name(tmp_path: Any) -> None:
+    parser = ListParser([SFTConfig])
+    parser.set_defaults_with_config(output_dir=str(tmp_path), bf16=False, gradient_checkpointing=False)
+    with pytest.warns(FutureWarning, match="gradient_checkpointing"):
+        (arguments,) = parser.parse_args_into_dataclasses([])
+    assert arguments.activation_checkpointing is False

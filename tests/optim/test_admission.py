@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hf_galore import GaLoreAdamW
+from hf_galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 from hf_galore.optim.admission import check_parameters
 from tests.support.helpers import Counting, arguments, hooks_on, make_trainer, tiny_llama, train
 
@@ -156,3 +156,20 @@ def test_other_optimizers_are_not_looked_at(tmp_path: Path) -> None:
     model = tiny_llama()
     same_memory(model)
     train(model, tmp_path, "adamw_torch", max_steps=1, optim_target_modules=None, optim_args=None)
+
+
+# ---- what is said
+
+
+@pytest.mark.parametrize("cls", [GaLoreAdamW, GaLoreAdamW8bit, GaLoreAdafactor])
+def test_an_optimizer_that_projects_nothing_says_so(cls: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """As a program makes one that is told the class, by an option of its own."""
+    net = nn.Linear(64, 64)
+    cls(net.parameters(), lr=1e-3)
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert said.startswith(f"{cls.__name__} projects nothing")
+    assert "make_optimizer" in said
+    caplog.clear()
+    cls([{"params": [net.bias]}, {"params": [net.weight], "rank": 8}], lr=1e-3)
+    cls(net.parameters(), lr=1e-3, param_options={net.weight: {"rank": 8}})
+    assert not caplog.records

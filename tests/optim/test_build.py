@@ -171,6 +171,81 @@ def test_hyperparameters_go_to_the_class(optim: str) -> None:
         make_optimizer(model(), TARGETS, optim=optim, optim_args=OPTIM_ARGS, betas=(0.9, 0.99))
 
 
+# ---- groups of one's own, and two models
+
+
+def two_models() -> tuple[nn.ModuleList, nn.Module, nn.Module]:
+    """A U-Net and its text encoder, as far as an optimizer can tell."""
+    first, second = tiny_llama(seed=1), tiny_llama(seed=2)
+    return nn.ModuleList([first, second]), first, second
+
+
+def trained_on_its_own(net: Any, optimizer: GaLoreOptimizer, steps: int = 4) -> None:
+    for number in range(steps):
+        tokens = (torch.arange(32).reshape(2, 16) + number) % 100
+        net(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("optim", NAMES)
+def test_two_models_in_one_optimizer_train_as_in_two_each_at_its_rate(optim: str) -> None:
+    both, *nets = two_models()
+    rates = (1e-2, 1e-3)
+    # Not staggered: turns are among all targets of an optimizer.
+    groups = [{"params": net.parameters(), "lr": lr} for net, lr in zip(nets, rates, strict=True)]
+    optim_args = f"{OPTIM_ARGS}, stagger=false"
+    optimizer = make_optimizer(both, optim=optim, optim_args=optim_args, params=groups, weight_decay=0.1)
+    del both
+    assert {group["lr"] for group in optimizer.param_groups} == set(rates)
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.1}
+    for net in nets:
+        trained_on_its_own(net, optimizer)
+    for seed, found, lr in zip((1, 2), nets, rates, strict=True):
+        alone = tiny_llama(seed=seed)
+        own = make_optimizer(
+            alone, optim=optim, optim_args=optim_args, params=alone.parameters(), lr=lr, weight_decay=0.1
+        )
+        trained_on_its_own(alone, own)
+        assert_identical(snapshot(found), snapshot(alone))
+
+
+def test_hooks_come_back_onto_models_that_only_the_optimizer_has_as_one() -> None:
+    """Losses in an nn.Sequential, as sentence-transformers makes it, for a Trainer that trains a second time."""
+    both, first, _ = two_models()
+    optimizer = make_optimizer(both, optim="galore_adamw_layerwise", optim_args=OPTIM_ARGS)
+    del both
+    on = hooks_on(first)
+    optimizer.close()
+    assert hooks_on(first) == 0
+    assert optimizer.hooks is not None
+    optimizer.hooks.attach()
+    assert hooks_on(first) == on > 0
+
+
+def test_groups_of_ones_own_have_what_is_trained() -> None:
+    net = tiny_llama()
+    net.lm_head.requires_grad_(False)
+    optimizer = make_optimizer(net, TARGETS, optim_args=OPTIM_ARGS, params=net.named_parameters())
+    found = {name for group in optimizer.param_groups for name in group["param_names"]}
+    assert found == {name for name, param in net.named_parameters() if param.requires_grad}
+    assert len(optimizer.targets()) == 14
+
+
+def test_groups_that_miss_something_or_have_too_much_are_refused() -> None:
+    net = tiny_llama()
+    layers = list(net.model.layers.parameters())
+    with pytest.raises(ValueError, match=r"^model\.embed_tokens\.weight and 2 other\(s\) can be trained, but is in no"):
+        make_optimizer(net, TARGETS, optim_args=OPTIM_ARGS, params=layers)
+    with pytest.raises(ValueError, match=r"a parameter of shape \(3, 2\) that is none of LlamaForCausalLM.*ModuleList"):
+        make_optimizer(net, optim_args=OPTIM_ARGS, params=[*net.parameters(), nn.Parameter(torch.zeros(3, 2))])
+    with pytest.raises(TypeError, match=r"params has to be parameters, or groups .* but has str"):
+        make_optimizer(net, optim_args=OPTIM_ARGS, params={"params": layers})
+    with pytest.raises(ValueError, match="A parameter group sets 'rnak', which GaLore does not know"):
+        make_optimizer(net, optim_args=OPTIM_ARGS, params=[{"params": net.parameters(), "rnak": 3}])
+    assert hooks_on(net) == 0
+
+
 # ---- refusals
 
 MISTAKES: list[dict[str, Any]] = [

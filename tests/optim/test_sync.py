@@ -140,3 +140,47 @@ def test_a_refresh_waits_once(
                 optimizer.step()
                 optimizer.zero_grad()
             assert asked == Counter({"cpu": len(refreshes)} if refreshes else {})
+
+
+class OnACard(Tensor):
+    """A counter that has been moved to a GPU: the host waits for each number that it reads there."""
+
+    waits = 0
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return torch.device("cuda", 0)
+
+    def item(self) -> Any:
+        OnACard.waits += 1
+        return super().item()
+
+    def to(self, *args: Any, **kwargs: Any) -> Tensor:
+        OnACard.waits += 1
+        return self.as_subclass(Tensor)
+
+
+@pytest.mark.parametrize("way", [{}, {"layerwise": True}], ids=["plain", "layerwise"])
+@pytest.mark.parametrize("moments", ["keep", "reset"])
+def test_counters_that_somebody_has_moved_are_taken_back_once(way: dict[str, Any], moments: str) -> None:
+    """Lightning moves all of an optimizer's state to the model's device, but for `step`; others move that too."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(16, 16)
+    model = torch.nn.Sequential(layer, torch.nn.LayerNorm(16))
+    group = {"rank": 4, "lazy_refresh": True, "moments": moments, "update_proj_gap": 2}
+    optimizer = GaLoreAdamW(model.parameters(), param_options={layer.weight: group}, module=model, **way)
+    found = []
+    for number in range(5):
+        if number == 1:
+            for state in optimizer.state.values():
+                for key, value in state.items():
+                    if value.ndim == 0:
+                        state[key] = value.as_subclass(OnACard)
+        OnACard.waits = 0
+        model(torch.randn(3, 16)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(OnACard.waits)
+    # Once for each counter: four of the target's, and the `step` of each of three other parameters.
+    assert found == [0, 7, 0, 0, 0]
+    assert not any(isinstance(value, OnACard) for state in optimizer.state.values() for value in state.values())
