@@ -304,6 +304,9 @@ def test_the_commands_of_axolotl(folder: Path, tmp_path: Path) -> None:
     assert found["fits"]
     assert found["tokens_per_step"] == 4 * 32
     assert f"{file} fits: it needs" in planned.stdout
+    refused = axolotl("galore-plan", str(file), "--json", str(tmp_path / "none" / "plan.json"))
+    assert refused.returncode == 2
+    assert "there is no folder" in refused.stderr
     refused = axolotl("galore-plan", str(file), "--rl", "dpo")
     assert refused.returncode == 2
     assert "axolotl galore-plan: rl: dpo cannot be planned" in refused.stderr
