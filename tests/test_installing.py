@@ -35,7 +35,8 @@ def test_readme_and_notebooks_say_what_the_constant_does() -> None:
 
 def test_once_published_they_say_the_name() -> None:
     published = with_readme_line(README_TEXT, published=True)
-    assert re.search(r"^\$ pip install hf-galore +# or, in a checkout: pip install \.$", published, re.MULTILINE)
+    line = r"^\$ pip install 'hf-galore\[cli\]' +# or, in a checkout: pip install '\.\[cli\]'$"
+    assert re.search(line, published, re.MULTILINE)
     assert with_readme_line(published, published=False) == with_readme_line(README_TEXT, published=False)
     for text in NOTEBOOK_TEXTS.values():
         published = with_notebook_line(text, published=True)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ..expandable_segments import use_expandable_segments
+from ..extras import MissingExtraError, require
 from ..recipes.errors import UserError
 from ..version import __version__
 from .interrupts import INTERRUPTED, Stopped
@@ -24,6 +25,9 @@ COMMANDS = {
     "plan": "find out whether a recipe fits a card, without a GPU, weights or data",
     "bench": "measure what this machine's card makes of a recipe, beside other optimizers",
 }
+
+# What has to be installed for them.
+EXTRAS = {command: command if command in ("glue", "quickstart") else "cli" for command in COMMANDS}
 
 # What they start or do makes no use of a card.
 WITHOUT_CARD = ("plan",)
@@ -74,13 +78,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         chosen = _parser().parse_args(argv)
         prog = f"hf-galore {chosen.command}"
+        require(EXTRAS[chosen.command], "The command")
         if chosen.command not in WITHOUT_CARD:
             advice = use_expandable_segments()  # before anything starts CUDA; a sweep's processes inherit it
             if advice is not None:
                 print(f"{prog}: {advice}", file=sys.stderr)
         command = importlib.import_module(f"{__package__}.{chosen.command}")
         status: int = command.run(chosen.arguments)
-    except UserError as error:
+    except (UserError, MissingExtraError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return USER_ERROR
     except Stopped as stopped:

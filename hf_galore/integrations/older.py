@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -55,7 +56,7 @@ def loss_of_all_labels() -> list[tuple[Any, str, Callable[..., Any]]]:
 
     TRL asks a batch how many are none of padding or a prompt: without an answer, a plan would go on as where all are.
     """
-    if _trl_is_at_least("1.15"):
+    if not _is_trl_here() or _trl_is_at_least("1.15"):
         return []
     import trl.trainer.sft_trainer as owner
 
@@ -92,12 +93,18 @@ def loss_asks_for_triton() -> bool:
 
 def note_for_plans() -> str | None:
     """What is to be known of plans with a TRL that is here; `None` with one that they are exact with."""
-    if loss_asks_for_triton():
+    if not _is_trl_here() or loss_asks_for_triton():
         return None
     return "Plans are exact with TRL 1.16 and later; with an older one, as here, they were seen to differ."
 
 
+def _is_trl_here() -> bool:
+    return importlib.util.find_spec("trl") is not None
+
+
 def _trl_is_at_least(version: str) -> bool:
+    if not _is_trl_here():
+        return False
     import trl
 
     return parse(trl.__version__) >= parse(version)

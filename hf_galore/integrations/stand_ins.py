@@ -16,9 +16,9 @@ import numpy as np
 import torch
 import transformers.masking_utils
 import transformers.trainer_pt_utils
-from peft import PeftModel
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, TrainingArguments
+from transformers.utils import is_peft_available
 
 from .older import loss_asks_for_triton, loss_kernels, loss_of_all_labels, masks_ask_themselves, told_of_padding
 from .signatures import moved
@@ -51,7 +51,7 @@ def without_numbers(
             # Weights come from nowhere, and nothing is written.
             (PreTrainedModel, "from_pretrained", classmethod(_from_config)),
             (PreTrainedModel, "save_pretrained", _nothing),
-            (PeftModel, "save_pretrained", _nothing),
+            *((owner, "save_pretrained", _nothing) for owner in _peft_models()),
             # transformers takes a fake for a sign of compilation, for which it makes other masks.
             (transformers.masking_utils, "is_tracing", lambda tensor=None: False),
             (transformers.masking_utils, "find_packed_sequence_indices", packed_indices),
@@ -71,6 +71,15 @@ def without_numbers(
         yield
 
 
+def _peft_models() -> list[Any]:
+    """PEFT's model, where it is installed."""
+    if not is_peft_available():
+        return []
+    from peft import PeftModel
+
+    return [PeftModel]
+
+
 def moved_stand_ins() -> list[str]:
     """What of these libraries is no longer where `without_numbers` looks for it, in words; empty where all is well."""
     import trl.trainer.utils
@@ -85,7 +94,7 @@ def moved_stand_ins() -> list[str]:
         found += moved(kernels, "trl.kernels.chunked_logprob", loss)
     for owner, names in (
         (PreTrainedModel, ("from_pretrained", "save_pretrained", "_from_config")),
-        (PeftModel, ("save_pretrained",)),
+        *((owner, ("save_pretrained",)) for owner in _peft_models()),
         (TrainingArguments, ("n_gpu",)),
         *([(trl.trainer.utils, ("_use_triton",))] if loss_asks_for_triton() else []),
         *([(kernels, _KERNELS)] if kernels is not None else []),

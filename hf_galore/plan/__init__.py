@@ -18,6 +18,7 @@ import types
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..extras import require
 from . import planner
 from .planner import MemoryPlan, measure
 
@@ -58,6 +59,7 @@ def plan(
 
     Raises:
         ValueError: something that was given is wrong; the message says what.
+        MissingExtraError: a recipe was given, and TRL and what else reads recipes is not there.
     """
     if callable(source):
         if overrides or layers is not None:
@@ -75,6 +77,7 @@ def plan(
         raise ValueError(f"overrides is a list of texts, ['--max_length', '512'], but was given {overrides!r}.")
     if layers is not None and layers < 1:
         raise ValueError(f"layers has to be at least 1, but is {layers!r}.")
+    require("cli", "The plan of a recipe")
     from ..recipes.planning import plan_recipe
 
     return plan_recipe(source, overrides=overrides, vram=vram, target=target, layers=layers, progress=progress)

@@ -16,9 +16,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
-import datasets
 import transformers
 from transformers import Trainer
+from transformers.utils import is_datasets_available
 
 from ..expandable_segments import in_use as expandable_in_use
 from ..integrations.older import note_for_plans
@@ -207,14 +207,28 @@ def _summary(record: Record, device: str, start: float, parameters: int) -> Memo
 def quiet() -> Iterator[None]:
     """Silence reports of libraries on a training that does not happen, and our own warnings about its numbers."""
     level, verbosity = logger.level, transformers.utils.logging.get_verbosity()
-    bars = datasets.are_progress_bars_disabled()
     logger.setLevel(logging.CRITICAL)
     transformers.utils.logging.set_verbosity_error()
+    try:
+        with _no_progress_bars():
+            yield
+    finally:
+        logger.setLevel(level)
+        transformers.utils.logging.set_verbosity(verbosity)
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Silence those of the datasets library, where it is installed."""
+    if not is_datasets_available():
+        yield
+        return
+    import datasets
+
+    bars = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        logger.setLevel(level)
-        transformers.utils.logging.set_verbosity(verbosity)
         if not bars:
             datasets.enable_progress_bars()

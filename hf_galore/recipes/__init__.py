@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..extras import require
 from .embedded_model import Embedded, embedded
 from .errors import UserError
 from .folders import configs_folder, known_models, known_recipes, recipes_folder
@@ -45,6 +46,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import the planner when it is asked for: it imports TRL."""
     if name == "plan_recipe":
+        require("cli", "plan_recipe")
         from .planning import plan_recipe
 
         return plan_recipe

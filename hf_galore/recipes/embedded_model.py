@@ -17,12 +17,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import platformdirs
 import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ..extras import require
 from .errors import UserError
 from .folders import recipes_folder
 
@@ -68,8 +68,12 @@ def embedded() -> Embedded:
     names. What they are made from decides the folder's name, so that a change makes new ones.
 
     Raises:
+        MissingExtraError: the text that they are made from is not there.
         UserError: the cache directory cannot be written to.
     """
+    require("quickstart", "The embedded model")
+    import platformdirs
+
     cache = Path(os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_dir("hf_galore", appauthor=False))
     folder = cache / f"quickstart-{_fingerprint()}"
     if not folder.is_dir():

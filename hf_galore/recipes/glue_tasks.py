@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
-from sklearn import metrics
 from transformers import EvalPrediction
+
+from ..extras import require
 
 
 class Task(NamedTuple):
@@ -61,19 +61,25 @@ def _first(predictions: Any) -> Any:
     return predictions[0] if isinstance(predictions, tuple) else predictions
 
 
-_METRICS: dict[str, Callable[[EvalPrediction], float]] = {
-    "accuracy": lambda prediction: metrics.accuracy_score(*_classes(prediction)),
-    "f1": lambda prediction: metrics.f1_score(*_classes(prediction)),
-    "matthews_correlation": lambda prediction: metrics.matthews_corrcoef(*_classes(prediction)),
-    "pearson": lambda prediction: stats.pearsonr(*_numbers(prediction)).statistic,
-    "spearman": lambda prediction: stats.spearmanr(*_numbers(prediction)).statistic,
-}
-
-
 def scorer(names: tuple[str, ...]) -> Callable[[EvalPrediction], Mapping[str, float]]:
-    """Return what a Trainer takes as `compute_metrics`, for metrics by their names."""
+    """Return what a Trainer takes as `compute_metrics`, for metrics by their names.
+
+    Raises:
+        MissingExtraError: scikit-learn and SciPy, which compute them, are not there.
+    """
+    require("glue", "The score of a classifier")
+    from scipy import stats  # only who scores needs them
+    from sklearn import metrics
+
+    computed: dict[str, Callable[[EvalPrediction], float]] = {
+        "accuracy": lambda prediction: metrics.accuracy_score(*_classes(prediction)),
+        "f1": lambda prediction: metrics.f1_score(*_classes(prediction)),
+        "matthews_correlation": lambda prediction: metrics.matthews_corrcoef(*_classes(prediction)),
+        "pearson": lambda prediction: stats.pearsonr(*_numbers(prediction)).statistic,
+        "spearman": lambda prediction: stats.spearmanr(*_numbers(prediction)).statistic,
+    }
 
     def score(prediction: EvalPrediction) -> Mapping[str, float]:
-        return {name: float(_METRICS[name](prediction)) for name in names}
+        return {name: float(computed[name](prediction)) for name in names}
 
     return score

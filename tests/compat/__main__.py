@@ -183,7 +183,7 @@ def _made(environment: Environment, wheel: Path) -> Path:
 def _versions(python: Path, environment: Environment) -> dict[str, str]:
     """The versions of what hf-galore asks for there and of what the environment's file names, by normalized names."""
     code = "import importlib.metadata as m; print(*(m.requires('hf-galore') or []), sep='\\n')"
-    names = _asked_for([Requirement(line) for line in _says(python, code).splitlines()], environment)
+    names = _asked_for([Requirement(line) for line in _says(python, code).splitlines()], environment.extras)
     pinned = environment.requirements.read_text("utf-8").splitlines()
     names |= {canonicalize_name(Requirement(line).name) for line in pinned if line and not line.startswith("#")}
     names |= {canonicalize_name(Requirement(each).name) for each in environment.alone}
@@ -192,20 +192,13 @@ def _versions(python: Path, environment: Environment) -> dict[str, str]:
     return {name: found[name] for name in sorted(names) if name in found and name != "hf-galore"}
 
 
-def _asked_for(wanted: Sequence[Requirement], environment: Environment) -> set[str]:
-    """The names of what hf-galore asks for there, with extras, and with the extras that those name."""
-    names = set[str]()
-    todo, seen = ["", *environment.extras], set[str]()
-    while todo:
-        extra = todo.pop()
-        seen.add(extra)
-        here = {"extra": extra, "python_version": environment.python}
-        for each in (each for each in wanted if each.marker is None or each.marker.evaluate(here)):
-            if canonicalize_name(each.name) == "hf-galore":
-                todo += each.extras - seen
-            else:
-                names.add(canonicalize_name(each.name))
-    return names
+def _asked_for(wanted: Sequence[Requirement], extras: Sequence[str]) -> set[str]:
+    """The names of what hf-galore asks for with extras. (Each has in its metadata what the extras bring that it names.)"""
+    return {
+        canonicalize_name(each.name)
+        for each in wanted
+        if each.marker is None or any(each.marker.evaluate({"extra": extra}) for extra in ("", *extras))
+    }
 
 
 def _says(python: Path, code: str) -> str:

@@ -21,7 +21,7 @@ Until it does, a line with that name fails, or gets what somebody else has put t
 hf_galore is installed, `pip install "hf-galore[tracking]"` works, published or not: pip takes the one that is there.)
 """
 
-README_EXTRAS = ""
+README_EXTRAS = "cli"
 NOTEBOOK_EXTRAS = "notebooks"
 
 
