@@ -14,7 +14,9 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from email import message_from_bytes
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -114,7 +116,7 @@ def told(environment: Environment, versions: Mapping[str, str]) -> str:
 
 def _row(environment: Environment, tests: Sequence[str], wheel: Path, checkout: Path, workers: str) -> tuple[Row, bool]:
     python = _made(environment, wheel)
-    versions = _versions(python, environment)
+    versions = _versions(python, wheel, environment)
     console.print(told(environment, versions))
     results = checkout / "results.xml"
     results.unlink(missing_ok=True)
@@ -169,9 +171,9 @@ def _made(environment: Environment, wheel: Path) -> Path:
     install = ("pip", "install", "--python", str(python))
     extras = f"[{','.join(environment.extras)}]" if environment.extras else ""
     tools = [line for line in CONSTRAINTS.read_text("utf-8").splitlines() if line.partition("==")[0] in TOOLS]
-    lowest = ("--resolution", "lowest-direct") if environment.lowest else ()
+    bounds = lower_bounds(_wanted_by(wheel, environment)) if environment.lowest else ()
     # In one call: so it is said where they cannot be together.
-    _uv(*install, *lowest, "-r", str(environment.requirements), f"hf-galore{extras} @ {wheel.as_uri()}", *tools)
+    _uv(*install, "-r", str(environment.requirements), f"hf-galore{extras} @ {wheel.as_uri()}", *bounds, *tools)
     if environment.alone:
         _uv(*install, "--no-deps", *environment.alone)
     found = Path(_says(python, "import hf_galore; print(hf_galore.__file__)"))
@@ -180,25 +182,37 @@ def _made(environment: Environment, wheel: Path) -> Path:
     return python
 
 
-def _versions(python: Path, environment: Environment) -> dict[str, str]:
-    """The versions of what hf-galore asks for there and of what the environment's file names, by normalized names."""
-    code = "import importlib.metadata as m; print(*(m.requires('hf-galore') or []), sep='\\n')"
-    names = _asked_for([Requirement(line) for line in _says(python, code).splitlines()], environment.extras)
+def _wanted_by(wheel: Path, environment: Environment) -> list[Requirement]:
+    """What a wheel asks for with the environment's extras."""
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        written = message_from_bytes(archive.read(metadata)).get_all("Requires-Dist", [])
+    extras = ("", *environment.extras)
+    found = map(Requirement, written)
+    return [
+        each for each in found if each.marker is None or any(each.marker.evaluate({"extra": extra}) for extra in extras)
+    ]
+
+
+def lower_bounds(wanted: Iterable[Requirement]) -> list[str]:
+    """Requirements of the lower bounds: `name==version`, of each that has one."""
+    return [
+        f"{each.name}=={specifier.version}"
+        for each in wanted
+        for specifier in each.specifier
+        if specifier.operator == ">="
+    ]
+
+
+def _versions(python: Path, wheel: Path, environment: Environment) -> dict[str, str]:
+    """The versions of what the wheel asks for there and of what the environment's file names, by normalized names."""
     pinned = environment.requirements.read_text("utf-8").splitlines()
-    names |= {canonicalize_name(Requirement(line).name) for line in pinned if line and not line.startswith("#")}
-    names |= {canonicalize_name(Requirement(each).name) for each in environment.alone}
+    wanted = [*map(Requirement, (line for line in pinned if line and not line.startswith("#")))]
+    wanted += [*map(Requirement, environment.alone), *_wanted_by(wheel, environment)]
     installed = json.loads(_uv("pip", "list", "--format", "json", "--python", str(python)))
     found: dict[str, str] = {canonicalize_name(each["name"]): each["version"] for each in installed}
-    return {name: found[name] for name in sorted(names) if name in found and name != "hf-galore"}
-
-
-def _asked_for(wanted: Sequence[Requirement], extras: Sequence[str]) -> set[str]:
-    """The names of what hf-galore asks for with extras. (Each has in its metadata what the extras bring that it names.)"""
-    return {
-        canonicalize_name(each.name)
-        for each in wanted
-        if each.marker is None or any(each.marker.evaluate({"extra": extra}) for extra in ("", *extras))
-    }
+    names = sorted({canonicalize_name(each.name) for each in wanted} - {canonicalize_name("hf-galore")})
+    return {name: found[name] for name in names if name in found}
 
 
 def _says(python: Path, code: str) -> str:
