@@ -91,13 +91,6 @@ def loss_asks_for_triton() -> bool:
     return _trl_is_at_least("1.16")
 
 
-def note_for_plans() -> str | None:
-    """What is to be known of plans with a TRL that is here; `None` with one that they are exact with."""
-    if not _is_trl_here() or loss_asks_for_triton():
-        return None
-    return "Plans are exact with TRL 1.16 and later; with an older one, as here, they were seen to differ."
-
-
 def _is_trl_here() -> bool:
     return importlib.util.find_spec("trl") is not None
 

@@ -34,12 +34,11 @@ class ListParser(TrlParser):
         self.actions: dict[str, argparse.Action] = {}
         for dataclass_type in dataclass_types:
             self.hints.update(get_type_hints(dataclass_type))
+        twice = [old for old, new in OLD_NAMES.items() if {old, new} <= set(self.hints)]
         super().__init__(dataclass_types=dataclass_types, **kwargs)
         # TRL gives defaults to the old names, of which transformers warns as of a user's: they go to the new ones.
-        self._of_old_names = {
-            old: self.get_default(old) for old, new in OLD_NAMES.items() if {old, new} <= set(self.hints)
-        }
-        self.set_defaults(**dict.fromkeys(self._of_old_names))
+        self._of_old_names = {old: self.get_default(old) for old in twice}
+        self.set_defaults(**dict.fromkeys(twice))
 
     def add_argument(self, *flags: str, **kwargs: Any) -> argparse.Action:
         """Add an argument, as TRL's parser does for each field of a dataclass."""

@@ -21,7 +21,6 @@ from transformers import Trainer
 from transformers.utils import is_datasets_available
 
 from ..expandable_segments import in_use as expandable_in_use
-from ..integrations.older import note_for_plans
 from ..log import logger
 from .cards import parse_size, present_card
 from .fakes import Target, fake_training, forget_tables
@@ -150,13 +149,7 @@ def plan(
         parameters = sum(param.numel() for param in trainer.model.parameters())
     stood_for = target if device.startswith(target) else f"{target} (stood in for by {device} tensors)"
     found = _summary(record, stood_for, start, parameters)
-    note = note_for_plans() if target == "cuda" else None
-    return dataclasses.replace(
-        found,
-        vram_bytes=total,
-        free_bytes=None if card is None else card.free,
-        notes=() if note is None else (note,),
-    )
+    return dataclasses.replace(found, vram_bytes=total, free_bytes=None if card is None else card.free)
 
 
 def _bytes_of(vram: Any) -> int:

@@ -220,7 +220,8 @@ def _find_config(key: str, name: str, options: dict[str, Any], notes: list[str])
 
 def _find_tokenizer(name: str, options: dict[str, Any]) -> Any:
     # transformers would make a folder without a tokenizer one with hardly a token.
-    if Path(name).is_dir() and not any(Path(name).glob(f"{kind}*") for kind in ("tokenizer", "vocab", "spiece")):
+    files = ("tokenizer", "vocab", "spiece")
+    if Path(name).is_dir() and not any(path.name.startswith(files) for path in Path(name).iterdir()):
         return None
     try:
         return AutoTokenizer.from_pretrained(name, **options)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers.masking_utils
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-import hf_galore
-from hf_galore.integrations import older
 from hf_galore.integrations.stand_ins import moved_stand_ins, without_numbers
-from tests.support.planning import sft
-from tests.support.releases import needs_fast_all, needs_fused_head
+from hf_galore.plan.fakes import fake_training
+from tests.support.releases import HEAD_BY_TOKENS, needs_fast_all, needs_fused_head
 
 
 def test_what_is_replaced_is_as_we_need_it() -> None:
@@ -87,12 +85,21 @@ def test_models_are_made_of_their_config_and_nothing_is_written(tmp_path: Any) -
     assert not (tmp_path / "saved").exists()
 
 
-def test_a_plan_says_where_the_installed_trl_makes_it_inexact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert older.note_for_plans() is None
-    assert hf_galore.plan(sft(tmp_path, "adamw_torch")).notes == ()
-    # Where plans ask; the stand-ins go on for the release that is here.
-    monkeypatch.setattr("hf_galore.plan.planner.note_for_plans", lambda: "not exact")
-    assert hf_galore.plan(sft(tmp_path, "adamw_torch")).notes == ("not exact",)
-    assert hf_galore.plan(sft(tmp_path, "adamw_torch"), target="cpu").notes == ()
-    monkeypatch.setattr(older, "_trl_is_at_least", lambda version: version < "1.16")
-    assert "TRL 1.16" in (older.note_for_plans() or "")
+@pytest.mark.skipif(not HEAD_BY_TOKENS, reason="TRL 1.15 and later ask no batch how many labels count")
+def test_an_older_loss_goes_over_all_tokens() -> None:
+    """Told that no label counts, it would leave out the head's logits: most of the memory of a small model."""
+    owner = importlib.import_module("trl.trainer.sft_trainer")
+    before, tiles = owner._chunked_cross_entropy_loss, []
+    chunk = owner._chunk
+
+    def seen(hidden: Tensor, *rest: Any) -> Any:
+        tiles.append(tuple(hidden.shape))
+        return chunk(hidden, *rest)
+
+    with pytest.MonkeyPatch.context() as patch, fake_training("cuda"):
+        patch.setattr(owner, "_chunk", seen)
+        hidden, head = torch.empty(2, 9, 4), torch.empty(10, 4)
+        *_, counted = owner._chunked_cross_entropy_loss(hidden, head, 8, labels=torch.zeros(2, 9, dtype=torch.int64))
+    assert tiles == [(8, 4), (8, 4)]
+    assert counted.shape == ()
+    assert owner._chunked_cross_entropy_loss is before
