@@ -140,8 +140,12 @@ def test_an_installed_package_finds_them(checkout: Path, tmp_path: Path) -> None
     installed = tmp_path / "installed"
     with zipfile.ZipFile(built("wheel", checkout, tmp_path / "built")) as wheel:
         wheel.extractall(installed)
-    found = "str(recipes_folder()), known_recipes()"
-    code = f"import json; from hf_galore.recipes import *; print(json.dumps([{found}]))"
+    template = "any_recipe.parse(['--config', 'llama2_7b_oasst2.yaml'], '', '').training.chat_template_path"
+    found = f"str(recipes_folder()), known_recipes(), {template}"
+    code = (
+        "import json; from hf_galore.recipes import *; from hf_galore.recipes import any_recipe; "
+        f"print(json.dumps([{found}]))"
+    )
     run = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
@@ -150,7 +154,9 @@ def test_an_installed_package_finds_them(checkout: Path, tmp_path: Path) -> None
         text=True,
         check=True,
     )
-    assert json.loads(run.stdout) == [str(installed / "hf_galore" / "recipes" / "bundled"), known_recipes()]
+    folder = installed / "hf_galore" / "recipes" / "bundled"
+    # The recipe names it as in a checkout, where the folder is `recipes`.
+    assert json.loads(run.stdout) == [str(folder), known_recipes(), str(folder / "chatml")]
 
 
 def contents(wheel: Path) -> dict[str, bytes]:

@@ -21,6 +21,7 @@ from ..integrations.devices import keep_to_one_gpu, one_device_map
 from .checks import check_arguments, check_model, say_if_widened
 from .data_loading import load_dataset, split_of
 from .errors import UserError
+from .folders import recipes_folder
 from .parser import parse_into
 from .run_record import RecordedTrainer
 
@@ -77,13 +78,19 @@ def parse(arguments: Sequence[str], prog: str, about: str) -> Arguments:
 
 
 def _find_template(training: SFTConfig, recipe: Path | None) -> None:
-    """Let a recipe name a template beside it or in a folder beside its own, from whatever folder it is run."""
+    """Let a recipe name a template beside it or in a folder beside its own, from whatever folder it is run.
+
+    In an installed package the folder of recipes has another name.
+    """
     name = training.chat_template_path
     if name is None or recipe is None or Path(name).exists():
         return
-    for folder in recipe.resolve().parents[:2]:
-        if (folder / name).exists():
-            training.chat_template_path = str(folder / name)
+    places = [folder / name for folder in recipe.resolve().parents[:2]]
+    if Path(name).parts[:1] == ("recipes",):
+        places.append(recipes_folder() / Path(name).relative_to("recipes"))
+    for place in places:
+        if place.exists():
+            training.chat_template_path = str(place)
             return
 
 

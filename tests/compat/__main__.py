@@ -125,12 +125,16 @@ def _row(environment: Environment, tests: Sequence[str], wheel: Path, checkout: 
         [*command, "--junitxml", str(results), *paths_of(tests)],
         cwd=checkout,
         # One thread each, as many processes as cores; and the package that is installed, not a checkout's.
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", **_variables(environment)},
         check=False,
     )
     result = counted(results) if results.exists() else f"pytest ended with {run.returncode} and no results"
     full = _says(python, "import platform; print(platform.python_version())")
     return Row(environment.name, full, versions, " ".join(tests), result), run.returncode == 0
+
+
+def _variables(environment: Environment) -> dict[str, str]:
+    return dict(each.split("=", 1) for each in environment.variables)
 
 
 def counted(results: Path) -> str:

@@ -51,6 +51,8 @@ class Environment(NamedTuple):
     """Of hf-galore."""
     alone: tuple[str, ...] = ()
     """Requirements that are installed last, without what they ask for."""
+    variables: tuple[str, ...] = ()
+    """`NAME=value` for the processes that run tests."""
     lowest: bool = False
     """Whether everything that pyproject.toml has a lower bound for is installed at that."""
 
@@ -60,13 +62,14 @@ class Environment(NamedTuple):
         return FOLDER / f"{self.name}.txt"
 
 
-_SETTINGS = ("python", "tests", "extras", "alone", "lowest")
+_SETTINGS = ("python", "tests", "extras", "alone", "variables", "lowest")
 
 
 def read(path: Path) -> Environment:
     """The environment of a file.
 
-    A comment such as `# python: 3.11` is a setting. `tests`, `extras` and `alone` are words with spaces between.
+    A comment such as `# python: 3.11` is a setting. `tests`, `extras`, `alone` and `variables` are words with
+    spaces between.
 
     Raises:
         ValueError: a setting is missing, given twice, or `lowest` is another word than `yes`.
@@ -84,6 +87,7 @@ def read(path: Path) -> Environment:
         tests=tuple(settings["tests"].split()),
         extras=tuple(settings.get("extras", "").split()),
         alone=tuple(settings.get("alone", "").split()),
+        variables=tuple(settings.get("variables", "").split()),
         lowest="lowest" in settings,
     )
 
