@@ -67,8 +67,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = sorted(set(names) - set(known))
     if unknown:
         parser.error(f"--only {','.join(unknown)}: there is no such environment, but {', '.join(known)}")
-    if chosen.write and chosen.tests:
-        parser.error("--write is for the tests that the files name, so without --tests")
     environments = [known[name] for name in names]
     if chosen.list:
         for each in environments:
@@ -177,7 +175,10 @@ def _made(environment: Environment, wheel: Path) -> Path:
     tools = [line for line in CONSTRAINTS.read_text("utf-8").splitlines() if line.partition("==")[0] in TOOLS]
     bounds = lower_bounds(_wanted_by(wheel, environment)) if environment.lowest else ()
     # In one call: so it is said where they cannot be together.
-    _uv(*install, "-r", str(environment.requirements), f"hf-galore{extras} @ {wheel.as_uri()}", *bounds, *tools)
+    wanted = ("-r", str(environment.requirements), f"hf-galore{extras} @ {wheel.as_uri()}", *bounds)
+    _uv(*install, *wanted, *tools)
+    if environment.beside:
+        _uv(*install, "--dry-run", *wanted, *environment.beside)
     if environment.alone:
         _uv(*install, "--no-deps", *environment.alone)
     found = Path(_says(python, "import hf_galore; print(hf_galore.__file__)"))

@@ -51,6 +51,8 @@ class Environment(NamedTuple):
     """Of hf-galore."""
     alone: tuple[str, ...] = ()
     """Requirements that are installed last, without what they ask for."""
+    beside: tuple[str, ...] = ()
+    """Requirements that have to be installable together with all that is: they are not installed."""
     variables: tuple[str, ...] = ()
     """`NAME=value` for the processes that run tests."""
     lowest: bool = False
@@ -62,13 +64,13 @@ class Environment(NamedTuple):
         return FOLDER / f"{self.name}.txt"
 
 
-_SETTINGS = ("python", "tests", "extras", "alone", "variables", "lowest")
+_SETTINGS = ("python", "tests", "extras", "alone", "beside", "variables", "lowest")
 
 
 def read(path: Path) -> Environment:
     """The environment of a file.
 
-    A comment such as `# python: 3.11` is a setting. `tests`, `extras`, `alone` and `variables` are words with
+    A comment such as `# python: 3.11` is a setting. `tests`, `extras`, `alone`, `beside` and `variables` are words with
     spaces between.
 
     Raises:
@@ -87,6 +89,7 @@ def read(path: Path) -> Environment:
         tests=tuple(settings["tests"].split()),
         extras=tuple(settings.get("extras", "").split()),
         alone=tuple(settings.get("alone", "").split()),
+        beside=tuple(settings.get("beside", "").split()),
         variables=tuple(settings.get("variables", "").split()),
         lowest="lowest" in settings,
     )
