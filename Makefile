@@ -39,10 +39,10 @@ test: $(VENV)/installed-dev
 
 # Away from this checkout, in an environment each below .compat; docs/versions.md has what came of it (WRITE=1 puts it there).
 test-compat: $(VENV)/installed-dev
-	$(BIN)/python -m tests.compat $(if $(ONLY),--only $(ONLY)) $(if $(WRITE),--write)
+	$(BIN)/python -m tests.compat --workers $(WORKERS) $(if $(ONLY),--only $(ONLY)) $(if $(WRITE),--write)
 
 test-newest: $(VENV)/installed-dev
-	$(BIN)/python -m tests.compat --only newest --tests quick
+	$(BIN)/python -m tests.compat --workers $(WORKERS) --only newest --tests quick
 
 # One process: a card of 24 GB has room for one.
 test-gpu: $(VENV)/installed-dev

@@ -227,7 +227,8 @@ def _says(python: Path, code: str) -> str:
 
 def _uv(*arguments: str) -> str:
     settings = {theirs: os.environ[ours] for ours, theirs in SETTINGS.items() if ours in os.environ}
-    return _quietly([find_uv_bin(), *arguments], ROOT, {**settings, **os.environ})
+    # What is on this process' path is nothing for those that uv starts, to build what has no wheel.
+    return _quietly([find_uv_bin(), *arguments], ROOT, {**settings, **os.environ, "PYTHONPATH": ""})
 
 
 def _quietly(command: Sequence[str], folder: Path, env: Mapping[str, str] | None = None) -> str:
