@@ -15,7 +15,8 @@ from hf_galore.integrations.trl_parser import OLD_NAMES
 TRL = parse(trl.__version__)
 # Before, TRL has no fused loss that we stand in for, or one that only a GPU computes.
 FUSED_HEAD = parse("1.16") <= TRL
-HEAD_BY_TOKENS = parse("1.15") > TRL  # a tile of logits is some tokens' of the whole vocabulary
+# A tile of logits is some tokens' of the whole vocabulary. TRL 0.29 and older have no such loss.
+HEAD_BY_TOKENS = parse("1.9") <= TRL < parse("1.15")
 needs_fused_head = pytest.mark.skipif(not FUSED_HEAD, reason="TRL before 1.16 has another fused loss, or none")
 needs_fast_all = pytest.mark.skipif(masks_ask_themselves(), reason="transformers here asks masks otherwise")
 
