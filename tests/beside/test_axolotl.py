@@ -147,6 +147,7 @@ def results(folder: Path) -> dict[str, Config]:
         ("resumed", "resume", {**saved, "resume_from_checkpoint": str(folder / "whole" / "checkpoint-2")}),
         ("all linear", "run", {"optim_target_modules": "all_linear", "optim_args": "rank=16, scale=0.5"}),
         ("another's trainer", "run", {"trainer_cls": "tests.support.axolotl_script.OwnOptimizerTrainer"}),
+        ("another's optimizer", "run", {"trainer_cls": "tests.support.axolotl_script.GivenOptimizerTrainer"}),
     ]
     jobs += [(name, "run", config) for name, (config, _) in RATES.items()]
     for name, config in PLANNED.items():
@@ -255,6 +256,9 @@ def test_where_it_cannot_register_the_run_ends(results: dict[str, Config]) -> No
 
 def test_a_trainer_with_another_optimizer_ends_the_run(results: dict[str, Config]) -> None:
     found = results["another's trainer"]
+    assert found["error"] == "ValueError"
+    assert "optim='galore_adamw' was asked for, but OwnOptimizerTrainer.create_optimizer has made" in found["message"]
+    found = results["another's optimizer"]
     assert found["error"] == "RuntimeError"
     assert "asks for galore_adamw by hf_galore.axolotl.GaLorePlugin, but the trainer's is AdamW." in found["message"]
 
