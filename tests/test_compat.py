@@ -52,6 +52,7 @@ def test_the_matrix_is_what_the_script_writes() -> None:
         assert row.python.startswith(f"{ENVIRONMENTS[row.name].python}."), row.name
         assert all((ROOT / path).exists() for path in paths_of(row.tests.split())), row.name
         assert " passed" in row.result, row.name
+        assert "failed" not in row.result, row.name
 
 
 def test_rows_are_written_beside_and_instead_of_others() -> None:

@@ -41,10 +41,13 @@ def _run(config: str, vram: str | None, json_file: Path | None, overrides: dict[
         from ..errors import UserError
         from ..recipes.axolotl_planning import plan_axolotl
         from ..recipes.errors import reporting_complaints
+        from ..recipes.writable import check_file
         from . import plan
         from .main import USER_ERROR
 
     try:
+        if json_file is not None:
+            check_file("--json", json_file)
         size = None if vram is None else plan.card_size(vram)
         # Whatever a library prints has no place in a pipe.
         with contextlib.redirect_stdout(sys.stderr), plan.shown_progress() as progress, reporting_complaints():

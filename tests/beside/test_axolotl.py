@@ -31,6 +31,8 @@ LAYERWISE = {"optimizer": "galore_adamw_layerwise", "max_grad_norm": 0.0}
 EIGHT_BIT = {"optimizer": "galore_adamw_8bit_layerwise"}
 ADAMW = {"plugins": None, "optimizer": "adamw_torch", "optim_args": None, "optim_target_modules": None}
 
+RECIPES = sorted(path.name for path in (recipes_folder() / "axolotl").glob("*.yaml"))
+
 WIDE = 4096  # a vocabulary with which the logits are what most is needed for
 
 Config = dict[str, Any]
@@ -145,6 +147,7 @@ def results(folder: Path) -> dict[str, Config]:
         ("resumed", "resume", {**saved, "resume_from_checkpoint": str(folder / "whole" / "checkpoint-2")}),
         ("all linear", "run", {"optim_target_modules": "all_linear", "optim_args": "rank=16, scale=0.5"}),
         ("another's trainer", "run", {"trainer_cls": "tests.support.axolotl_script.OwnOptimizerTrainer"}),
+        ("another's optimizer", "run", {"trainer_cls": "tests.support.axolotl_script.GivenOptimizerTrainer"}),
     ]
     jobs += [(name, "run", config) for name, (config, _) in RATES.items()]
     for name, config in PLANNED.items():
@@ -253,6 +256,9 @@ def test_where_it_cannot_register_the_run_ends(results: dict[str, Config]) -> No
 
 def test_a_trainer_with_another_optimizer_ends_the_run(results: dict[str, Config]) -> None:
     found = results["another's trainer"]
+    assert found["error"] == "ValueError"
+    assert "optim='galore_adamw' was asked for, but OwnOptimizerTrainer.create_optimizer has made" in found["message"]
+    found = results["another's optimizer"]
     assert found["error"] == "RuntimeError"
     assert "asks for galore_adamw by hf_galore.axolotl.GaLorePlugin, but the trainer's is AdamW." in found["message"]
 
@@ -304,6 +310,9 @@ def test_the_commands_of_axolotl(folder: Path, tmp_path: Path) -> None:
     assert found["fits"]
     assert found["tokens_per_step"] == 4 * 32
     assert f"{file} fits: it needs" in planned.stdout
+    refused = axolotl("galore-plan", str(file), "--json", str(tmp_path / "none" / "plan.json"))
+    assert refused.returncode == 2
+    assert "there is no folder" in refused.stderr
     refused = axolotl("galore-plan", str(file), "--rl", "dpo")
     assert refused.returncode == 2
     assert "axolotl galore-plan: rl: dpo cannot be planned" in refused.stderr
@@ -313,7 +322,42 @@ def test_the_commands_of_axolotl(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(path.name for path in (recipes_folder() / "axolotl").glob("*.yaml")))
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_trains_two_steps(name: str, tmp_path: Path) -> None:
+    """As it stands, but for a model, data and sizes of a test, and for what is of a GPU: bf16 and flash attention."""
+    marks = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    words = ["<pad>", *marks, "user", "assistant", "one", "two", "three"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=marks[0], eos_token=marks[1], additional_special_tokens=marks[2:]
+    ).save_pretrained(tmp_path / "model")
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "model")
+    talk = [{"role": "user", "content": "one two"}, {"role": "assistant", "content": "three two one"}]
+    (tmp_path / "talks.jsonl").write_text("\n".join([json.dumps({"messages": talk})] * 64), "utf-8")
+    data = [{"path": str(tmp_path / "talks.jsonl"), "ds_type": "json", "type": "chat_template"}]
+    recipe = yaml.safe_load((recipes_folder() / "axolotl" / name).read_text("utf-8"))
+    optim_args = {**recipe["optim_args"], "rank": 16}
+    of_a_test = {"base_model": str(tmp_path / "model"), "datasets": data, "test_datasets": data, "max_steps": 2}
+    of_a_cpu = {"bf16": False, "attn_implementation": "sdpa", "dataloader_pin_memory": False}
+    folders = {"output_dir": str(tmp_path / "out"), "dataset_prepared_path": str(tmp_path / "prepared")}
+    written = {**recipe, **of_a_test, **of_a_cpu, **folders, "sequence_len": 64, "optim_args": optim_args}
+    (tmp_path / name).write_text(yaml.safe_dump(written), "utf-8")
+    ran = axolotl("train", str(tmp_path / name), "--launcher", "python")
+    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
+    state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text("utf-8"))
+    assert state["global_step"] == 2
+    assert any(entry.get("galore/targets") == 16 for entry in state["log_history"])  # with the embedding and the head
+    before, after = (
+        load_file(tmp_path / "model" / "model.safetensors"),
+        load_file(tmp_path / "out" / "model.safetensors"),
+    )
+    assert all((after[key] != before[key]).any() for key in before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_takes_the_memory_that_its_header_says(name: str, tmp_path: Path) -> None:
     file = recipes_folder() / "axolotl" / name
     (command,) = (line for line in file.read_text("utf-8").splitlines() if "axolotl galore-plan" in line)

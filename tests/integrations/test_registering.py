@@ -226,6 +226,8 @@ def test_submodules_patch_nothing_and_the_package_registers_after_them() -> None
             elsewhere = {"bootstrap", "__main__", "__init__"}
             if importlib.util.find_spec("triton") is None:
                 elsewhere.add("programs")  # its kernels
+            if importlib.util.find_spec("axolotl") is None:
+                elsewhere |= {"axolotl", "axolotl_plan"}  # its plugin and command
             if not elsewhere & set(parts):
                 importlib.import_module(".".join(parts))
         import hf_galore.plan

@@ -400,11 +400,11 @@ def test_at_fine_tuning_rates_only_stochastic_rounding_keeps_the_decay(
     _, expected = decayed_norms(torch.float32, **common)
     with caplog.at_level("WARNING", logger="hf_galore"):
         _, found = decayed_norms(torch.bfloat16, stochastic_rounding=True, **common)
-        assert caplog.records == []
+        assert not [record for record in caplog.records if "decay" in record.getMessage()]
         _, lost = decayed_norms(torch.bfloat16, **common)
     assert found == pytest.approx(expected, rel=0.005)
     assert abs(lost - expected) > 0.005 * expected
-    (said,) = (record.getMessage() for record in caplog.records)
+    (said,) = (record.getMessage() for record in caplog.records if "decay" in record.getMessage())
     assert "Weight decay does nothing to 1 weight(s)" in said
     assert "stochastic_rounding" in said
 

@@ -14,16 +14,17 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import datasets
-import lm_eval.tasks
 import pytest
 import torch
-from lm_eval import __main__ as command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_galore.cli.main import main
 from hf_galore.recipes.embedded_model import CACHE_VARIABLE, Conversation, Embedded, conversations, embedded, split
 from hf_galore.recipes.folders import recipes_folder
 from tests.support.commands import options
+
+lm_eval = pytest.importorskip("lm_eval.tasks", reason="the extra eval is not installed")
+command = pytest.importorskip("lm_eval.__main__")
 
 TASKS = recipes_folder() / "lm_eval"
 
@@ -79,8 +80,8 @@ def scores(small: Embedded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """What `lm-eval run` writes for a model and a folder of tasks."""
     monkeypatch.setenv(CACHE_VARIABLE, str(small.model.parents[1]))
     # Its own 14,000 task files take it ten seconds to look through, each time.
-    own_only = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", own_only)
+    own_only = functools.partial(lm_eval.TaskManager, include_defaults=False)
+    monkeypatch.setattr(lm_eval, "TaskManager", own_only)
     monkeypatch.setattr(command, "setup_logging", lambda: None)  # it would keep pytest's stderr for good
 
     def run(model: Path, tasks: Path = TASKS) -> dict[str, Any]:

@@ -36,6 +36,13 @@ class OwnOptimizerTrainer(AxolotlTrainer):
         return self.optimizer
 
 
+class GivenOptimizerTrainer(AxolotlTrainer):
+    """Is given AdamW, as by another plugin: what optim asks for is not looked at."""
+
+    def __init__(self, *args: Any, model: Any, **kwargs: Any) -> None:
+        super().__init__(*args, model=model, optimizers=(torch.optim.AdamW(model.parameters()), None), **kwargs)
+
+
 def loaded(config: Config) -> Any:
     """The configuration as axolotl makes it."""
     return load_cfg(DictDefault(config))
