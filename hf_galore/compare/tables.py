@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from .differences import SHOWN, WORK, differing, setting
 from .runs import (
     HELD_OUT_LOSS,
     MIB,
@@ -164,39 +164,12 @@ def settings_table(runs: Sequence[Run], *, everything: bool = False) -> Table:
         rows += [_texts(name, runs, _fact(name)) for name in ("data", "optim", "optim_args")]
     else:
         rows += [row for row in [_texts("data", runs, _fact("data"))] if len(set(row.cells)) > 1]
-    rows += [_texts(key, runs, _setting(key)) for key in differing(runs) if key not in _SHOWN]
+    rows += [_texts(key, runs, setting(key)) for key in differing(runs) if key not in SHOWN]
     if everything:
         rows += [_texts("optim_target_modules", runs, _targets)]
         rows += [_texts(name, runs, _fact(name)) for name in ("command", "recipe", "started")]
         rows += [_texts("folder", runs, lambda run: str(run.folder))]
     return Table("Settings", _names(runs), _known(rows))
-
-
-# Settings that the tables have a row of their own for.
-_SHOWN = ("learning_rate", "model_name_or_path", "optim", "dataset_name")
-# Where one of these differs, two runs do not do the same work.
-_WORK = (
-    *("model_name_or_path", "config_name", "dataset_name", "dataset_config", "dataset_train_split", "datasets"),
-    *("task_name", "train_file", "max_length", "packing", "max_steps", "num_train_epochs"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed"),
-)
-
-
-def differing(runs: Sequence[Run]) -> list[str]:
-    """The settings that are not the same in all runs that have a record of them."""
-    known = [run.facts.settings for run in runs if run.facts and run.facts.settings is not None]
-    keys = sorted({key for settings in known for key in settings})
-    return [key for key in keys if any(settings.get(key) != known[0].get(key) for settings in known)]
-
-
-def _setting(key: str) -> Callable[[Run], str | None]:
-    def text(run: Run) -> str | None:
-        if run.facts is None or run.facts.settings is None or key not in run.facts.settings:
-            return None
-        value = run.facts.settings[key]
-        return value if isinstance(value, str) else json.dumps(value)
-
-    return text
 
 
 def results_table(runs: Sequence[Run]) -> Table:
@@ -308,7 +281,7 @@ def notes(runs: Sequence[Run]) -> list[str]:
             key, step = run.broken
             label = {TRAINING_LOSS: "the training loss", HELD_OUT_LOSS: "the held-out loss"}.get(key, key)
             found.append(f"{run.name} is broken: {label} is not finite, first at step {step:,}. It is best at nothing.")
-    work = [key for key in differing(runs) if key in _WORK]
+    work = [key for key in differing(runs) if key in WORK]
     if work:
         found.append(
             f"The runs did not do the same work: {', '.join(work)} differ{'s' if len(work) == 1 else ''}. A lower loss "

@@ -307,9 +307,7 @@ def test_every_setting_that_differs_is_shown_and_other_work_is_said(
     assert rows["packing"] == ["true", "false", "–"]
     assert rows["seed"] == ["1", "2", "–"]
     assert "weight_decay" not in rows
-    said = (
-        "The runs did not do the same work: max_length, packing, seed differ. A lower loss or a shorter time may come "
-    )
+    said = "The runs did not do the same work: max_length, packing, seed differ. A lower loss or a shorter time may "
     assert f"{said}come of that." in notes(found)
     assert main(["compare", str(first), str(second), "--output", str(tmp_path / "out")]) == 0
     assert "max_length" in capsys.readouterr().out
