@@ -379,7 +379,8 @@ MISTAKES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"optim_args": "rank=8, update_proj_gap=0"}, ValueError, "update_proj_gap has to be an integer of at least 1"),
     ({"optim_args": "rank=8, update_proj_gap=-3"}, ValueError, "update_proj_gap has to be an integer of at least 1"),
     ({"optim_args": "rank=8, proj_type=foo"}, ValueError, "proj_type has to be one of std, reverse_std"),
-    ({"optim_args": {"rank": 8}}, TypeError, "optim_args has to be a string"),
+    ({"optim_args": {"rnak": 8}}, ValueError, "Did you mean 'rank'"),
+    ({"optim_args": ["rank=8"]}, TypeError, "optim_args has to be a string such as .*, or a mapping"),
     ({"optim_target_modules": ["atn", "mlp"]}, ValueError, "'atn' matches no trainable linear layer"),
     ({"optim_target_modules": ["zzz"]}, ValueError, "'zzz' matches no trainable linear layer"),
     ({"optim_target_modules": []}, ValueError, "name at least one module"),
@@ -402,9 +403,9 @@ def test_mistakes_end_before_training_with_the_reason(
     assert_identical(snapshot(model), before)
 
 
-@pytest.mark.parametrize("optim_args", ["rank=8,", " rank = 8 , scale=1 ,"])
-def test_stray_commas_and_spaces_reach_the_trainer(optim_args: str, tmp_path: Path) -> None:
-    """Without hf_galore: `"rank=8,"` gave `not enough values to unpack`."""
+@pytest.mark.parametrize("optim_args", ["rank=8,", " rank = 8 , scale=1 ,", {"rank": 8, "scale": 1}])
+def test_stray_commas_spaces_and_mappings_reach_the_trainer(optim_args: Any, tmp_path: Path) -> None:
+    """Without hf_galore: `"rank=8,"` gave `not enough values to unpack`, and a mapping `no attribute 'replace'`."""
     optimizer = make_trainer(tiny_llama(), tmp_path, "galore_adamw", optim_args=optim_args).create_optimizer()
     assert {group["rank"] for group in optimizer.param_groups if "rank" in group} == {8}
 
