@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 # Before anything imports transformers, which reads them once.
@@ -29,6 +31,18 @@ hypothesis.settings.load_profile("tests")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _forgetful_bitsandbytes() -> Iterator[None]:
+    """Let bitsandbytes forget its overrides: it keeps them by the addresses of parameters, which later ones have too.
+
+    A Trainer with one of its optimizers has embeddings trained in 32 bits, and so was then another test's matrix.
+    """
+    yield
+    module = sys.modules.get("bitsandbytes.optim.optimizer")
+    if module is not None:
+        module.GlobalOptimManager._instance = None
 
 
 @pytest.fixture(scope="session", autouse=True)
