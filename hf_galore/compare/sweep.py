@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..config import GaLoreConfig, nearest
+from ..config import OPTIONS, GaLoreConfig, nearest
 from ..errors import UserError
 from ..integrations.trainer import optim_name
 from ..recipes import any_recipe
@@ -28,7 +28,6 @@ from ..recipes.settings import settings_of
 SETTINGS_FILE = "hf_galore_sweep.json"
 """In the folder of each run: all its settings, so that a sweep that goes on does not take another's run for its own."""
 
-_GALORE_KEYS = [field.name for field in dataclasses.fields(GaLoreConfig)]
 # What a sweep decides, and what makes no difference to a run.
 _OWN = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "config")
 
@@ -107,11 +106,11 @@ def _check_keys(axes: Mapping[str, Sequence[str]], base: Arguments, overrides: S
     for key in axes:
         if key in _OWN:
             raise UserError(f"--sweep {key}: it is nothing to compare. Give the recipe's {key} once.")
-        if key not in known and key not in _GALORE_KEYS:
-            raise UserError(f"--sweep {key}: there is no such key.{nearest(key, [*_GALORE_KEYS, *known])}")
+        if key not in known and key not in OPTIONS:
+            raise UserError(f"--sweep {key}: there is no such key.{nearest(key, [*OPTIONS, *known])}")
         if key in overridden:
             raise UserError(f"--sweep {key} and --{key} are both given. Leave one out.")
-    if "optim_args" in axes and not axes.keys().isdisjoint(_GALORE_KEYS):
+    if "optim_args" in axes and not axes.keys().isdisjoint(OPTIONS):
         raise UserError("--sweep optim_args would undo the other, which is a part of it. Leave one out.")
     if len(getattr(getattr(base, "glue", None), "seeds", None) or ()) > 1 or "seeds" in axes:
         raise UserError("seeds makes several runs of each. Compare them as runs: --sweep seed=1,2,3, without seeds.")
@@ -130,8 +129,8 @@ def _resumes(base: Arguments) -> bool:
 def _trial(values: Mapping[str, str], arguments: Sequence[str], base: Arguments) -> Trial:
     name = ", ".join(f"{key}={value}" for key, value in values.items())
     folder = Path(base.training.output_dir) / "_".join(_folder_name(f"{key}-{value}") for key, value in values.items())
-    options = [f"--{key}={value}" for key, value in values.items() if key not in _GALORE_KEYS]
-    galore = [f"{key}={value}" for key, value in values.items() if key in _GALORE_KEYS]
+    options = [f"--{key}={value}" for key, value in values.items() if key not in OPTIONS]
+    galore = [f"{key}={value}" for key, value in values.items() if key in OPTIONS]
     try:
         if galore:
             options.append(f"--optim_args={_optim_args(_parse([*arguments, *options]), galore)}")

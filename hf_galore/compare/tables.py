@@ -164,7 +164,8 @@ def settings_table(runs: Sequence[Run], *, everything: bool = False) -> Table:
         rows += [_texts(name, runs, _fact(name)) for name in ("data", "optim", "optim_args")]
     else:
         rows += [row for row in [_texts("data", runs, _fact("data"))] if len(set(row.cells)) > 1]
-    rows += [_texts(key, runs, setting(key)) for key in differing(runs) if key not in SHOWN]
+    shown = (*SHOWN, "optim_args", "optim_target_modules") if everything else SHOWN
+    rows += [_texts(key, runs, setting(key)) for key in differing(runs) if key not in shown]
     if everything:
         rows += [_texts("optim_target_modules", runs, _targets)]
         rows += [_texts(name, runs, _fact(name)) for name in ("command", "recipe", "started")]

@@ -6,12 +6,11 @@ would train other than as asked is looked for among the keys themselves.
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import GaLoreConfig, nearest
+from ..config import OPTIONS, GaLoreConfig, nearest
 from ..optim.build import KINDS, needs_hooks
 
 PLUGIN = "hf_galore.axolotl.GaLorePlugin"
@@ -70,11 +69,10 @@ def joined(optim_args: Any) -> str | None:
 
 def _check_names(config: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     """Refuse keys that axolotl would ignore, and that look like those that the plugin is about."""
-    options = [field.name for field in dataclasses.fields(GaLoreConfig)]
     for key in config:
         if key in known:
             continue
-        if key in options:
+        if key in OPTIONS:
             raise ValueError(f"{key} is an option of GaLore, and axolotl ignores it here. Put it below {ARGUMENTS}.")
         close = difflib.get_close_matches(key, [OPTIMIZER, TARGETS, ARGUMENTS], n=1, cutoff=0.8)
         meant = OPTIMIZER if key == "optim" else next(iter(close), None)
@@ -83,13 +81,13 @@ def _check_names(config: Mapping[str, Any], known: Mapping[str, Any]) -> None:
         if key.startswith("galore_"):
             raise ValueError(
                 f"axolotl has no key {key!r}, and would ignore it. GaLore's options go below {ARGUMENTS}: "
-                f"{', '.join(options)}."
+                f"{', '.join(OPTIONS)}."
             )
     for key, value in config.items():
         if key.startswith(_Q_GALORE) and value != known.get(key):
             raise ValueError(
                 f"{key} is for {OPTIMIZER}: q_galore_adamw8bit, and would be ignored. GaLore's options go below "
-                f"{ARGUMENTS}: {', '.join(options)}."
+                f"{ARGUMENTS}: {', '.join(OPTIONS)}."
             )
 
 

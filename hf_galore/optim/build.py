@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import GaLoreConfig, nearest
+from ..config import OPTIONS, GaLoreConfig, nearest
 from ..integrations.target_modules import embedding_weights, find_targets, summarize
 from ..log import and_others, logger
 from ..rules import RULES
@@ -166,17 +166,16 @@ def _check_keywords(cls: type[GaLoreOptimizer], given: Iterable[str]) -> None:
         TypeError: one is unknown; the message says where it belongs, or what is nearest.
     """
     own = RULES[cls.rule_name].defaults.keys() - {"lr", "weight_decay"}
-    options = [field.name for field in dataclasses.fields(GaLoreConfig)]
     known = ["target_modules", "optim", "optim_args", "lr", "weight_decay", "hold_gradients", "params", *sorted(own)]
     for name in given:
         if name in own:
             continue
-        if name in options:
+        if name in OPTIONS:
             advice = f"It is an option of GaLore: optim_args={{{name!r}: ...}}."
         elif name == "layerwise":
             advice = "Take an optim that ends in _layerwise."
         else:
-            advice = f"It has {', '.join(known)}.{nearest(name, [*known, *options])}"
+            advice = f"It has {', '.join(known)}.{nearest(name, [*known, *OPTIONS])}"
         raise TypeError(f"make_optimizer has no keyword {name!r}. {advice}")
 
 

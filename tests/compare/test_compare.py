@@ -298,7 +298,7 @@ def test_every_setting_that_differs_is_shown_and_other_work_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     same = {"max_length": 256, "weight_decay": 0.0, "learning_rate": 2e-3}
-    first = write_run(tmp_path / "a", facts={"settings": {**same, "seed": 1, "packing": True}})
+    first = write_run(tmp_path / "a", facts={"settings": {**same, "seed": 1, "packing": True, "optim_args": "rank=8"}})
     second = write_run(tmp_path / "b", facts={"settings": {**same, "seed": 2, "packing": False, "max_length": 128}})
     unknown = write_run(tmp_path / "c")
     found = runs.read_runs([first, second, unknown])
@@ -307,6 +307,8 @@ def test_every_setting_that_differs_is_shown_and_other_work_is_said(
     assert rows["packing"] == ["true", "false", "–"]
     assert rows["seed"] == ["1", "2", "–"]
     assert "weight_decay" not in rows
+    labels = [row.label for row in settings_table(found, everything=True).rows]
+    assert len(set(labels)) == len(labels)
     said = "The runs did not do the same work: max_length, packing, seed differ. A lower loss or a shorter time may "
     assert f"{said}come of that." in notes(found)
     assert main(["compare", str(first), str(second), "--output", str(tmp_path / "out")]) == 0
