@@ -16,7 +16,7 @@ from hf_galore.recipes.embedded_model import Embedded
 from hf_galore.recipes.output_folder import OutputArguments, check_unused, remove_run
 from hf_galore.recipes.run_record import RUN_FILE, RunFacts
 from hf_galore.recipes.settings import RECIPE_FILE
-from tests.support.commands import ON_CPU, history, options, said_of_mistake, write_checkpoint, write_recipe
+from tests.support.commands import ON_CPU, history, options, said_of_mistake, short_run, write_checkpoint, write_recipe
 from tests.support.written_runs import write_run
 
 TYPED = {key: value == "true" for key, value in ON_CPU.items() if value in ("true", "false")}
@@ -25,21 +25,8 @@ TYPED["activation_checkpointing"] = False
 
 @pytest.fixture
 def settings(small: Embedded, tmp_path: Path) -> dict[str, Any]:
-    return {
-        **ON_CPU,
-        "model_name_or_path": small.model,
-        "dataset_name": small.data,
-        "max_length": 32,
-        "optim": "galore_adamw_layerwise",
-        "optim_target_modules": "all-linear",
-        "optim_args": "rank=8",
-        "max_steps": 4,
-        "per_device_train_batch_size": 2,
-        "activation_checkpointing": "false",
-        "logging_steps": 1,
-        "save_steps": 2,
-        "output_dir": tmp_path / "out",
-    }
+    own = {"optim": "galore_adamw_layerwise", "optim_target_modules": "all-linear"}
+    return {**short_run(small.model, small.data, tmp_path / "out"), **own}
 
 
 def test_a_new_run_refuses_the_folder_of_another_unless_told(

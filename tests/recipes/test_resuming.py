@@ -14,7 +14,7 @@ import torch
 from hf_galore.cli.main import main
 from hf_galore.recipes.embedded_model import Embedded
 from hf_galore.recipes.run_record import RUN_FILE, RunFacts
-from tests.support.commands import ON_CPU, history, options, said_of_mistake, weights
+from tests.support.commands import history, options, said_of_mistake, short_run, weights
 from tests.support.helpers import assert_identical
 
 RESUMED = ["--resume_from_checkpoint"]
@@ -24,21 +24,7 @@ RESUMED = ["--resume_from_checkpoint"]
 def finished(small: Embedded, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     """What a run of four steps was told, and its folder; not to be changed."""
     folder = tmp_path_factory.mktemp("finished") / "out"
-    settings = {
-        **ON_CPU,
-        "model_name_or_path": small.model,
-        "dataset_name": small.data,
-        "max_length": 32,
-        "optim": "galore_adamw",
-        "optim_target_modules": ["attn", "mlp"],
-        "optim_args": "rank=8",
-        "max_steps": 4,
-        "per_device_train_batch_size": 2,
-        "activation_checkpointing": "false",
-        "logging_steps": 1,
-        "save_steps": 2,
-        "output_dir": folder,
-    }
+    settings = short_run(small.model, small.data, folder)
     assert main(["sft", *options(settings)]) == 0
     return settings, folder
 

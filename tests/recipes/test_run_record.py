@@ -23,7 +23,7 @@ from hf_galore.recipes import sft, training
 from hf_galore.recipes.embedded_model import Embedded
 from hf_galore.recipes.run_record import RUN_FILE, RunFacts, optimizer_bytes, peak_memory_bytes
 from hf_galore.recipes.sft import RecordedSFTTrainer
-from tests.support.commands import ON_CPU, history, options, recorded_trainer
+from tests.support.commands import history, options, recorded_trainer, short_run
 from tests.support.helpers import optimizer_of
 
 ARGS = "rank=16, update_proj_gap=4, scale=1"
@@ -32,22 +32,8 @@ ARGS = "rank=16, update_proj_gap=4, scale=1"
 @pytest.fixture
 def settings(small: Embedded, tmp_path: Path) -> dict[str, Any]:
     """Four steps, logged by two."""
-    return {
-        **ON_CPU,
-        "model_name_or_path": small.model,
-        "dataset_name": small.data,
-        "max_length": 32,
-        "optim": "galore_adamw_8bit_layerwise",
-        "optim_target_modules": ["attn", "mlp"],
-        "optim_args": ARGS,
-        "learning_rate": 1e-3,
-        "max_steps": 4,
-        "per_device_train_batch_size": 2,
-        "activation_checkpointing": "false",
-        "logging_steps": 2,
-        "save_steps": 2,
-        "output_dir": tmp_path / "out",
-    }
+    own = {"optim": "galore_adamw_8bit_layerwise", "optim_args": ARGS, "learning_rate": 1e-3, "logging_steps": 2}
+    return {**short_run(small.model, small.data, tmp_path / "out"), **own}
 
 
 def test_a_run_that_ends_without_numbers_says_so_and_logs_what_was(

@@ -23,6 +23,25 @@ from tests.support.helpers import make_trainer, tiny_llama
 ON_CPU: Mapping[str, Any] = {"use_cpu": "true", "bf16": "false", "report_to": "none", "disable_tqdm": "true"}
 
 
+def short_run(model: Path, data: Path, output_dir: Path) -> dict[str, Any]:
+    """What a run of `hf-galore sft` is told that takes four steps and two checkpoints."""
+    return {
+        **ON_CPU,
+        "model_name_or_path": model,
+        "dataset_name": data,
+        "max_length": 32,
+        "optim": "galore_adamw",
+        "optim_target_modules": ["attn", "mlp"],
+        "optim_args": "rank=8",
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "activation_checkpointing": "false",
+        "logging_steps": 1,
+        "save_steps": 2,
+        "output_dir": output_dir,
+    }
+
+
 def options(values: Mapping[str, Any]) -> list[str]:
     """`--key value ...`, of lists several values."""
     items: list[str] = []
