@@ -182,9 +182,7 @@ def test_what_registers(case: str, python: str, folder: Path) -> None:
 def test_what_registers_by_the_name_of_a_module(module: str, printed: str, python: str, folder: Path) -> None:
     """`python -m hf_galore.cli.main --version` waits for no transformers; a program that imports the package does."""
     (folder / "user.py").write_text("import package, package.integrations.trainer as t; print(t.TIMES)")
-    run = subprocess.run(
-        [python, "-m", module], cwd=folder, capture_output=True, text=True, check=True, timeout=60
-    )
+    run = subprocess.run([python, "-m", module], cwd=folder, capture_output=True, text=True, check=True, timeout=60)
     assert run.stdout.split() == [printed]
 
 
