@@ -107,19 +107,19 @@ OPTIONS: tuple[str, ...] = tuple(_OPTIONS)
 """All of GaLore's arguments."""
 
 _MEANINGS = {
-    "rank": "columns of a basis; smaller matrices train full-rank",
-    "update_proj_gap": "steps from one refresh of a basis to the next",
-    "scale": "multiplies the update of projected weights",
-    "proj_type": "the side that is projected",
+    "rank": "columns of a basis",
+    "update_proj_gap": "steps from one refresh to the next",
+    "scale": "multiplies the projected update",
+    "proj_type": "the side",
     "refresh": "how a basis is computed",
     "stagger": "refreshes spread over the gap",
     "lazy_refresh": "longer gaps for stable subspaces",
     "moments": "what a refresh does to them",
     "proj_bits": "of an element of a basis",
     "gradient_bits": "of low-rank gradients that are held",
-    "rule": "how low-rank gradients become directions",
+    "rule": "the rule, if not optim's",
     "stochastic_rounding": "of bfloat16 weights",
-    "projected_backward": "no full gradient in linear layers",
+    "projected_backward": "no full gradient; on if layerwise",
     "embedding_bits": "of moments of embeddings, in 8-bit optimizers",
 }
 _DEFAULTS_ELSEWHERE = {"rule": "as optim says", "projected_backward": "layerwise: true, else false"}
@@ -134,7 +134,7 @@ class Key(NamedTuple):
     default: str
     """As it is written; where something else decides, what that is."""
     meaning: str
-    """In at most 60 characters."""
+    """In at most 45 characters, for a screen."""
 
     @property
     def is_set(self) -> bool:

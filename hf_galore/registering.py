@@ -87,8 +87,8 @@ def _is_for_submodule(frame: FrameType | None, package: str) -> bool:
     """Whether a package is being imported as the parent of one of its submodules.
 
     The functions of the import system have what they import in a variable `name`, or `from_name` for what comes after
-    `from ... import`, and runpy's in `mod_name`: first the package, and above it, where there is one, the submodule that
-    it is imported for.
+    `from ... import`, and runpy's in `mod_name`: first the package, and above it, where there is one, the submodule
+    that it is imported for.
 
     Args:
         frame: the innermost of those functions' frames.

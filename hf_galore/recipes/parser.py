@@ -40,7 +40,7 @@ def parse_into(dataclass_types: Sequence[type], arguments: Sequence[str], prog: 
         SystemExit: `--help` was among them and has been shown.
     """
     name, rest = take_config(arguments)
-    parser = _RecipeParser(
+    parser = RecipeParser(
         dataclass_types,
         prog=prog,
         usage=f"{prog} --config FILE [--key value ...]",
@@ -89,7 +89,7 @@ class Parsed(NamedTuple):
     """What was said, by the file and over it by the command line, and not what is the default."""
 
 
-class _RecipeParser(ListParser):
+class RecipeParser(ListParser):
     """TRL's parser, which takes lists too, with errors of ours."""
 
     def error(self, message: str) -> NoReturn:
@@ -105,7 +105,7 @@ class _RecipeParser(ListParser):
         return None if choices is None else [str(choice) for choice in choices]
 
 
-def _explain_unknown(item: str, arguments: Sequence[str], parser: _RecipeParser) -> str:
+def _explain_unknown(item: str, arguments: Sequence[str], parser: RecipeParser) -> str:
     if not item.startswith("-"):
         advice = _advice_on_stray(item, arguments, parser) or "Options are given as --key value."
         return f"{item!r} belongs to no --key. {advice}"
@@ -113,7 +113,7 @@ def _explain_unknown(item: str, arguments: Sequence[str], parser: _RecipeParser)
     return f"there is no option {flag}.{hint(flag, parser.known_keys(), OPTIONS)}"
 
 
-def _advice_on_stray(item: str, arguments: Sequence[str], parser: _RecipeParser) -> str | None:
+def _advice_on_stray(item: str, arguments: Sequence[str], parser: RecipeParser) -> str | None:
     """The words to type in place of those that ended in a word that no option takes."""
     stray = arguments.index(item)
     start = max((index for index in range(stray) if arguments[index].startswith("--")), default=None)
@@ -133,7 +133,7 @@ def _values_after(arguments: Sequence[str], start: int) -> list[str]:
     return list(itertools.takewhile(lambda item: not item.startswith("--"), arguments[start + 1 :]))
 
 
-def _check_lists(arguments: Sequence[str], parser: _RecipeParser) -> None:
+def _check_lists(arguments: Sequence[str], parser: RecipeParser) -> None:
     """Raise an error where a list is given an item at a time: argparse keeps the last of them."""
     for key in parser.lists:
         places = [index for index, item in enumerate(arguments) if item.startswith("--") and key_of(item) == key]
@@ -152,7 +152,7 @@ def _check_renamed(given: set[str]) -> None:
             raise UserError(f"{old} and {new} are both given, which are one option. Use {new} only.")
 
 
-def _check_values(path: Path, config: dict[str, Any], parser: _RecipeParser) -> None:
+def _check_values(path: Path, config: dict[str, Any], parser: RecipeParser) -> None:
     known = parser.known_keys()
     for key, value in config.items():
         if key == "env":  # environment variables, which TRL's parser sets
