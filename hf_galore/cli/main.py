@@ -88,8 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the command's name; those of the process where `None`.
 
     Returns:
-        0, 1 for a plan that does not fit, 2 for something wrong in what was given, 130 for Ctrl-C. Anything else that
-        goes wrong is a bug and keeps its traceback.
+        0, 1 for a plan that does not fit, 2 for something wrong in what was given, 130 for Ctrl-C, 143 for SIGTERM.
+        Anything else that goes wrong is a bug and keeps its traceback.
 
     Raises:
         SystemExit: help or the version has been shown.
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USER_ERROR
     except Stopped as stopped:
         print(f"\n{prog}: {stopped}", file=sys.stderr)
-        return INTERRUPTED
+        return stopped.status
     except KeyboardInterrupt:  # before there was anything to resume
         print(f"\n{prog}: interrupted before training began; run the same command again.", file=sys.stderr)
         return INTERRUPTED
