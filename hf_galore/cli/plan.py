@@ -24,10 +24,9 @@ from ..recipes.errors import reporting_complaints
 from ..recipes.planning import plan_recipe
 from . import plan_picture
 from .interrupts import stoppable
-from .options import take_options
+from .options import need_recipe, take_options
 from .plan_picture import gib
 from .spinner import spinner
-from .training_command import need_recipe
 
 PROG = "hf-galore plan"
 ABOUT = """Find out how much memory a recipe takes and whether that fits a card, from its real training steps with

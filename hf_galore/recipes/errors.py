@@ -12,8 +12,13 @@ from ..errors import UserError
 
 
 @contextlib.contextmanager
-def reporting_errors(output_dir: str) -> Iterator[None]:
-    """Turn complaints of libraries about arguments into `UserError`, and leave no empty `output_dir` behind."""
+def reporting_errors(output_dir: str, *, leaves_nothing: bool = False) -> Iterator[None]:
+    """Turn complaints of libraries about arguments into `UserError`, and leave no empty `output_dir` behind.
+
+    Args:
+        output_dir: the folder, which is made meanwhile.
+        leaves_nothing: whether it is of no use without an error either.
+    """
     folder = Path(output_dir).absolute()
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     with reporting_complaints():
@@ -22,6 +27,8 @@ def reporting_errors(output_dir: str) -> Iterator[None]:
         except BaseException:
             remove_empty(missing)
             raise
+        if leaves_nothing:
+            remove_empty(missing)
 
 
 def remove_empty(folders: Iterable[Path]) -> None:

@@ -228,5 +228,5 @@ def test_a_run_that_cannot_be_planned_is_pushed_without_a_plan(
     settings: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     given = {**settings, "push_to_hub": "true", "load_in_4bit": "true", "use_peft": "true"}
-    assert training.plan_for_card(sft.parse(options(given), "", "")) is None
+    assert training.plan_first(sft.parse(options(given), "", "")) is None
     assert "The model card will say nothing of memory: load_in_4bit" in caplog.text
