@@ -19,12 +19,14 @@ from trl import (
 
 from ..errors import UserError
 from ..integrations.devices import keep_to_one_gpu, one_device_map
-from .checks import check_arguments, check_model, say_if_widened
-from .data_loading import load_dataset, split_of
+from .checks import check_arguments, check_model, check_training, say_if_widened
+from .data_loading import load_named, reporting_unreadable, split_of
 from .folders import recipes_folder
 from .output_folder import OutputArguments
 from .parser import parse_into
+from .rows import prepare_rows
 from .run_record import RecordedTrainer
+from .templates import check_conversations, load_processing_class, template_of
 
 DATACLASSES = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, OutputArguments)
 """Their fields are the keys of a recipe, as of `trl sft`, but for the last one's."""
@@ -63,13 +65,26 @@ class Arguments(NamedTuple):
 
     @property
     def hub_dataset(self) -> str | None:
-        """The dataset for the model card."""
+        """The dataset for the model card: what has a name on the Hub."""
         name: str | None = self.script.dataset_name
-        return name
+        return None if name is None or Path(name).exists() else name
+
+    def check(self) -> Checked:
+        """Check all that can be checked before the weights are loaded; see `check`."""
+        return check(self)
 
     def make_trainer(self) -> RecordedSFTTrainer:
         """Make the Trainer; see `make_trainer`."""
         return make_trainer(self)
+
+
+class Checked(NamedTuple):
+    """What checking a recipe has loaded: all but the weights."""
+
+    train: Any
+    evaluated: Any
+    processing_class: Any
+    """The tokenizer, or the processor that has it."""
 
 
 class RecordedSFTTrainer(RecordedTrainer, SFTTrainer):  # type: ignore[misc, unused-ignore]
@@ -103,22 +118,72 @@ def _find_template(training: SFTConfig, recipe: Path | None) -> None:
             return
 
 
-def make_trainer(parsed: Arguments) -> RecordedSFTTrainer:
-    """Check the arguments, load model and data, and make the Trainer.
+def check(parsed: Arguments) -> Checked:
+    """Check the arguments, the model's config, the tokenizer and every row of the data; the cheapest first.
+
+    `output_dir` is there afterwards, and `resume_from_checkpoint` is the folder that it means.
 
     Raises:
-        UserError: something in the arguments is wrong.
+        UserError: something in the arguments or in the data is wrong.
     """
-    training = parsed.training
+    training, given = parsed.training, parsed.training.model_init_kwargs or {}
     check_arguments(training)
     config = check_model(parsed.model, trust_remote_code=training.trust_remote_code)
-    say_if_widened(parsed.model, training, config, given=training.model_init_kwargs)
+    keep_to_one_gpu(training, say="device_map" not in given)
+    say_if_widened(parsed.model, training, config, given=given)
+    check_training(
+        training,
+        parsed.output,
+        config,
+        dtype=given.get("dtype", parsed.model.dtype) or "float32",  # TRL's choice
+        max_length=training.max_length,
+        adapters=parsed.model.use_peft or parsed.model.load_in_4bit or parsed.model.load_in_8bit,
+    )
+    processing_class = load_processing_class(
+        str(parsed.model_name),
+        revision=given.get("revision", parsed.model.model_revision),
+        trust_remote_code=training.trust_remote_code,
+    )
+    template = template_of(training, processing_class)
     splits = _load_splits(parsed.script, parsed.dataset)
-    train = _split(splits, parsed.script.dataset_train_split, "dataset_train_split", training)
+
+    def split(name: str, key: str) -> Any:
+        rows = split_of(splits, name, key)
+        if (training.dataset_kwargs or {}).get("skip_prepare_dataset"):
+            return rows
+        rows = prepare_rows(
+            rows,
+            name,
+            given=f"dataset_name {parsed.data_name}",
+            text_field=training.dataset_text_field,
+            assistant_only=training.assistant_only_loss,
+            template=template,
+        )
+        check_conversations(training, processing_class, template, str(parsed.model_name), next(iter(rows)))
+        return rows
+
+    train = split(parsed.script.dataset_train_split, "dataset_train_split")
     evaluated = None
     if training.eval_strategy != "no":
-        evaluated = _split(splits, parsed.script.dataset_test_split, "dataset_test_split", training)
-    return make_sft_trainer(str(parsed.model_name), training, parsed.model, train, evaluated)
+        evaluated = split(parsed.script.dataset_test_split, "dataset_test_split")
+    return Checked(train, evaluated, processing_class)
+
+
+def make_trainer(parsed: Arguments) -> RecordedSFTTrainer:
+    """Check a recipe, load the model, and make the Trainer.
+
+    Raises:
+        UserError: something in the arguments or in the data is wrong.
+    """
+    checked = check(parsed)
+    return make_sft_trainer(
+        str(parsed.model_name),
+        parsed.training,
+        parsed.model,
+        checked.train,
+        checked.evaluated,
+        checked.processing_class,
+    )
 
 
 def make_sft_trainer(
@@ -163,23 +228,10 @@ def _load_splits(script_args: ScriptArguments, dataset_args: DatasetMixtureConfi
     if name and dataset_args.datasets:
         raise UserError(f"Both dataset_name ({name}) and datasets are given; leave one out.")
     if dataset_args.datasets:
-        return get_dataset(dataset_args)
+        with reporting_unreadable("datasets"):
+            return get_dataset(dataset_args)
     if not name:
         raise UserError("dataset_name is missing: give a dataset's name or folder, or a list of them as datasets.")
-    streaming = script_args.dataset_streaming
-    return load_dataset(f"dataset_name {name}", name, name=script_args.dataset_config, streaming=streaming)
-
-
-def _split(splits: Any, name: str, key: str, training_args: SFTConfig) -> Any:
-    split = split_of(splits, name, key)
-    columns = split.column_names
-    if columns is None:  # a stream does not know its columns beforehand
-        return split
-    text = training_args.dataset_text_field
-    usable = ({"messages"}, {"conversations"}, {"prompt", "completion"}, {text}, {"input_ids"})
-    if not any(needed <= set(columns) for needed in usable):
-        raise UserError(
-            f"The dataset's split {name!r} has the columns {', '.join(columns)}. It needs 'messages' (lists of "
-            f"role and content), 'prompt' and 'completion', {text!r} (dataset_text_field), or 'input_ids'."
-        )
-    return split
+    return load_named(
+        f"dataset_name {name}", name, config=script_args.dataset_config, streaming=script_args.dataset_streaming
+    )

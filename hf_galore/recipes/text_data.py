@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from trl import ScriptArguments
 
 from ..errors import UserError
-from .data_loading import load_dataset, split_of
+from .data_loading import READERS, ending, load_dataset, load_named, split_of, visible_files
 
 # What `datasets` reads as tables; a folder without such files is one of texts.
-_TABLES = {".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow"}
+_TABLES = {kind for kind, reader in READERS.items() if reader != "text"}
 
 
 def load_text(script_args: ScriptArguments, text_field: str, held_out: float, *, evaluate: bool) -> tuple[Any, Any]:
     """Load the training and the held-out documents, each a dataset or a stream with a column of text.
 
     A folder without tables (`.jsonl`, `.parquet`, ...) is read as text: each file in it, or in the folders below it, is
-    one document; folders named as the splits are the splits.
+    one document; folders named as the splits are the splits. One file is the split `train`: a table, or one document.
 
     Args:
         script_args: the dataset's name or folder, its splits, whether it is streamed.
@@ -52,22 +51,17 @@ def load_text(script_args: ScriptArguments, text_field: str, held_out: float, *,
 
 def _load(script_args: ScriptArguments) -> Any:
     name, streaming = str(script_args.dataset_name), script_args.dataset_streaming
-    given = f"dataset_name {name}"
-    if Path(name).is_dir():
-        files = [path for path in _visible_files(Path(name)) if path.name.lower() != "readme.md"]
+    given, path = f"dataset_name {name}", Path(name)
+    if path.is_dir():
+        files = [file for file in visible_files(path) if file.name.lower() != "readme.md"]
         if not files:
             raise UserError(f"{given} is a folder without files.")
-        if _TABLES.isdisjoint(path.suffix.lower() for path in files):
-            by_split = _by_split(Path(name), files)
+        if _TABLES.isdisjoint(map(ending, files)):
+            by_split = _by_split(path, files)
             return load_dataset(given, "text", data_files=by_split, sample_by="document", streaming=streaming)
-    return load_dataset(given, name, name=script_args.dataset_config, streaming=streaming)
-
-
-def _visible_files(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.rglob("*")):
-        below = path.relative_to(folder)
-        if path.is_file() and not any(part.startswith((".", "__")) for part in below.parts):
-            yield path
+    if path.is_file() and ending(path) not in _TABLES:
+        return load_dataset(given, "text", data_files=name, sample_by="document", streaming=streaming)
+    return load_named(given, name, config=script_args.dataset_config, streaming=streaming)
 
 
 def _by_split(folder: Path, files: list[Path]) -> dict[str, list[str]]:
