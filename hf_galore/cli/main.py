@@ -14,6 +14,7 @@ from ..errors import UserError
 from ..expandable_segments import use_expandable_segments
 from ..extras import MissingExtraError, require
 from ..version import __version__
+from .first_seconds import leaving_at_once
 from .interrupts import INTERRUPTED, Stopped
 
 # Each is a module of this package with `run(arguments) -> exit status`; imported only when it is asked for.
@@ -34,6 +35,8 @@ EXTRAS = {command: command if command in ("glue", "quickstart") else "cli" for c
 WITHOUT_CARD = ("plan",)
 
 USER_ERROR = 2
+
+NOTHING_BEGUN = "interrupted before training began; run the same command again."
 
 # On processors with AVX512-BF16 bitsandbytes warns, whenever it is imported, that it has no CPU kernel for matrices in
 # 4 bits. Nothing here multiplies such.
@@ -85,12 +88,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = _parser().parse_args(argv)
         _check_command(chosen.command)
         prog = f"hf-galore {chosen.command}"
-        require(EXTRAS[chosen.command], "The command")
-        if chosen.command not in WITHOUT_CARD:
-            advice = use_expandable_segments()  # before anything starts CUDA; a sweep's processes inherit it
-            if advice is not None:
-                print(f"{prog}: {advice}", file=sys.stderr)
-        command = importlib.import_module(f"{__package__}.{chosen.command}")
+        with leaving_at_once(f"{prog}: {NOTHING_BEGUN}"):
+            require(EXTRAS[chosen.command], "The command")
+            if chosen.command not in WITHOUT_CARD:
+                advice = use_expandable_segments()  # before anything starts CUDA; a sweep's processes inherit it
+                if advice is not None:
+                    print(f"{prog}: {advice}", file=sys.stderr)
+            command = importlib.import_module(f"{__package__}.{chosen.command}")
         status: int = command.run(chosen.arguments)
     except (UserError, MissingExtraError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
@@ -99,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\n{prog}: {stopped}", file=sys.stderr)
         return INTERRUPTED
     except KeyboardInterrupt:  # before there was anything to resume
-        print(f"\n{prog}: interrupted before training began; run the same command again.", file=sys.stderr)
+        print(f"\n{prog}: {NOTHING_BEGUN}", file=sys.stderr)
         return INTERRUPTED
     return status
 
