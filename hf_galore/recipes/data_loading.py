@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +63,29 @@ def load_named(given: str, name: str, *, config: str | None = None, streaming: b
                 "such files, or a dataset's name."
             )
         more = {"sep": "\t"} if kind == ".tsv" else {}
-        with _naming_the_line(given, [path]):
-            return load_dataset(given, READERS[kind], data_files=str(path), streaming=streaming, **more)
+        return load_files(given, READERS[kind], {"train": [str(path)]}, streaming=streaming, **more)
     if ending(path) in READERS and not path.exists():
         raise UserError(f"{given}: there is no such file.")
     if not path.is_dir():
         return load_dataset(given, name, name=config, streaming=streaming)
     with _naming_the_line(given, visible_files(path)):
         return load_dataset(given, str(path), name=config, streaming=streaming)
+
+
+def load_files(given: str, reader: str, files: Mapping[str, Sequence[str]], **options: Any) -> Any:
+    """Load the splits of a dataset from files.
+
+    Args:
+        given: what names the data, for the error.
+        reader: that of `datasets`, one of the values of `READERS`.
+        files: of each split.
+        options: those of `datasets.load_dataset`.
+
+    Raises:
+        UserError: they cannot be loaded.
+    """
+    with _naming_the_line(given, [Path(name) for names in files.values() for name in names]):
+        return load_dataset(given, reader, data_files=dict(files), **options)
 
 
 def ending(path: Path) -> str:
@@ -107,13 +122,18 @@ def _naming_the_line(given: str, files: list[Path]) -> Iterator[None]:
 
 
 def _flaw(path: Path) -> str | None:
-    """The first line of a file of text that cannot be read, and why; `None` where there is none, or nobody can tell."""
+    """The first line of a file that cannot be read, and why; `None` where there is none, or nobody can tell."""
     kind = path.suffix.lower()
-    if READERS.get(kind) not in ("json", "csv", "text"):
+    if READERS.get(kind) not in ("json", "csv"):
         return None
+    rows = 0 if READERS[kind] == "json" else -1  # the first of a table has the names of its columns
     with path.open("rb") as lines:
-        found = ((number, _flaw_of(line, is_json=kind == ".jsonl")) for number, line in enumerate(lines, start=1))
-        return next((f"{path}, line {number} {flaw}" for number, flaw in found if flaw is not None), None)
+        for number, line in enumerate(lines, start=1):
+            flaw = _flaw_of(line, is_json=kind == ".jsonl")
+            if flaw is not None:
+                return f"{path}, line {number} {flaw}"
+            rows += bool(line.strip())
+    return None if rows > 0 else f"{path} has no rows"
 
 
 def _flaw_of(line: bytes, *, is_json: bool) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import huggingface_hub
 from huggingface_hub import constants
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined, unused-ignore]
 from transformers import TrainingArguments
 
 from ..errors import UserError
@@ -20,7 +21,7 @@ def check_hub(args: TrainingArguments) -> None:
     instead = "or leave out push_to_hub; the model stays in output_dir, and `hf upload` sends it later"
     if args.hub_model_id is not None:
         try:
-            huggingface_hub.utils.validate_repo_id(args.hub_model_id)
+            validate_repo_id(args.hub_model_id)
         except ValueError as error:
             raise UserError(f"hub_model_id {args.hub_model_id}: {error}") from error
     check_login("push_to_hub", args.hub_token, instead)

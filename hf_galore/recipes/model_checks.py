@@ -28,17 +28,16 @@ def model_on_meta(config: Any, auto_class: Any = None, dtype: torch.dtype | None
     Returns:
         The model; `None` for one that is not transformers' own.
     """
-    known = getattr(transformers, (config.architectures or [""])[0], None)
-    if auto_class is None and known is None:
+    make = (
+        getattr(transformers, (config.architectures or [""])[0], None) if auto_class is None else auto_class.from_config
+    )
+    if make is None:
         return None
     with torch.device("meta"):
-        if auto_class is None:
-            model: nn.Module = known(config)
-        else:
-            try:
-                model = auto_class.from_config(config)
-            except ValueError:  # there is no such class for it
-                return None
+        try:
+            model: nn.Module = make(config)
+        except ValueError:  # there is no such class for it
+            return None
     return model if dtype is None else model.to(dtype)
 
 

@@ -81,6 +81,25 @@ def prepare_rows(
     return split
 
 
+def check_texts(split: Any, name: str, *, given: str, column: str) -> Any:
+    """Check that every row of a split has text in a column; of a stream each row is checked when it is read.
+
+    Args:
+        split: of a dataset.
+        name: its name, for errors.
+        given: what names the dataset, for errors.
+        column: the column.
+
+    Returns:
+        The split.
+
+    Raises:
+        UserError: a row has none.
+    """
+    where = f"{given}, split {name!r}"
+    return _checked(split, where, [column], lambda row: _value_problem(column, row.get(column), of_text=True))[0]
+
+
 def row_problem(
     row: Mapping[str, Any], text_field: str, *, assistant_only: bool = False, renamed: Mapping[str, str] = ROLES
 ) -> str | None:
@@ -111,12 +130,12 @@ def row_problem(
     return None
 
 
-def _value_problem(column: str, value: Any) -> str | None:
+def _value_problem(column: str, value: Any, *, of_text: bool = False) -> str | None:
     if value is None:
         return f"has no {column} (it is missing or null)"
     if isinstance(value, str):
         return "has text as messages, where a list of role and content belongs" if column == "messages" else None
-    if not isinstance(value, list):
+    if of_text or not isinstance(value, list):
         return f"has {shortened(value)} as {column}, which is no text"
     if not value:
         return f"has no {column} (the list is empty)"
@@ -169,7 +188,7 @@ def _checked(
     reasons: list[tuple[int, str]] = []
     roles: set[str] = set()
     with reporting_unreadable(where):
-        for number, row in _rows(split, columns):
+        for number, row in numbered_rows(split, columns):
             reason = problem(row)
             if reason is not None:
                 reasons.append((number, reason))
@@ -188,7 +207,8 @@ def _raise_for(where: str, number: int, others: int, reason: str | None) -> None
         )
 
 
-def _rows(split: Any, columns: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def numbered_rows(split: Any, columns: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a split, with those columns, and their numbers, counted from 1."""
     number = 0
     for batch in split.select_columns(columns).iter(batch_size=1000):
         for values in zip(*(batch[column] for column in columns), strict=True):
