@@ -1,0 +1,203 @@
+"""A recipe of `hf-galore dpo`: the keys of `trl dpo`, and the Trainer that they describe."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import AutoTokenizer
+from trl import (
+    DatasetMixtureConfig,
+    DPOConfig,
+    DPOTrainer,
+    ModelConfig,
+    ScriptArguments,
+    get_peft_config,
+    get_quantization_config,
+)
+
+from ..config import nearest
+from ..errors import UserError
+from .checks import check_arguments, check_model, say_if_widened
+from .data_loading import split_of
+from .output_folder import OutputArguments
+from .parser import parse_into
+from .run_record import RecordedTrainer
+from .trl_recipe import TrlRecipe, load_splits, set_model_options
+
+DATACLASSES = (ScriptArguments, DPOConfig, ModelConfig, DatasetMixtureConfig, OutputArguments)
+"""Their fields are the keys of a recipe, as of `trl dpo`, but for the last one's."""
+
+_NEEDS = (
+    "DPO needs 'chosen' and 'rejected', an answer that is preferred to another, and 'prompt' where they do not begin "
+    "with it: all of them texts, or all of them conversations, which are lists of role and content."
+)
+
+
+class Arguments(TrlRecipe[DPOConfig]):
+    """What a recipe and the command line say, by the names of `trl dpo`."""
+
+    @property
+    def command(self) -> str:
+        """The command of `hf-galore` that this is for."""
+        return "dpo"
+
+    def make_trainer(self) -> RecordedDPOTrainer:
+        """Make the Trainer; see `make_trainer`."""
+        return make_trainer(self)
+
+
+class RecordedDPOTrainer(RecordedTrainer, DPOTrainer):  # type: ignore[misc, unused-ignore]
+    """A DPOTrainer that leaves a record of its run."""
+
+
+def parse(arguments: Sequence[str], prog: str, about: str) -> Arguments:
+    """Read a command's arguments, with the arguments and errors of `parser.parse_into`."""
+    (script, training, model, dataset, output), path, given = parse_into(DATACLASSES, arguments, prog, about)
+    return Arguments(script, training, model, dataset, path, output, given)
+
+
+def make_trainer(parsed: Arguments) -> RecordedDPOTrainer:
+    """Check the arguments, load data and model, and make the Trainer.
+
+    Raises:
+        UserError: something in the arguments is wrong.
+    """
+    training = parsed.training
+    check_options(training, streaming=parsed.script.dataset_streaming)
+    check_arguments(training)
+    config = check_model(parsed.model, trust_remote_code=training.trust_remote_code)
+    say_if_widened(parsed.model, training, config, given=training.model_init_kwargs)
+    splits = load_splits(parsed.script, parsed.dataset)
+    train = _split(splits, parsed.script.dataset_train_split, "dataset_train_split", parsed)
+    evaluated = None
+    if training.eval_strategy != "no":
+        evaluated = _split(splits, parsed.script.dataset_test_split, "dataset_test_split", parsed)
+    return make_dpo_trainer(str(parsed.model_name), training, parsed.model, train, evaluated)
+
+
+def make_dpo_trainer(
+    model: str,
+    training_args: DPOConfig,
+    model_args: ModelConfig,
+    train_dataset: Any,
+    eval_dataset: Any,
+    processing_class: Any = None,
+) -> RecordedDPOTrainer:
+    """Make the Trainer of a recipe for a model, by name or folder, and data that have been loaded.
+
+    The reference is the model as it is loaded: a copy of it in memory, or with `precompute_ref_log_probs` what it says
+    of the data, computed before the first step. A model of which adapters are trained is its own reference.
+    """
+    set_model_options(training_args, model_args)
+    return RecordedDPOTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=processing_class,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+
+
+# ---- what TRL would say late, or ignore
+
+
+def check_options(training: DPOConfig, *, streaming: bool = False) -> None:
+    """Check options that TRL's DPOTrainer checks when the model has been loaded, or at the first step, or not at all.
+
+    Raises:
+        UserError: they do not go together, or one of them is of no effect.
+    """
+    known = re.findall(r"'(\w+)'", DPOConfig.__dataclass_fields__["loss_type"].metadata["help"])
+    for name in training.loss_type:
+        if "sigmoid" in known and name not in known:
+            raise UserError(f"loss_type {name!r} has to be one of {', '.join(known)}.{nearest(name, known)}")
+    if getattr(training, "padding_free", False):
+        raise UserError("padding_free has no effect with TRL's DPOTrainer, which pads all the same. Leave it out.")
+    beforehand = "precompute_ref_log_probs goes through all data once before the first step"
+    if training.precompute_ref_log_probs and streaming:
+        raise UserError(f"{beforehand}, which a stream has no end for. Leave out dataset_streaming or the former.")
+    if not training.sync_ref_model:
+        return
+    if training.precompute_ref_log_probs:
+        raise UserError(f"sync_ref_model changes the reference while it trains; {beforehand}. Leave out one of them.")
+    if training.resume_from_checkpoint:
+        raise UserError(
+            "resume_from_checkpoint: a checkpoint does not hold the reference, which sync_ref_model has changed since "
+            "the run began. Such a run cannot go on; begin anew, with another --output_dir."
+        )
+
+
+# ---- data
+
+
+def _split(splits: Any, name: str, key: str, parsed: Arguments) -> Any:
+    split = split_of(splits, name, key)
+    first = next(iter(split), None)
+    if first is None:
+        raise UserError(f"The dataset's split {name!r} is empty.")
+    check_pair(first, f"The dataset's split {name!r}")
+    if not isinstance(first["chosen"], str):
+        _check_template(parsed)
+    return split
+
+
+def check_pair(row: Mapping[str, Any], where: str) -> None:
+    """Check that a row of data is a pair of answers of which one is preferred.
+
+    Args:
+        row: the row.
+        where: how an error begins that says what the row has.
+
+    Raises:
+        UserError: it is none.
+    """
+    if not {"chosen", "rejected"} <= set(row):
+        hint = (
+            " Data with 'messages' or 'completion' are for hf-galore sft."
+            if {"messages", "completion"} & set(row)
+            else ""
+        )
+        raise UserError(f"{where} has the columns {', '.join(row)}. {_NEEDS}{hint}")
+    found = {name: _kind(row[name]) for name in ("prompt", "chosen", "rejected") if name in row}
+    if len(set(found.values())) > 1 or None in found.values():
+        told = ", ".join(f"{name} is {kind or f'of {type(row[name]).__name__}'}" for name, kind in found.items())
+        hint = ""
+        if found.get("prompt") == "a text" and found["chosen"] == found["rejected"] == "a conversation":
+            hint = " Where the conversations begin with the prompt, leave out the column 'prompt'."
+        raise UserError(f"{where} has a first row of which {told}. {_NEEDS}{hint}")
+
+
+def _kind(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "a text"
+    if (
+        isinstance(value, list)
+        and value
+        and all(isinstance(one, dict) and {"role", "content"} <= set(one) for one in value)
+    ):
+        return "a conversation"
+    return None
+
+
+def _check_template(parsed: Arguments) -> None:
+    """Check that conversations can be written as text, before the weights are loaded."""
+    name, revision = str(parsed.model_name), parsed.model.model_revision
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=parsed.training.trust_remote_code
+        )
+    except (
+        OSError,
+        ValueError,
+        ImportError,
+    ):  # of another kind of model; TRL finds its processor, or says what is missing
+        return
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"model_name_or_path {name} has no chat template, which conversations need. DPO begins where a model has "
+            "learnt to answer: give one that has, such as the output_dir of a run of hf-galore sft."
+        )
