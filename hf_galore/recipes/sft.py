@@ -83,7 +83,7 @@ def make_trainer(parsed: Arguments) -> RecordedSFTTrainer:
     check_arguments(training)
     config = check_model(parsed.model, trust_remote_code=training.trust_remote_code)
     say_if_widened(parsed.model, training, config, given=training.model_init_kwargs)
-    splits = load_splits(parsed.script, parsed.dataset)
+    splits = load_splits(parsed.script, parsed.dataset, training.seed)
     train = _split(splits, parsed.script.dataset_train_split, "dataset_train_split", training)
     evaluated = None
     if training.eval_strategy != "no":

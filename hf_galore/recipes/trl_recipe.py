@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from transformers import TrainingArguments
+from transformers import TrainingArguments, set_seed
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, get_dataset
 
 from ..errors import UserError
@@ -74,8 +74,13 @@ def set_model_options(training_args: Any, model_args: ModelConfig) -> None:
     }
 
 
-def load_splits(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) -> Any:
+def load_splits(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig, seed: int) -> Any:
     """Load the splits of the dataset, or of the mixture, that a recipe names.
+
+    Args:
+        script_args: the dataset.
+        dataset_args: the mixture, and which part of it is held out.
+        seed: of the choice of what is held out, which TRL leaves to chance: a resumed run would learn what it held out.
 
     Raises:
         UserError: it names none or both, or what it names cannot be loaded.
@@ -84,6 +89,7 @@ def load_splits(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig
     if name and dataset_args.datasets:
         raise UserError(f"Both dataset_name ({name}) and datasets are given; leave one out.")
     if dataset_args.datasets:
+        set_seed(seed)
         return get_dataset(dataset_args)
     if not name:
         raise UserError("dataset_name is missing: give a dataset's name or folder, or a list of them as datasets.")
