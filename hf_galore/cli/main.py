@@ -22,6 +22,7 @@ from .noise import quieten
 COMMANDS = {
     "quickstart": "train a small chat model on this machine, without downloads, and talk to it",
     "sft": "fine-tune a model as a recipe says: what `trl sft` reads, with a galore_* optim",
+    "dpo": "teach a model which of two answers is preferred: what `trl dpo` reads, with a galore_* optim",
     "pretrain": "train a language model from scratch, on a dataset or any folder of text",
     "glue": "fine-tune a classifier on tasks of GLUE or on texts of your own, and score it",
     "compare": "put runs side by side: tables, pictures, a page; or run a recipe with several values first",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from trl import (
     DatasetMixtureConfig,
@@ -12,62 +12,30 @@ from trl import (
     ScriptArguments,
     SFTConfig,
     SFTTrainer,
-    get_dataset,
     get_peft_config,
     get_quantization_config,
 )
 
-from ..errors import UserError
-from ..integrations.devices import keep_to_one_gpu, one_device_map
-from .checks import check_arguments, check_model, check_training, say_if_widened
-from .data_loading import load_named, reporting_unreadable, split_of
+from .data_loading import split_of
 from .folders import recipes_folder
 from .output_folder import OutputArguments
 from .parser import parse_into
 from .rows import prepare_rows
 from .run_record import RecordedTrainer
-from .templates import check_conversations, load_processing_class, template_of
+from .templates import check_conversations, template_of
+from .trl_recipe import Checked, TrlRecipe, check_without_data, load_splits, set_model_options
 
 DATACLASSES = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, OutputArguments)
 """Their fields are the keys of a recipe, as of `trl sft`, but for the last one's."""
 
 
-class Arguments(NamedTuple):
+class Arguments(TrlRecipe[SFTConfig]):
     """What a recipe and the command line say, by the names of `trl sft`."""
-
-    script: ScriptArguments
-    training: SFTConfig
-    model: ModelConfig
-    dataset: DatasetMixtureConfig
-    recipe: Path | None
-    """The recipe's file, if there is one."""
-    output: OutputArguments
-    given: dict[str, Any]
-    """What was said, by the file and the command line."""
 
     @property
     def command(self) -> str:
         """The command of `hf-galore` that this is for."""
         return "sft"
-
-    @property
-    def model_name(self) -> str | None:
-        """The model's name or folder."""
-        name: str | None = self.model.model_name_or_path
-        return name
-
-    @property
-    def data_name(self) -> str:
-        """The names or folders of the datasets."""
-        if self.dataset.datasets:
-            return ", ".join(str(one.path) for one in self.dataset.datasets)
-        return str(self.script.dataset_name)
-
-    @property
-    def hub_dataset(self) -> str | None:
-        """The dataset for the model card: what has a name on the Hub."""
-        name: str | None = self.script.dataset_name
-        return None if name is None or Path(name).exists() else name
 
     def check(self) -> Checked:
         """Check all that can be checked before the weights are loaded; see `check`."""
@@ -76,15 +44,6 @@ class Arguments(NamedTuple):
     def make_trainer(self) -> RecordedSFTTrainer:
         """Make the Trainer; see `make_trainer`."""
         return make_trainer(self)
-
-
-class Checked(NamedTuple):
-    """What checking a recipe has loaded: all but the weights."""
-
-    train: Any
-    evaluated: Any
-    processing_class: Any
-    """The tokenizer, or the processor that has it."""
 
 
 class RecordedSFTTrainer(RecordedTrainer, SFTTrainer):  # type: ignore[misc, unused-ignore]
@@ -107,9 +66,9 @@ def _find_template(training: SFTConfig, recipe: Path | None) -> None:
     has another name.
     """
     name = training.chat_template_path
-    if name is None or recipe is None or Path(name).exists():
+    if name is None or Path(name).exists():
         return
-    places = [folder / name for folder in recipe.resolve().parents[:2]]
+    places = [] if recipe is None else [folder / name for folder in recipe.resolve().parents[:2]]
     if Path(name).parts[:1] == ("recipes",):
         places.append(recipes_folder() / Path(name).relative_to("recipes"))
     for place in places:
@@ -126,26 +85,10 @@ def check(parsed: Arguments) -> Checked:
     Raises:
         UserError: something in the arguments or in the data is wrong.
     """
-    training, given = parsed.training, parsed.training.model_init_kwargs or {}
-    check_arguments(training)
-    config = check_model(parsed.model, trust_remote_code=training.trust_remote_code)
-    keep_to_one_gpu(training, say="device_map" not in given)
-    say_if_widened(parsed.model, training, config, given=given)
-    check_training(
-        training,
-        parsed.output,
-        config,
-        dtype=given.get("dtype", parsed.model.dtype) or "float32",  # TRL's choice
-        max_length=training.max_length,
-        adapters=parsed.model.use_peft or parsed.model.load_in_4bit or parsed.model.load_in_8bit,
-    )
-    processing_class = load_processing_class(
-        str(parsed.model_name),
-        revision=given.get("revision", parsed.model.model_revision),
-        trust_remote_code=training.trust_remote_code,
-    )
+    training = parsed.training
+    processing_class = check_without_data(parsed)
     template = template_of(training, processing_class)
-    splits = _load_splits(parsed.script, parsed.dataset)
+    splits = load_splits(parsed.script, parsed.dataset, training.seed)
 
     def split(name: str, key: str) -> Any:
         rows = split_of(splits, name, key)
@@ -198,17 +141,7 @@ def make_sft_trainer(
 
     It trains on one device, unless `model_init_kwargs` have a `device_map` or a launcher has started several processes.
     """
-    given = training_args.model_init_kwargs or {}
-    keep_to_one_gpu(training_args, say="device_map" not in given)
-    device_map = one_device_map(training_args)
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "trust_remote_code": training_args.trust_remote_code,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **({} if device_map is None else {"device_map": device_map}),
-        **given,
-    }
+    set_model_options(training_args, model_args)
     return RecordedSFTTrainer(
         model=model,
         args=training_args,
@@ -217,21 +150,4 @@ def make_sft_trainer(
         processing_class=processing_class,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
-    )
-
-
-# ---- data
-
-
-def _load_splits(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) -> Any:
-    name = script_args.dataset_name
-    if name and dataset_args.datasets:
-        raise UserError(f"Both dataset_name ({name}) and datasets are given; leave one out.")
-    if dataset_args.datasets:
-        with reporting_unreadable("datasets"):
-            return get_dataset(dataset_args)
-    if not name:
-        raise UserError("dataset_name is missing: give a dataset's name or folder, or a list of them as datasets.")
-    return load_named(
-        f"dataset_name {name}", name, config=script_args.dataset_config, streaming=script_args.dataset_streaming
     )
