@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -105,7 +106,8 @@ def _train(arguments: Sequence[str], console: Console, stop: StopAfterStep) -> S
     own = ["--model_name_or_path", str(made.model), "--dataset_name", str(made.data)]
     parsed = sft.parse(["--config", str(_recipe()), *own, *arguments], PROG, ABOUT)
     if not {"output_dir", "resume_from_checkpoint"} & keys_given(arguments):
-        parsed = parsed._replace(output=OutputArguments(overwrite_output_dir=True))  # an earlier quickstart's folder
+        output = OutputArguments(overwrite_output_dir=True)
+        parsed = dataclasses.replace(parsed, output=output)  # an earlier quickstart's folder
 
     def make() -> RecordedSFTTrainer:
         trainer = sft.make_trainer(parsed)
