@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -103,7 +104,9 @@ def _train(arguments: Sequence[str], console: Console) -> SFTTrainer:
     own = ["--model_name_or_path", str(made.model), "--dataset_name", str(made.data)]
     parsed = sft.parse(["--config", str(_recipe()), *own, *arguments], PROG, ABOUT)
     if not {"output_dir", "resume_from_checkpoint"} & keys_given(arguments):
-        parsed = parsed._replace(output=OutputArguments(overwrite_output_dir=True))  # an earlier quickstart's folder
+        parsed = dataclasses.replace(
+            parsed, output=OutputArguments(overwrite_output_dir=True)
+        )  # an earlier quickstart's folder
 
     def make() -> RecordedSFTTrainer:
         trainer = sft.make_trainer(parsed)
