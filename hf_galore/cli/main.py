@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import logging
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -14,7 +13,10 @@ from ..errors import UserError
 from ..expandable_segments import use_expandable_segments
 from ..extras import MissingExtraError, require
 from ..version import __version__
+from . import help as command_help
+from .first_seconds import leaving_at_once
 from .interrupts import INTERRUPTED, Stopped
+from .noise import quieten
 
 # Each is a module of this package with `run(arguments) -> exit status`; imported only when it is asked for.
 COMMANDS = {
@@ -36,13 +38,7 @@ WITHOUT_CARD = ("plan",)
 
 USER_ERROR = 2
 
-# On processors with AVX512-BF16 bitsandbytes warns, whenever it is imported, that it has no CPU kernel for matrices in
-# 4 bits. Nothing here multiplies such.
-_BESIDE_THE_POINT = "Failed to load CPU gemm_4bit_forward"
-
-
-def _to_the_point(record: logging.LogRecord) -> bool:
-    return not str(record.msg).startswith(_BESIDE_THE_POINT)
+NOTHING_BEGUN = "interrupted before training began; run the same command again."
 
 
 class _Parser(argparse.ArgumentParser):
@@ -70,6 +66,25 @@ def _check_command(name: str) -> None:
         raise UserError(f"there is no command {name!r}, only {', '.join(COMMANDS)}.{nearest(name, list(COMMANDS))}")
 
 
+def _show_help(command: str, arguments: list[str]) -> list[str]:
+    """Show the help that the arguments of a command ask for.
+
+    Returns:
+        What the command is to be run with, where it is not that: for every option, `--help` alone.
+
+    Raises:
+        UserError: help is asked for with an option that there is not.
+        SystemExit: it has been shown.
+    """
+    topic = command_help.topic_of(arguments) if command in command_help.SCREENS else None
+    if topic is None:
+        return arguments
+    if topic == command_help.ALL:
+        return ["--help"]
+    print(command_help.explanation(command, topic) if topic else command_help.first_screen(command))
+    raise SystemExit(0)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `hf-galore` and return its exit status.
 
@@ -77,30 +92,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the command's name; those of the process where `None`.
 
     Returns:
-        0, 1 for a plan that does not fit, 2 for something wrong in what was given, 130 for Ctrl-C. Anything else that
-        goes wrong is a bug and keeps its traceback.
+        0, 1 for a plan that does not fit, 2 for something wrong in what was given, 130 for Ctrl-C, 143 for SIGTERM.
+        Anything else that goes wrong is a bug and keeps its traceback.
+
+    Raises:
+        SystemExit: help or the version has been shown.
     """
     prog = "hf-galore"
-    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_to_the_point)
+    quieten()
     try:
         chosen = _parser().parse_args(argv)
         _check_command(chosen.command)
         prog = f"hf-galore {chosen.command}"
-        require(EXTRAS[chosen.command], "The command")
-        if chosen.command not in WITHOUT_CARD:
-            advice = use_expandable_segments()  # before anything starts CUDA; a sweep's processes inherit it
-            if advice is not None:
-                print(f"{prog}: {advice}", file=sys.stderr)
-        command = importlib.import_module(f"{__package__}.{chosen.command}")
-        status: int = command.run(chosen.arguments)
+        arguments = _show_help(chosen.command, chosen.arguments)
+        with leaving_at_once(f"{prog}: {NOTHING_BEGUN}"):
+            require(EXTRAS[chosen.command], "The command")
+            if chosen.command not in WITHOUT_CARD:
+                advice = use_expandable_segments()  # before anything starts CUDA; a sweep's processes inherit it
+                if advice is not None:
+                    print(f"{prog}: {advice}", file=sys.stderr)
+            command = importlib.import_module(f"{__package__}.{chosen.command}")
+        status: int = command.run(arguments)
     except (UserError, MissingExtraError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return USER_ERROR
     except Stopped as stopped:
         print(f"\n{prog}: {stopped}", file=sys.stderr)
-        return INTERRUPTED
+        return stopped.status
     except KeyboardInterrupt:  # before there was anything to resume
-        print(f"\n{prog}: interrupted before training began; run the same command again.", file=sys.stderr)
+        print(f"\n{prog}: {NOTHING_BEGUN}", file=sys.stderr)
         return INTERRUPTED
     return status
 

@@ -38,8 +38,9 @@ from ..recipes.kinds import QUICKSTART
 from ..recipes.output_folder import OutputArguments
 from ..recipes.run_record import optimizer_bytes
 from ..recipes.sft import RecordedSFTTrainer
+from ..recipes.stopping import StopAfterStep
 from ..recipes.training import run_recorded
-from .interrupts import stoppable
+from .interrupts import finishing_the_step
 from .training_command import how_to_go_on
 
 PROG = "hf-galore quickstart"
@@ -66,7 +67,7 @@ def run(arguments: Sequence[str]) -> int:
 
     Raises:
         UserError: something that was given is wrong.
-        Stopped: Ctrl-C.
+        Stopped: Ctrl-C or SIGTERM.
     """
     for item in arguments:
         if item.startswith("--") and key_of(item) in _OWN:
@@ -75,8 +76,9 @@ def run(arguments: Sequence[str]) -> int:
     # Parsed without model and data first: a mistake, or --help, is found before anything is made.
     output_dir = sft.parse(["--config", str(_recipe()), *arguments], PROG, ABOUT).training.output_dir
     since = None if "resume_from_checkpoint" in keys_given(arguments) else time.time()
-    with stoppable(lambda: _how_to_go_on(arguments, output_dir, since)):
-        trainer = _train(arguments, console)
+    stop = StopAfterStep()
+    with finishing_the_step(stop, PROG, lambda: _how_to_go_on(arguments, output_dir, since)):
+        trainer = _train(arguments, console, stop)
     answers = ask(Path(trainer.args.output_dir), trainer.args.device)
     train, _ = split(conversations())
     console.print(
@@ -97,7 +99,7 @@ def _how_to_go_on(arguments: Sequence[str], output_dir: str, since: float | None
     return how_to_go_on(PROG, arguments, output_dir, since=since)
 
 
-def _train(arguments: Sequence[str], console: Console) -> SFTTrainer:
+def _train(arguments: Sequence[str], console: Console, stop: StopAfterStep) -> SFTTrainer:
     _hide_progress_of_libraries()
     _limit_threads()
     made = embedded()
@@ -112,6 +114,7 @@ def _train(arguments: Sequence[str], console: Console) -> SFTTrainer:
         trainer = sft.make_trainer(parsed)
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(LossBar(console))
+        trainer.add_callback(stop)
         return trainer
 
     own_name = "the quickstart's"

@@ -15,7 +15,8 @@ from ..recipes.checkpoints import last_checkpoint
 from ..recipes.config_file import key_of
 from ..recipes.resuming import FinishedError
 from ..recipes.run_record import RecordedTrainer
-from .interrupts import stoppable
+from ..recipes.stopping import StopAfterStep
+from .interrupts import finishing_the_step
 
 
 def need_recipe(arguments: Sequence[str], example: str) -> None:
@@ -41,12 +42,12 @@ def train(prog: str, arguments: Sequence[str], parsed: Arguments) -> RecordedTra
 
     Raises:
         UserError: something that was given is wrong.
-        Stopped: Ctrl-C.
+        Stopped: Ctrl-C or SIGTERM.
     """
     resumes = str(parsed.training.resume_from_checkpoint or False).lower() != "false"
-    since = None if resumes else time.time()
-    with stoppable(lambda: how_to_go_on(prog, arguments, parsed.training.output_dir, since=since)):
-        return training.run(parsed)
+    since, output_dir, stop = None if resumes else time.time(), parsed.training.output_dir, StopAfterStep()
+    with finishing_the_step(stop, prog, lambda: how_to_go_on(prog, arguments, output_dir, since=since)):
+        return training.run(parsed, callbacks=[stop])
 
 
 def train_and_say(

@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import AutoTokenizer
 from trl import (
     DatasetMixtureConfig,
     DPOConfig,
@@ -19,12 +18,12 @@ from trl import (
 
 from ..config import nearest
 from ..errors import UserError
-from .checks import check_arguments, check_model, say_if_widened
-from .data_loading import split_of
+from .data_loading import reporting_unreadable, split_of
 from .output_folder import OutputArguments
 from .parser import parse_into
+from .rows import numbered_rows
 from .run_record import RecordedTrainer
-from .trl_recipe import TrlRecipe, load_splits, set_model_options
+from .trl_recipe import Checked, TrlRecipe, check_without_data, load_splits, set_model_options
 
 DATACLASSES = (ScriptArguments, DPOConfig, ModelConfig, DatasetMixtureConfig, OutputArguments)
 """Their fields are the keys of a recipe, as of `trl dpo`, but for the last one's."""
@@ -35,6 +34,9 @@ _NEEDS = (
 )
 
 
+_COLUMNS = ("prompt", "chosen", "rejected")
+
+
 class Arguments(TrlRecipe[DPOConfig]):
     """What a recipe and the command line say, by the names of `trl dpo`."""
 
@@ -42,6 +44,10 @@ class Arguments(TrlRecipe[DPOConfig]):
     def command(self) -> str:
         """The command of `hf-galore` that this is for."""
         return "dpo"
+
+    def check(self) -> Checked:
+        """Check all that can be checked before the weights are loaded; see `check`."""
+        return check(self)
 
     def make_trainer(self) -> RecordedDPOTrainer:
         """Make the Trainer; see `make_trainer`."""
@@ -58,23 +64,40 @@ def parse(arguments: Sequence[str], prog: str, about: str) -> Arguments:
     return Arguments(script, training, model, dataset, path, output, given)
 
 
-def make_trainer(parsed: Arguments) -> RecordedDPOTrainer:
-    """Check the arguments, load data and model, and make the Trainer.
+def check(parsed: Arguments) -> Checked:
+    """Check the arguments, the model's config, the tokenizer and every row of the data; the cheapest first.
+
+    `output_dir` is there afterwards, and `resume_from_checkpoint` is the folder that it means.
 
     Raises:
-        UserError: something in the arguments is wrong.
+        UserError: something in the arguments or in the data is wrong.
     """
     training = parsed.training
     check_options(training, streaming=parsed.script.dataset_streaming)
-    check_arguments(training)
-    config = check_model(parsed.model, trust_remote_code=training.trust_remote_code)
-    say_if_widened(parsed.model, training, config, given=training.model_init_kwargs)
+    processing_class = check_without_data(parsed)
     splits = load_splits(parsed.script, parsed.dataset, training.seed)
-    train = _split(splits, parsed.script.dataset_train_split, "dataset_train_split", parsed)
+    train = _split(splits, parsed.script.dataset_train_split, "dataset_train_split", parsed, processing_class)
     evaluated = None
     if training.eval_strategy != "no":
-        evaluated = _split(splits, parsed.script.dataset_test_split, "dataset_test_split", parsed)
-    return make_dpo_trainer(str(parsed.model_name), training, parsed.model, train, evaluated)
+        evaluated = _split(splits, parsed.script.dataset_test_split, "dataset_test_split", parsed, processing_class)
+    return Checked(train, evaluated, processing_class)
+
+
+def make_trainer(parsed: Arguments) -> RecordedDPOTrainer:
+    """Check a recipe, load the model, and make the Trainer.
+
+    Raises:
+        UserError: something in the arguments or in the data is wrong.
+    """
+    checked = check(parsed)
+    return make_dpo_trainer(
+        str(parsed.model_name),
+        parsed.training,
+        parsed.model,
+        checked.train,
+        checked.evaluated,
+        checked.processing_class,
+    )
 
 
 def make_dpo_trainer(
@@ -134,23 +157,32 @@ def check_options(training: DPOConfig, *, streaming: bool = False) -> None:
 # ---- data
 
 
-def _split(splits: Any, name: str, key: str, parsed: Arguments) -> Any:
-    split = split_of(splits, name, key)
-    first = next(iter(split), None)
+def _split(splits: Any, name: str, key: str, parsed: Arguments, processing_class: Any) -> Any:
+    split, where = split_of(splits, name, key), f"The dataset's split {name!r}"
+    with reporting_unreadable(where):
+        first = next(iter(split), None)
     if first is None:
-        raise UserError(f"The dataset's split {name!r} is empty.")
-    check_pair(first, f"The dataset's split {name!r}")
-    if not isinstance(first["chosen"], str):
-        _check_template(parsed)
+        raise UserError(f"{where} is empty.")
+    check_pair(first, where)
+    if not isinstance(first["chosen"], str) and processing_class.chat_template is None:
+        raise UserError(
+            f"model_name_or_path {parsed.model_name} has no chat template, which conversations need. DPO begins where "
+            "a model has learnt to answer: give one that has, such as the output_dir of a run of hf-galore sft."
+        )
+    if hasattr(split, "__len__"):
+        with reporting_unreadable(where):
+            for number, row in numbered_rows(split, [name for name in _COLUMNS if name in first]):
+                check_pair(row, where, number)
     return split
 
 
-def check_pair(row: Mapping[str, Any], where: str) -> None:
+def check_pair(row: Mapping[str, Any], where: str, number: int = 1) -> None:
     """Check that a row of data is a pair of answers of which one is preferred.
 
     Args:
         row: the row.
         where: how an error begins that says what the row has.
+        number: the row's, counted from 1.
 
     Raises:
         UserError: it is none.
@@ -162,13 +194,14 @@ def check_pair(row: Mapping[str, Any], where: str) -> None:
             else ""
         )
         raise UserError(f"{where} has the columns {', '.join(row)}. {_NEEDS}{hint}")
-    found = {name: _kind(row[name]) for name in ("prompt", "chosen", "rejected") if name in row}
+    found = {name: _kind(row[name]) for name in _COLUMNS if name in row}
     if len(set(found.values())) > 1 or None in found.values():
         told = ", ".join(f"{name} is {kind or f'of {type(row[name]).__name__}'}" for name, kind in found.items())
         hint = ""
         if found.get("prompt") == "a text" and found["chosen"] == found["rejected"] == "a conversation":
             hint = " Where the conversations begin with the prompt, leave out the column 'prompt'."
-        raise UserError(f"{where} has a first row of which {told}. {_NEEDS}{hint}")
+        which = "a first row" if number == 1 else f"a row, number {number},"
+        raise UserError(f"{where} has {which} of which {told}. {_NEEDS}{hint}")
 
 
 def _kind(value: Any) -> str | None:
@@ -181,23 +214,3 @@ def _kind(value: Any) -> str | None:
     ):
         return "a conversation"
     return None
-
-
-def _check_template(parsed: Arguments) -> None:
-    """Check that conversations can be written as text, before the weights are loaded."""
-    name, revision = str(parsed.model_name), parsed.model.model_revision
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=revision, trust_remote_code=parsed.training.trust_remote_code
-        )
-    except (
-        OSError,
-        ValueError,
-        ImportError,
-    ):  # of another kind of model; TRL finds its processor, or says what is missing
-        return
-    if tokenizer.chat_template is None:
-        raise UserError(
-            f"model_name_or_path {name} has no chat template, which conversations need. DPO begins where a model has "
-            "learnt to answer: give one that has, such as the output_dir of a run of hf-galore sft."
-        )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from transformers import TrainerCallback
 
 from ..errors import UserError
 from ..integrations.trainer import KINDS, optim_name
@@ -26,8 +27,12 @@ from .settings import recipe_text, settings_of
 _Trainer = TypeVar("_Trainer", bound=RecordedTrainer)
 
 
-def run(parsed: Arguments) -> RecordedTrainer:
+def run(parsed: Arguments, callbacks: Sequence[TrainerCallback] = ()) -> RecordedTrainer:
     """Run a recipe that has been parsed.
+
+    Args:
+        parsed: the recipe.
+        callbacks: for the Trainer, after those that it has.
 
     Returns:
         The trainer after training; the model has been saved to `output_dir`.
@@ -36,9 +41,16 @@ def run(parsed: Arguments) -> RecordedTrainer:
         UserError: something in the arguments is wrong. No file or folder is left behind then.
         FinishedError: the run is to go on, and is finished.
     """
+
+    def make() -> RecordedTrainer:
+        trainer = parsed.make_trainer()
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        return trainer
+
     return run_recorded(
         parsed,
-        parsed.make_trainer,
+        make,
         command=f"hf-galore {parsed.command}",
         model=str(parsed.model_name),
         data=parsed.data_name,

@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from transformers import TrainingArguments, set_seed
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, get_dataset
 
 from ..errors import UserError
 from ..integrations.devices import keep_to_one_gpu, one_device_map
-from .data_loading import load_dataset
+from .checks import check_arguments, check_model, check_training, say_if_widened
+from .data_loading import load_named, reporting_unreadable
 from .output_folder import OutputArguments
+from .templates import load_processing_class
 
 Config = TypeVar("Config", bound=TrainingArguments)
 
@@ -50,9 +52,50 @@ class TrlRecipe(Generic[Config]):
 
     @property
     def hub_dataset(self) -> str | None:
-        """The dataset for the model card."""
+        """The dataset for the model card: what has a name on the Hub."""
         name: str | None = self.script.dataset_name
-        return name
+        return None if name is None or Path(name).exists() else name
+
+
+class Checked(NamedTuple):
+    """What checking a recipe has loaded: all but the weights."""
+
+    train: Any
+    evaluated: Any
+    processing_class: Any
+    """The tokenizer, or the processor that has it."""
+
+
+def check_without_data(parsed: TrlRecipe[Any]) -> Any:
+    """Check the arguments, the model's config and files, the disk, who is logged in, and the tokenizer.
+
+    `output_dir` is there afterwards, and `resume_from_checkpoint` is the folder that it means.
+
+    Returns:
+        The tokenizer, or the processor that has it.
+
+    Raises:
+        UserError: something is wrong with one of them.
+    """
+    training, model = parsed.training, parsed.model
+    given = training.model_init_kwargs or {}
+    check_arguments(training)
+    config = check_model(model, trust_remote_code=training.trust_remote_code)
+    keep_to_one_gpu(training, say="device_map" not in given)
+    say_if_widened(model, training, config, given=given)
+    check_training(
+        training,
+        parsed.output,
+        config,
+        dtype=given.get("dtype", model.dtype) or "float32",  # TRL's choice
+        max_length=training.max_length,
+        adapters=model.use_peft or model.load_in_4bit or model.load_in_8bit,
+    )
+    return load_processing_class(
+        str(parsed.model_name),
+        revision=given.get("revision", model.model_revision),
+        trust_remote_code=training.trust_remote_code,
+    )
 
 
 def set_model_options(training_args: Any, model_args: ModelConfig) -> None:
@@ -90,8 +133,10 @@ def load_splits(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig
         raise UserError(f"Both dataset_name ({name}) and datasets are given; leave one out.")
     if dataset_args.datasets:
         set_seed(seed)
-        return get_dataset(dataset_args)
+        with reporting_unreadable("datasets"):
+            return get_dataset(dataset_args)
     if not name:
         raise UserError("dataset_name is missing: give a dataset's name or folder, or a list of them as datasets.")
-    streaming = script_args.dataset_streaming
-    return load_dataset(f"dataset_name {name}", name, name=script_args.dataset_config, streaming=streaming)
+    return load_named(
+        f"dataset_name {name}", name, config=script_args.dataset_config, streaming=script_args.dataset_streaming
+    )

@@ -90,6 +90,21 @@ def test_a_recipe_sets_environment_variables_as_trl_does(tmp_path: Path, monkeyp
         ({}, ["--optim_target_modules", '["attn", 3]'], '["attn", 3] is not a list of strings'),
         ({}, ["--config", "other.yaml"], "--config is given twice"),
         ({}, ["stray"], "'stray' belongs to no --key"),
+        (
+            {},
+            ["--optim_target_modules=attn", "mlp"],
+            "'mlp' belongs to no --key. Several values stand apart: --optim_target_modules attn mlp",
+        ),
+        (
+            {},
+            ["--max_steps", "3", "--optim_target_modules", "attn", "--optim-target-modules=mlp", "x"],
+            "--optim_target_modules is given twice. All its values come after one: --optim_target_modules attn mlp x",
+        ),
+        (
+            {},
+            ["--optim_args", "rank=8,", "scale=1"],
+            "'scale=1' belongs to no --key. They are one value, in quotes: --optim_args 'rank=8, scale=1'",
+        ),
         # transformers would keep the recipe's value and drop the command line's.
         (
             {"activation_checkpointing": True},
