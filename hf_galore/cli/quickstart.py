@@ -106,8 +106,9 @@ def _train(arguments: Sequence[str], console: Console, stop: StopAfterStep) -> S
     own = ["--model_name_or_path", str(made.model), "--dataset_name", str(made.data)]
     parsed = sft.parse(["--config", str(_recipe()), *own, *arguments], PROG, ABOUT)
     if not {"output_dir", "resume_from_checkpoint"} & keys_given(arguments):
-        output = OutputArguments(overwrite_output_dir=True)
-        parsed = dataclasses.replace(parsed, output=output)  # an earlier quickstart's folder
+        parsed = dataclasses.replace(
+            parsed, output=OutputArguments(overwrite_output_dir=True)
+        )  # an earlier quickstart's folder
 
     def make() -> RecordedSFTTrainer:
         trainer = sft.make_trainer(parsed)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import tempfile
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -269,6 +270,18 @@ def tokenizer_for(config: Any) -> PreTrainedTokenizerFast:
     """Make a tokenizer with as many tokens as the model has rows: a template may add some to it."""
     size = config.get_text_config().vocab_size
     vocabulary = {f"<{index}>": index for index in range(size)}
-    return PreTrainedTokenizerFast(
+    tokenizer = _Tokenizer(
         tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<0>")), eos_token="<1>", pad_token="<2>"
     )
+    tokenizer.words = vocabulary
+    return tokenizer
+
+
+class _Tokenizer(PreTrainedTokenizerFast):  # type: ignore[misc, unused-ignore]
+    """A tokenizer that has its vocabulary at hand: TRL asks for all of it once for each token that a template adds."""
+
+    words: Mapping[str, int] = types.MappingProxyType({})
+
+    def get_vocab(self) -> dict[str, int]:
+        """All tokens, those that were added too."""
+        return {**self.words, **self.added_tokens_encoder}
