@@ -98,6 +98,11 @@ class Arguments(NamedTuple):
         """The dataset for the model card."""
         return self.data_name
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What an evaluation's result is told by, the best first: by its loss alone."""
+        return ()
+
     def make_trainer(self) -> PretrainingTrainer:
         """Make the Trainer; see `make_trainer`."""
         return make_trainer(self)

@@ -67,6 +67,11 @@ class Arguments(NamedTuple):
         name: str | None = self.script.dataset_name
         return name
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What an evaluation's result is told by, the best first: by its loss alone."""
+        return ()
+
     def make_trainer(self) -> RecordedSFTTrainer:
         """Make the Trainer; see `make_trainer`."""
         return make_trainer(self)
