@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,15 @@ def test_a_models_folder_that_cannot_be_trained_from(
 
 # ---- arguments
 
+
+@pytest.fixture
+def _no_service() -> Iterator[None]:
+    """W&B's process for this one ends with the test; by its environment other processes would find it."""
+    yield
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].teardown()
+
+
 ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "no such target": (
         {"optim_target_modules": ["atn", "mlp"]},
@@ -259,6 +269,7 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.usefixtures("_no_service")
 @pytest.mark.parametrize(("changes", "words"), ARGUMENTS.values(), ids=list(ARGUMENTS))
 def test_arguments_that_are_found_wrong_before_the_weights_are_loaded(
     changes: dict[str, Any],
