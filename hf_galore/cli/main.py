@@ -14,6 +14,8 @@ from ..expandable_segments import use_expandable_segments
 from ..extras import MissingExtraError, require
 from ..version import __version__
 from . import help as command_help
+from .first_seconds import leaving_at_once
+from .help_screens import SCREENS
 from .interrupts import INTERRUPTED, Stopped
 from .noise import quieten
 
@@ -21,6 +23,7 @@ from .noise import quieten
 COMMANDS = {
     "quickstart": "train a small chat model on this machine, without downloads, and talk to it",
     "sft": "fine-tune a model as a recipe says: what `trl sft` reads, with a galore_* optim",
+    "dpo": "teach a model which of two answers is preferred: what `trl dpo` reads, with a galore_* optim",
     "pretrain": "train a language model from scratch, on a dataset or any folder of text",
     "glue": "fine-tune a classifier on tasks of GLUE or on texts of your own, and score it",
     "compare": "put runs side by side: tables, pictures, a page; or run a recipe with several values first",
@@ -35,6 +38,8 @@ EXTRAS = {command: command if command in ("glue", "quickstart") else "cli" for c
 WITHOUT_CARD = ("plan",)
 
 USER_ERROR = 2
+
+NOTHING_BEGUN = "interrupted before training began; run the same command again."
 
 
 class _Parser(argparse.ArgumentParser):
@@ -72,7 +77,7 @@ def _show_help(command: str, arguments: list[str]) -> list[str]:
         UserError: help is asked for with an option that there is not.
         SystemExit: it has been shown.
     """
-    topic = command_help.topic_of(arguments) if command in command_help.SCREENS else None
+    topic = command_help.topic_of(arguments) if command in SCREENS else None
     if topic is None:
         return arguments
     if topic == command_help.ALL:
@@ -101,12 +106,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check_command(chosen.command)
         prog = f"hf-galore {chosen.command}"
         arguments = _show_help(chosen.command, chosen.arguments)
-        require(EXTRAS[chosen.command], "The command")
-        if chosen.command not in WITHOUT_CARD:
-            advice = use_expandable_segments()  # before anything starts CUDA; a sweep's processes inherit it
-            if advice is not None:
-                print(f"{prog}: {advice}", file=sys.stderr)
-        command = importlib.import_module(f"{__package__}.{chosen.command}")
+        with leaving_at_once(f"{prog}: {NOTHING_BEGUN}"):
+            require(EXTRAS[chosen.command], "The command")
+            if chosen.command not in WITHOUT_CARD:
+                advice = use_expandable_segments()  # before anything starts CUDA; a sweep's processes inherit it
+                if advice is not None:
+                    print(f"{prog}: {advice}", file=sys.stderr)
+            command = importlib.import_module(f"{__package__}.{chosen.command}")
         status: int = command.run(arguments)
     except (UserError, MissingExtraError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
@@ -115,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\n{prog}: {stopped}", file=sys.stderr)
         return stopped.status
     except KeyboardInterrupt:  # before there was anything to resume
-        print(f"\n{prog}: interrupted before training began; run the same command again.", file=sys.stderr)
+        print(f"\n{prog}: {NOTHING_BEGUN}", file=sys.stderr)
         return INTERRUPTED
     return status
 

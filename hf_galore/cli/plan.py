@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..plan.cards import DESKTOP, DESKTOP_GIB, parse_size, present_card
 from ..plan.needs import CONTEXT, OUTSIDE
 from ..plan.planner import MemoryPlan
-from ..plan.rehearsal import EVALUATION, SAVING, STEPS, Progress
+from ..plan.rehearsal import EVALUATION, REFERENCE, SAVING, STEPS, Progress
 from ..plan.tracking import FORWARD
 from ..recipes import any_recipe
 from ..recipes.any_recipe import Arguments
@@ -131,7 +131,7 @@ def shown_progress() -> Iterator[Progress | None]:
 
 
 def _doing(phase: str, step: int) -> str:
-    if phase in (EVALUATION, SAVING):  # between steps
+    if phase in (REFERENCE, EVALUATION, SAVING):  # between steps
         return phase
     return f"step {step} of {STEPS}: {'forward and backward' if phase == FORWARD else phase}"
 

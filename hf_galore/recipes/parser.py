@@ -20,6 +20,7 @@ from ..errors import UserError
 from ..integrations.trainer import KINDS, optim_name
 from ..integrations.trl_parser import OLD_NAMES, ListParser
 from ..synonyms import hint
+from .bounds import check_bounds
 from .config_file import key_of, keys_given, read, shortened, take_config
 from .folders import find_recipe
 from .kinds import MARKS
@@ -59,12 +60,13 @@ def parse_into(dataclass_types: Sequence[type], arguments: Sequence[str], prog: 
     spoken, unknown = parser.parse_known_args(rest)
     if unknown:
         raise UserError(_explain_unknown(unknown[0], rest, parser))
+    over = {key: getattr(spoken, parser.renamed.get(key, key)) for key in given}
+    check_bounds({**config, **over})
     try:
         parsed = parser.parse_args_and_config([*(["--config", str(path)] if path else []), *rest])
     except (ValueError, TypeError, ImportError) as error:  # the dataclasses check values of their own
         raise UserError(str(error)) from error
     _drop_other_optims(parsed, config, given)
-    over = {key: getattr(spoken, parser.renamed.get(key, key)) for key in given}
     return Parsed(list(parsed), path, {**config, **over})
 
 

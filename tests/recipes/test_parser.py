@@ -206,6 +206,9 @@ def test_recipes_of_the_package_are_found_from_any_folder(
     [
         ({"config_name": "llama_60m"}, [], "pretrain"),
         ({"task_name": "rte"}, [], "glue"),
+        ({"beta": 0.1}, [], "dpo"),
+        ({"model_name_or_path": "m"}, ["--precompute-ref-log-probs"], "dpo"),
+        ({"config_name": "llama_60m", "packing": True}, [], "pretrain"),
         ({"model_name_or_path": "m"}, [], "sft"),
         ({}, ["--train-file=a.csv"], "glue"),
         ({"learning_rate": 1e-3}, ["--model_name_or_path", "m"], "sft"),
