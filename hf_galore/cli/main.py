@@ -21,14 +21,14 @@ from .noise import quieten
 
 # Each is a module of this package with `run(arguments) -> exit status`; imported only when it is asked for.
 COMMANDS = {
-    "quickstart": "train a small chat model on this machine, without downloads, and talk to it",
-    "sft": "fine-tune a model as a recipe says: what `trl sft` reads, with a galore_* optim",
-    "dpo": "teach a model which of two answers is preferred: what `trl dpo` reads, with a galore_* optim",
-    "pretrain": "train a language model from scratch, on a dataset or any folder of text",
-    "glue": "fine-tune a classifier on tasks of GLUE or on texts of your own, and score it",
-    "compare": "put runs side by side: tables, pictures, a page; or run a recipe with several values first",
-    "plan": "find out whether a recipe fits a card, without a GPU, weights or data",
-    "bench": "measure what this machine's card makes of a recipe, beside other optimizers",
+    "quickstart": "train a small chat model here, without downloads, and talk to it",
+    "sft": "fine-tune a model as a recipe says",
+    "dpo": "teach a model which of two answers is preferred",
+    "pretrain": "train a language model from scratch, on any text",
+    "glue": "fine-tune a classifier, on GLUE or your own texts, and score it",
+    "compare": "put runs side by side, or run a recipe with several values first",
+    "plan": "find out whether a recipe fits a card, without a GPU or weights",
+    "bench": "measure what this machine's card makes of a recipe",
 }
 
 # What has to be installed for them.
@@ -53,7 +53,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="hf-galore",
         description="Train all weights of a large model on one graphics card, with GaLore.",
         usage="%(prog)s COMMAND [--key value ...]",
-        epilog="commands:\n" + "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()),
+        epilog="commands:\n"
+        + "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
+        + "\n\nhf-galore COMMAND --help has its options.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
@@ -101,8 +103,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     prog = "hf-galore"
     quieten()
+    given = sys.argv[1:] if argv is None else list(argv)
+    if not given:
+        _parser().print_help(sys.stderr)
+        return USER_ERROR
     try:
-        chosen = _parser().parse_args(argv)
+        chosen = _parser().parse_args(given)
         _check_command(chosen.command)
         prog = f"hf-galore {chosen.command}"
         arguments = _show_help(chosen.command, chosen.arguments)

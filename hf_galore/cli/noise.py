@@ -18,24 +18,26 @@ _BESIDE_THE_POINT = {
     # On processors with AVX512-BF16 bitsandbytes says this whenever it is imported, of a CPU kernel for matrices in 4
     # bits. Nothing here multiplies such.
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+    # TRL advises to train the output head too, and in the next line does so itself.
+    "trl.trainer.sft_trainer": "Cloning chat template added new tokens to the tokenizer, but 'lm_head' is not in",
 }
 
 
-class _Beginning(logging.Filter):
-    """Drops the records of a logger that begin with some words."""
+class _Saying(logging.Filter):
+    """Drops the records of a logger that have some words."""
 
     def __init__(self, words: str) -> None:
         super().__init__()
         self._words = words
 
     def __eq__(self, other: object) -> bool:  # a logger adds none twice
-        return isinstance(other, _Beginning) and other._words == self._words
+        return isinstance(other, _Saying) and other._words == self._words
 
     def __hash__(self) -> int:
         return hash(self._words)
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return not str(record.msg).startswith(self._words)
+        return self._words not in str(record.msg)
 
 
 _REPORT = re.compile(r"ForSequenceClassification LOAD REPORT from: ")
@@ -66,6 +68,8 @@ def _has_more_than_a_new_head(record: logging.LogRecord) -> bool:
 _FOR_DEVELOPERS = (
     # PEFT and TRL ask a model by the older of transformers' two names. Keys of recipes have other warnings.
     ("`is_gradient_checkpointing` is deprecated and will be removed in v6", FutureWarning),
+    # Where the model of a plan, whose tensors are fakes, is copied: torch asks each of them for its place in memory.
+    ("Accessing the data pointer of FakeTensor is deprecated", UserWarning),
 )
 
 
@@ -79,7 +83,7 @@ def quieten() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "10")
     for name, words in _BESIDE_THE_POINT.items():
-        logging.getLogger(name).addFilter(_Beginning(words))
+        logging.getLogger(name).addFilter(_Saying(words))
     logging.getLogger("transformers.modeling_utils").addFilter(_has_more_than_a_new_head)
     for text, category in _FOR_DEVELOPERS:
         warnings.filterwarnings("ignore", re.escape(text), category)

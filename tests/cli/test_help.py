@@ -16,7 +16,7 @@ from hf_galore.cli.bench import _SWITCHES as BENCH_SWITCHES
 from hf_galore.cli.bench import _VALUES as BENCH_VALUES
 from hf_galore.cli.help import explanation, topic_of
 from hf_galore.cli.help_screens import SCREENS
-from hf_galore.cli.main import main
+from hf_galore.cli.main import COMMANDS, main
 from hf_galore.cli.plan import _SWITCHES, _VALUES
 from hf_galore.config import OPTIONS, GaLoreConfig, keys
 from hf_galore.errors import UserError
@@ -86,6 +86,15 @@ def test_its_examples_are_command_lines(command: str) -> None:
         assert {word[2:] for word in words if word.startswith("--")} <= {*known, "config"}
         if "--config" in words:
             assert find_recipe(words[words.index("--config") + 1]).is_file()
+
+
+def test_the_commands_are_listed_for_who_gives_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "usage: hf-galore COMMAND [--key value ...]"
+    listed = [line.split()[0] for line in said[said.index("commands:") + 1 :] if line.startswith("  ")]
+    assert listed == list(COMMANDS)
+    assert max(map(len, said)) <= 80
 
 
 # ---- all options, and one

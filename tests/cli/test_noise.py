@@ -126,9 +126,27 @@ def test_of_what_is_new_in_a_model_only_a_classifiers_head_is_no_news(record: lo
 def test_filters_and_warnings_are_not_added_twice() -> None:
     for _ in range(2):
         noise.quieten()
-    for name in ("bitsandbytes.backends.cpu.ops", "transformers.modeling_utils"):
+    for name in (*noise._BESIDE_THE_POINT, "transformers.modeling_utils"):
         filters = logging.getLogger(name).filters
         assert len(filters) == len(set(filters)) >= 1
+
+
+@pytest.mark.parametrize("name", noise._BESIDE_THE_POINT)
+def test_a_logger_says_what_is_not_named(name: str) -> None:
+    noise.quieten()
+    (named,) = (one for one in logging.getLogger(name).filters if isinstance(one, noise._Saying))
+    words = noise._BESIDE_THE_POINT[name]
+    assert not named.filter(logging.makeLogRecord({"msg": f"[RANK 0] {words} ..."}))
+    assert named.filter(logging.makeLogRecord({"msg": f"[RANK 0] {words[1:]}"}))
+
+
+def test_trl_does_itself_what_it_advises() -> None:
+    """Of the words that are hidden: what is trained with a template that adds tokens has its output head trained."""
+    import trl.trainer.sft_trainer
+
+    source = Path(trl.trainer.sft_trainer.__file__).read_text(encoding="utf-8")
+    behind = source.partition("but 'lm_head' is not in PEFT's")[2]
+    assert 'peft_config.modules_to_save = ["lm_head"]' in behind[:800]
 
 
 def test_other_warnings_are_shown() -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PrinterCallback, ProgressCallback, TrainerControl, TrainerState
 
 from hf_galore.cli import progress
@@ -248,6 +249,39 @@ def test_it_takes_the_place_of_the_trainers_own(tmp_path: Path, capsys: pytest.C
         assert re.fullmatch(r"step 1/2 · loss \d\.\d\d · \d\.\d GiB", first)
         assert second.startswith("step 2/2 · loss ")
         assert "loss" not in capsys.readouterr().out
+
+
+class NoTorch(TorchDispatchMode):
+    """Within, nothing is asked of a tensor: on a GPU that would wait for all that has been launched."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        pytest.fail(f"{func} was called")
+
+
+def test_it_asks_nothing_of_any_tensor(tmp_path: Path) -> None:
+    """Each of a Trainer's events, with a terminal that is drawn each time."""
+    shown = console(terminal=True)
+    line = ProgressLine(console=shown)
+    told = []
+
+    def guarded(event: str, method: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> None:
+            told.append(event)
+            with NoTorch():
+                method(*args, **kwargs)
+                shown.print(line)
+
+        return call
+
+    for event in [name for name in vars(ProgressLine) if name.startswith("on_")]:
+        setattr(line, event, guarded(event, getattr(line, event)))
+    given = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = recorded_trainer(tmp_path, "galore_adamw", disable_tqdm=False, **given)
+    trainer.record("", None, "", "")
+    with_callbacks(trainer, [line])
+    trainer.train()
+    assert set(told) == {name for name in vars(ProgressLine) if name.startswith("on_")}
+    assert "2/2 " in text_of(shown)
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="no pseudo-terminals here")
