@@ -15,6 +15,7 @@ from ..extras import MissingExtraError, require
 from ..version import __version__
 from . import help as command_help
 from .first_seconds import leaving_at_once
+from .help_screens import SCREENS
 from .interrupts import INTERRUPTED, Stopped
 from .noise import quieten
 
@@ -76,7 +77,7 @@ def _show_help(command: str, arguments: list[str]) -> list[str]:
         UserError: help is asked for with an option that there is not.
         SystemExit: it has been shown.
     """
-    topic = command_help.topic_of(arguments) if command in command_help.SCREENS else None
+    topic = command_help.topic_of(arguments) if command in SCREENS else None
     if topic is None:
         return arguments
     if topic == command_help.ALL:

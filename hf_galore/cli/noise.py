@@ -66,6 +66,9 @@ def _has_more_than_a_new_head(record: logging.LogRecord) -> bool:
 _FOR_DEVELOPERS = (
     # PEFT and TRL ask a model by the older of transformers' two names. Keys of recipes have other warnings.
     ("`is_gradient_checkpointing` is deprecated and will be removed in v6", FutureWarning),
+    # TRL turns checkpointing off for each pass of DPO's reference, and on again.
+    ("`gradient_checkpointing_disable` is deprecated and will be removed in v6", FutureWarning),
+    ("`gradient_checkpointing_enable` is deprecated and will be removed in v6", FutureWarning),
 )
 
 

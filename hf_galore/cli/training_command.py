@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from ..recipes.resuming import FinishedError
 from ..recipes.run_record import RecordedTrainer
 from ..recipes.stopping import StopAfterStep
 from .interrupts import finishing_the_step
+from .progress import ProgressLine
 
 
 def need_recipe(arguments: Sequence[str], example: str) -> None:
@@ -46,8 +48,9 @@ def train(prog: str, arguments: Sequence[str], parsed: Arguments) -> RecordedTra
     """
     resumes = str(parsed.training.resume_from_checkpoint or False).lower() != "false"
     since, output_dir, stop = None if resumes else time.time(), parsed.training.output_dir, StopAfterStep()
-    with finishing_the_step(stop, prog, lambda: how_to_go_on(prog, arguments, output_dir, since=since)):
-        return training.run(parsed, callbacks=[stop])
+    stopping = finishing_the_step(stop, prog, lambda: how_to_go_on(prog, arguments, output_dir, since=since))
+    with stopping, contextlib.closing(ProgressLine(parsed.metrics)) as line:
+        return training.run(parsed, callbacks=[line, stop])
 
 
 def train_and_say(

@@ -71,6 +71,11 @@ class Arguments(NamedTuple):
         """Check all that can be checked before the weights are loaded; see `check`."""
         return check(self)
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What an evaluation's result is told by, the best first: what is published for the task."""
+        return TASKS[self.glue.task_name].metrics if self.glue.task_name else (*CLASSIFICATION, *REGRESSION)
+
     def make_trainer(self) -> RecordedTrainer:
         """Make the Trainer; see `make_trainer`."""
         return make_trainer(self)
@@ -260,7 +265,6 @@ def finished_score(parsed: Arguments) -> Score | None:
 
 def score_of(history: Sequence[Mapping[str, Any]], parsed: Arguments) -> Score:
     """What a run scored by its log: by the metric that is published for its task, or the first that was computed."""
-    known = TASKS[parsed.glue.task_name].metrics if parsed.glue.task_name else (*CLASSIFICATION, *REGRESSION)
-    metric = next(name for name in known if any(f"eval_{name}" in entry for entry in history))
+    metric = next(name for name in parsed.metrics if any(f"eval_{name}" in entry for entry in history))
     values = [entry[f"eval_{metric}"] for entry in history if f"eval_{metric}" in entry]
     return Score(metric, max(values), values[-1])

@@ -102,6 +102,11 @@ class Arguments(NamedTuple):
         """Check all that can be checked before the weights are made; see `check`."""
         return check(self)
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What an evaluation's result is told by, the best first: by its loss alone."""
+        return ()
+
     def make_trainer(self) -> PretrainingTrainer:
         """Make the Trainer; see `make_trainer`."""
         return make_trainer(self)

@@ -32,7 +32,7 @@ def run(parsed: Arguments, callbacks: Sequence[TrainerCallback] = ()) -> Recorde
 
     Args:
         parsed: the recipe.
-        callbacks: for the Trainer, after those that it has.
+        callbacks: for the Trainer, as of `with_callbacks`.
 
     Returns:
         The trainer after training; the model has been saved to `output_dir`.
@@ -43,10 +43,7 @@ def run(parsed: Arguments, callbacks: Sequence[TrainerCallback] = ()) -> Recorde
     """
 
     def make() -> RecordedTrainer:
-        trainer = parsed.make_trainer()
-        for callback in callbacks:
-            trainer.add_callback(callback)
-        return trainer
+        return with_callbacks(parsed.make_trainer(), callbacks)
 
     return run_recorded(
         parsed,
@@ -56,6 +53,20 @@ def run(parsed: Arguments, callbacks: Sequence[TrainerCallback] = ()) -> Recorde
         data=parsed.data_name,
         dataset_name=parsed.hub_dataset,
     )
+
+
+def with_callbacks(trainer: _Trainer, callbacks: Sequence[TrainerCallback]) -> _Trainer:
+    """Add callbacks to a trainer, after those that it has, and take out what they are there in place of.
+
+    Args:
+        trainer: the trainer, which is returned.
+        callbacks: of which one may have an attribute `replaces`, classes of callbacks.
+    """
+    for callback in callbacks:
+        for replaced in getattr(callback, "replaces", ()):
+            trainer.remove_callback(replaced)
+        trainer.add_callback(callback)
+    return trainer
 
 
 def run_recorded(
