@@ -67,14 +67,14 @@ class Arguments(NamedTuple):
         """The dataset for the model card: none, since GLUE's has a configuration for each task."""
         return None
 
-    def check(self) -> Checked:
-        """Check all that can be checked before the weights are loaded; see `check`."""
-        return check(self)
-
     @property
     def metrics(self) -> tuple[str, ...]:
         """What an evaluation's result is told by, the best first: what is published for the task."""
         return TASKS[self.glue.task_name].metrics if self.glue.task_name else (*CLASSIFICATION, *REGRESSION)
+
+    def check(self) -> Checked:
+        """Check all that can be checked before the weights are loaded; see `check`."""
+        return check(self)
 
     def make_trainer(self) -> RecordedTrainer:
         """Make the Trainer; see `make_trainer`."""

@@ -159,7 +159,6 @@ def _is_text(feature: Any) -> bool:
 
 
 def _check_rows(split: datasets.Dataset, which: str, columns: list[str]) -> None:
-    missing = ()
     with reporting_unreadable(f"The {which} texts"):
         found = (
             (number, column)
@@ -167,11 +166,12 @@ def _check_rows(split: datasets.Dataset, which: str, columns: list[str]) -> None
             for column in columns
             if row[column] is None
         )
-        missing = next(found, ())
-    if missing:
+        missing = next(found, None)
+    if missing is not None:
+        number, column = missing
         raise UserError(
-            f"The {which} texts have a row without {missing[1]} (it is missing or null): row {missing[0]}. Mend it, or "
-            "leave it out."
+            f"The {which} texts have a row without {column} (it is missing or null): row {number}. Mend it, or leave "
+            "it out."
         )
     if not len(split):
         raise UserError(f"The {which} texts have no rows.")

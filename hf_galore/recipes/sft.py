@@ -41,11 +41,6 @@ class Arguments(TrlRecipe[SFTConfig]):
         """Check all that can be checked before the weights are loaded; see `check`."""
         return check(self)
 
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """What an evaluation's result is told by, the best first: by its loss alone."""
-        return ()
-
     def make_trainer(self) -> RecordedSFTTrainer:
         """Make the Trainer; see `make_trainer`."""
         return make_trainer(self)

@@ -56,6 +56,11 @@ class TrlRecipe(Generic[Config]):
         name: str | None = self.script.dataset_name
         return None if name is None or Path(name).exists() else name
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What an evaluation's result is told by, the best first: by its loss alone."""
+        return ()
+
 
 class Checked(NamedTuple):
     """What checking a recipe has loaded: all but the weights."""
