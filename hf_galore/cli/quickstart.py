@@ -100,9 +100,8 @@ def _train(arguments: Sequence[str], callbacks: Sequence[TrainerCallback]) -> SF
     own = ["--model_name_or_path", str(made.model), "--dataset_name", str(made.data)]
     parsed = sft.parse(["--config", str(_recipe()), *own, *arguments], PROG, ABOUT)
     if not {"output_dir", "resume_from_checkpoint"} & keys_given(arguments):
-        parsed = dataclasses.replace(
-            parsed, output=OutputArguments(overwrite_output_dir=True)
-        )  # an earlier quickstart's folder
+        # Over an earlier quickstart's folder.
+        parsed = dataclasses.replace(parsed, output=OutputArguments(overwrite_output_dir=True))
 
     def make() -> RecordedSFTTrainer:
         return with_callbacks(sft.make_trainer(parsed), callbacks)

@@ -45,6 +45,11 @@ class Arguments(TrlRecipe[DPOConfig]):
         """The command of `hf-galore` that this is for."""
         return "dpo"
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What an evaluation's result is told by, the best first: how often what is preferred is preferred."""
+        return ("rewards/accuracies",)
+
     def check(self) -> Checked:
         """Check all that can be checked before the weights are loaded; see `check`."""
         return check(self)

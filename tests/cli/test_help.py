@@ -46,7 +46,7 @@ def test_the_first_screen_fits_a_terminal_and_has_galores_keys(
     assert {"--optim", "--optim_args", "--optim_target_modules"} <= first_words
 
 
-@pytest.mark.parametrize("command", ["sft", "pretrain", "glue", "plan", "bench"])
+@pytest.mark.parametrize("command", ["sft", "dpo", "pretrain", "glue", "plan", "bench"])
 def test_its_options_exist_and_have_the_defaults_that_it_shows(command: str) -> None:
     parser = help_options.parser_of(command)
     for option in SCREENS[command].keys:
