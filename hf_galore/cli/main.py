@@ -25,13 +25,18 @@ COMMANDS = {
     "compare": "put runs side by side: tables, pictures, a page; or run a recipe with several values first",
     "plan": "find out whether a recipe fits a card, without a GPU, weights or data",
     "bench": "measure what this machine's card makes of a recipe, beside other optimizers",
+    "recipes": "list the recipes that come with hf_galore, show one, or copy it",
+    "chat": "talk to the model that a run has saved",
+    "doctor": "look for what would stop a training on this machine, and say what mends it",
+    "completion": "print what makes bash, zsh or fish complete commands, options and recipes",
 }
 
-# What has to be installed for them.
+# What has to be installed for them, besides what is always; nothing where it is empty.
 EXTRAS = {command: command if command in ("glue", "quickstart") else "cli" for command in COMMANDS}
+EXTRAS |= dict.fromkeys(("recipes", "doctor"), "")
 
-# What they start or do makes no use of a card.
-WITHOUT_CARD = ("plan",)
+# What they start or do makes no use of a card. (The doctor says itself what commands would have of its allocator.)
+WITHOUT_CARD = ("plan", "recipes", "doctor", "completion")
 
 USER_ERROR = 2
 
@@ -85,7 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = _parser().parse_args(argv)
         _check_command(chosen.command)
         prog = f"hf-galore {chosen.command}"
-        require(EXTRAS[chosen.command], "The command")
+        if EXTRAS[chosen.command]:
+            require(EXTRAS[chosen.command], "The command")
         if chosen.command not in WITHOUT_CARD:
             advice = use_expandable_segments()  # before anything starts CUDA; a sweep's processes inherit it
             if advice is not None:
