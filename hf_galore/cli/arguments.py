@@ -21,7 +21,7 @@ class CommandParser(argparse.ArgumentParser):
         self.flags: list[str] = []
         super().__init__(prog=prog, description=about, allow_abbrev=False, **kwargs)
 
-    def add_argument(self, *flags: str, **kwargs: Any) -> argparse.Action:  # type: ignore[override]
+    def add_argument(self, *flags: str, **kwargs: Any) -> argparse.Action:
         """Add an argument."""
         self.flags += [flag for flag in flags if flag.startswith("--")]
         return super().add_argument(*flags, **kwargs)
