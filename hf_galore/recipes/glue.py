@@ -29,6 +29,9 @@ from .output_folder import OutputArguments, check_unused
 from .parser import parse_into
 from .run_record import RecordedTrainer, RunFacts
 
+DATACLASSES = (GlueArguments, TrainingArguments, ModelConfig, OutputArguments)
+"""Their fields are the keys of a recipe."""
+
 
 class Arguments(NamedTuple):
     """What a recipe and the command line say."""
@@ -79,8 +82,7 @@ class Score(NamedTuple):
 
 def parse(arguments: Sequence[str], prog: str, about: str) -> Arguments:
     """Read a command's arguments, with the arguments and errors of `parser.parse_into`."""
-    dataclass_types = (GlueArguments, TrainingArguments, ModelConfig, OutputArguments)
-    (glue, training, model, output), path, given = parse_into(dataclass_types, arguments, prog, about)
+    (glue, training, model, output), path, given = parse_into(DATACLASSES, arguments, prog, about)
     return Arguments(glue, training, model, path, output, given)
 
 

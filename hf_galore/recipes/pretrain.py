@@ -61,6 +61,10 @@ class PretrainArguments:
             raise ValueError(f"max_eval_tokens has to be at least 1, but is {self.max_eval_tokens}.")
 
 
+DATACLASSES = (ScriptArguments, SFTConfig, PretrainArguments, OutputArguments)
+"""Their fields are the keys of a recipe."""
+
+
 class Arguments(NamedTuple):
     """What a recipe and the command line say."""
 
@@ -112,8 +116,7 @@ class PretrainingTrainer(RecordedTrainer, SFTTrainer):  # type: ignore[misc, unu
 
 def parse(arguments: Sequence[str], prog: str, about: str) -> Arguments:
     """Read a command's arguments, with the arguments and errors of `parser.parse_into`."""
-    dataclass_types = (ScriptArguments, SFTConfig, PretrainArguments, OutputArguments)
-    (script, training, model, output), path, given = parse_into(dataclass_types, arguments, prog, about)
+    (script, training, model, output), path, given = parse_into(DATACLASSES, arguments, prog, about)
     return Arguments(script, training, model, path, output, given)
 
 
