@@ -80,7 +80,7 @@ def _load(folder: Path, checkpoint: str | None, system: str | None, sampling: Sa
     talk = Talk(model, tokenizer, system, sampling)
     dtype = str(model.dtype).removeprefix("torch.")
     what = "adapter and its model" if saved.adapter else "model"
-    _tell(f"The {what}: {dtype}, on {_device(model.device.type)}; answers are {talk.describe_sampling()}.")
+    _tell(f"The {what}: {dtype}, on {_device(model.device.type)}. Answers: {talk.describe_sampling()}.")
     if not talk.has_template:
         _tell("It has no chat template, so it completes each text instead of answering it.")
     if sys.stdin.isatty():

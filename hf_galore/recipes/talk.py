@@ -164,7 +164,7 @@ class Talk:
         given = self._sampling.temperature
         config = self._model.generation_config
         if given == 0 or (given is None and not config.do_sample):
-            return "the likeliest words, the same each time"
+            return "the likeliest words"
         temperature = config.temperature if given is None else given
         return f"sampled at temperature {1.0 if temperature is None else temperature:g}"
 
