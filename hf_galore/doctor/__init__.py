@@ -3,23 +3,25 @@
     from hf_galore.doctor import report
 
     print(report("meta-llama/Llama-2-7b-hf"))  # the model's licence is looked at too
+    print(report().short())  # what a notebook shows: the card, and what is to be done
 
-Everything is looked at, whatever else is broken; nothing is installed, changed or downloaded.
+Everything is looked at, whatever else is broken; nothing is installed, changed or downloaded. `need_model` raises an
+error where a model cannot be downloaded by this account.
 """
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from ..version import __version__
-from . import cards, hub, machine, packages
+from . import hub, machine, packages
 from .findings import Finding, Report
-from .kernels import kernels
+from .hub import need_model
+from .of_torch import look
 
-__all__ = ["Finding", "Report", "report"]
+__all__ = ["Finding", "Report", "need_model", "report"]
 
 
 def report(model: str | None = None) -> Report:
@@ -37,17 +39,8 @@ def report(model: str | None = None) -> Report:
     findings = list(packages.releases(found, wanted, platform.python_version()))
     findings += packages.loaded_others(found)
     findings += packages.built_for_another_torch(found, packages.requirements_of_builds(found))
-    first: str | None = None
-    try:
-        facts = cards.torch_facts(os.environ.get("CUDA_VISIBLE_DEVICES"))
-    except Exception as error:  # a broken library may raise anything
-        findings.append(_failed("torch", error))
-    else:
-        first = facts.cards[0].name if facts.cards else None
-        findings += cards.build(facts, hosted=host)
-        findings += cards.cards(facts)
-        device = "cuda" if facts.cards else "cpu"
-        findings += _guarded("kernels", lambda: kernels(device))
+    first, of_torch = look(host)
+    findings += of_torch
     findings.append(machine.segments())
     findings.append(machine.memory())
     findings += _guarded("disk", machine.disks)
@@ -62,8 +55,4 @@ def _guarded(topic: str, look: Callable[[], Iterable[Finding]]) -> Iterator[Find
     try:
         yield from look()
     except Exception as error:  # a broken library may raise anything
-        yield _failed(topic, error)
-
-
-def _failed(topic: str, error: Exception) -> Finding:
-    return Finding(topic, "problem", f"cannot be used: {type(error).__name__}: {' '.join(str(error).split())}")
+        yield Finding.of_error(topic, error)

@@ -21,6 +21,9 @@ _INDEXES = ((13, "cu130"), (12, "cu126"))
 _ON_INDEX = "https://download.pytorch.org/whl"
 _GET_STARTED = "https://pytorch.org/get-started/locally"
 
+# What this process's own context takes of a card, which a training's would take too: hf_galore.plan.needs has it.
+_CONTEXT = 529 * 2**20
+
 _HALF = 0.5  # of a card's memory: with less of it free, somebody else is at work there
 
 
@@ -172,8 +175,8 @@ def bf16(topic: str, card: CardFacts) -> Finding:
         where,
         "note",
         f"not computed by this card (capability {major}.{minor}; 8.0 and later do): torch imitates it.",
-        "Train in float32 (dtype: float32, bf16: false), which takes twice the memory for weights. fp16's loss scaling "
-        "is refused by the layerwise optimizers.",
+        "Train with weights in float32 (dtype: float32, bf16: false), in twice the memory. fp16: true computes in "
+        "float16, with an optimizer that is not layerwise: those refuse the scaling of the loss that it needs.",
     )
 
 
@@ -199,6 +202,7 @@ def torch_facts(visible: str | None) -> TorchFacts:
             torch.cuda.init()
             for number in range(torch.cuda.device_count()):
                 free, total = torch.cuda.mem_get_info(number)
+                free = min(total, free + _CONTEXT)
                 name, capability = torch.cuda.get_device_name(number), torch.cuda.get_device_capability(number)
                 found.append(CardFacts(name, capability, total, free))
         except Exception as problem:  # a driver may fail in any way

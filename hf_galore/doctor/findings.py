@@ -29,6 +29,11 @@ class Finding:
     command: str | None = None
     """The command that mends it, for a shell."""
 
+    @classmethod
+    def of_error(cls, topic: str, error: Exception) -> Finding:
+        """The problem that something cannot be looked at, for this reason."""
+        return cls(topic, "problem", f"cannot be used: {type(error).__name__}: {' '.join(str(error).split())}")
+
 
 @dataclasses.dataclass(frozen=True)
 class Report:
@@ -65,6 +70,16 @@ class Report:
         for finding in self.findings:
             lines += _lines(finding)
         return "\n".join([*lines, "", *textwrap.wrap(f"{self._verdict()} {_CLOSING}", _WIDTH)])
+
+    def short(self) -> str:
+        """The report for a notebook: what the card is, what would stop a training, and the verdict."""
+        shown = [
+            finding
+            for finding in self.findings
+            if finding.status == "problem" or finding.topic.startswith(("card", "bfloat16", "model"))
+        ]
+        lines = [line for finding in shown for line in _lines(finding)]
+        return "\n".join([*lines, "", *textwrap.wrap(self._verdict(), _WIDTH)])
 
     def _verdict(self) -> str:
         notes = sum(finding.status == "note" for finding in self.findings)

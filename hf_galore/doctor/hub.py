@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from ..errors import UserError
 from .findings import Finding
 
 TIMEOUT = 3.0  # seconds, for each question to the Hub
@@ -60,7 +61,13 @@ def access(model: str, answered: Any) -> Finding:
 
     page = f"https://huggingface.co/{model}"
     if isinstance(answered, GatedRepoError):
-        return Finding("model", "problem", f"{model} has a licence that this account has not accepted.", f"At {page}.")
+        return Finding(
+            "model",
+            "problem",
+            f"{model} has a licence that this account has not accepted.",
+            f"Accept it at {page}, and log in:",
+            _LOG_IN,
+        )
     if isinstance(answered, RepositoryNotFoundError):
         return Finding(
             "model", "problem", f"there is no {model} on the Hub, or only for those who are logged in.", command=_LOG_IN
@@ -68,6 +75,24 @@ def access(model: str, answered: Any) -> Finding:
     if isinstance(answered, Exception):
         return Finding("model", "note", f"{model} was not asked for: no answer ({type(answered).__name__}).")
     return Finding("model", "ok", f"{model} may be downloaded")
+
+
+def need_model(model: str) -> None:
+    """Raise an error where this account cannot download a model: now, and not after everything else is ready.
+
+    Args:
+        model: a model's name on the Hub.
+
+    Raises:
+        UserError: its licence is not accepted, nobody has logged in, or there is no such model.
+    """
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    found = access(model, answer(lambda: HfApi().auth_check(model)))
+    if found.status == "problem":
+        raise UserError(" ".join(part for part in (found.text, found.advice, found.command) if part is not None))
 
 
 def answer(question: Callable[[], Any], timeout: float = TIMEOUT) -> Any:

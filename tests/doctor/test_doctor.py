@@ -7,6 +7,8 @@ import importlib.metadata
 import json
 import logging
 import shlex
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,9 +22,10 @@ from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from packaging.requirements import Requirement
 
-import hf_galore.doctor as room
-from hf_galore.doctor import Finding, Report, cards, hub, machine, packages, report
+from hf_galore.doctor import Finding, Report, cards, hub, machine, need_model, packages, report
 from hf_galore.doctor.kernels import kernels
+from hf_galore.doctor.of_torch import look
+from hf_galore.errors import UserError
 from hf_galore.expandable_segments import VARIABLE
 from hf_galore.integrations import bitsandbytes_checks
 
@@ -280,6 +283,21 @@ def test_answers_of_the_hub() -> None:
     assert hub.access("a/b", ConnectionError()).status == "note"
 
 
+def test_a_model_that_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "answer", lambda question: None)
+    need_model("a/b")
+    monkeypatch.setattr(hub, "answer", lambda question: TimeoutError())
+    need_model("a/b")  # whether it is in the cache is for who loads it
+    monkeypatch.setattr(hub, "answer", lambda question: GatedRepoError("gated", response=response(403)))
+    with pytest.raises(
+        UserError, match=r"^a/b has a licence .* Accept it at https://huggingface\.co/a/b, and log in: hf"
+    ):
+        need_model("a/b")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    need_model("a/b")
+
+
 def test_an_answer_is_not_waited_for() -> None:
     start = time.monotonic()
     assert isinstance(hub.answer(lambda: time.sleep(20), timeout=0.05), TimeoutError)
@@ -331,16 +349,55 @@ def test_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert json.loads(found.json())["findings"][0]["topic"] == "system"
 
 
-def test_a_broken_library_is_reported_and_the_rest_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(visible: str | None) -> None:
-        raise OSError("libcudart.so.13: cannot open shared object file")
-
+@pytest.mark.parametrize(
+    ("torch_is", "said"),
+    [
+        (
+            "raise OSError('libcudart.so.13: cannot open it')",
+            "cannot be used: OSError: libcudart.so.13: cannot open it",
+        ),
+        ("import os; os.abort()", "cannot be used: status -6"),
+    ],
+)
+def test_a_broken_library_is_reported_and_the_rest_too(
+    torch_is: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "torch.py").write_text(torch_is)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(room.cards, "torch_facts", broken)
     found = report()
-    assert [finding.topic for finding in found.problems] == ["torch"]
-    assert "cannot be used: OSError: libcudart.so.13" in found.problems[0].text
+    assert [(finding.topic, finding.text) for finding in found.problems] == [("torch", said)]
     assert {"memory", "disk", "Hub"} <= {finding.topic for finding in found.findings}
+
+
+def test_what_takes_too_long_is_reported() -> None:
+    _, (found,) = look(None, timeout=0.01)
+    assert (found.topic, found.status) == ("torch", "problem")
+
+
+def test_the_process_that_asks_starts_no_cuda_and_imports_no_torch() -> None:
+    code = "import sys; from hf_galore.doctor import report; print(report().short()); print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == "False"
+    assert run.stderr == ""
+
+
+def test_a_notebook_sees_the_card_and_what_stops_a_training() -> None:
+    findings = (
+        Finding("python", "ok", "3.12"),
+        Finding("card", "ok", "Tesla T4"),
+        Finding("bfloat16", "note", "not by this card"),
+        Finding("disk", "note", "20 GiB free for /tmp"),
+        Finding("trl", "problem", "1.5", None, "pip install trl"),
+    )
+    assert Report("here", findings).short().splitlines() == [
+        "ok       card             Tesla T4",
+        "note     bfloat16         not by this card",
+        "problem  trl              1.5",
+        "         pip install trl",
+        "",
+        "1 problem: trl.",
+    ]
 
 
 def test_a_report_is_read_and_its_commands_are_copied() -> None:
