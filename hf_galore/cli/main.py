@@ -26,16 +26,21 @@ COMMANDS = {
     "dpo": "teach a model which of two answers is preferred",
     "pretrain": "train a language model from scratch, on any text",
     "glue": "fine-tune a classifier, on GLUE or your own texts, and score it",
-    "compare": "put runs side by side, or run a recipe with several values first",
+    "recipes": "list the recipes that come with hf_galore, show one, or copy it",
     "plan": "find out whether a recipe fits a card, without a GPU or weights",
+    "compare": "put runs side by side, or run a recipe with several values first",
+    "chat": "talk to the model that a run has saved",
     "bench": "measure what this machine's card makes of a recipe",
+    "doctor": "look for what would stop a training here, and say what mends it",
+    "completion": "print what makes bash, zsh or fish complete commands",
 }
 
-# What has to be installed for them.
+# What has to be installed for them, besides what is always; nothing where it is empty.
 EXTRAS = {command: command if command in ("glue", "quickstart") else "cli" for command in COMMANDS}
+EXTRAS |= dict.fromkeys(("recipes", "doctor"), "")
 
-# What they start or do makes no use of a card.
-WITHOUT_CARD = ("plan",)
+# What they start or do makes no use of a card. (The doctor says itself what commands would have of its allocator.)
+WITHOUT_CARD = ("plan", "recipes", "doctor", "completion")
 
 USER_ERROR = 2
 
@@ -113,7 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog = f"hf-galore {chosen.command}"
         arguments = _show_help(chosen.command, chosen.arguments)
         with leaving_at_once(f"{prog}: {NOTHING_BEGUN}"):
-            require(EXTRAS[chosen.command], "The command")
+            if EXTRAS[chosen.command]:
+                require(EXTRAS[chosen.command], "The command")
             if chosen.command not in WITHOUT_CARD:
                 advice = use_expandable_segments()  # before anything starts CUDA; a sweep's processes inherit it
                 if advice is not None:

@@ -22,14 +22,15 @@ makes a Trainer of them, and what the first two share in `trl_recipe.py`; `datas
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..extras import require
-from .embedded_model import Embedded, embedded
 from .folders import configs_folder, known_models, known_recipes, recipes_folder
 
 if TYPE_CHECKING:
+    from .embedded_model import Embedded, embedded
     from .planning import plan_recipe
 
 __all__ = [
@@ -45,7 +46,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import the planner when it is asked for: it imports TRL."""
+    """Import what takes seconds when it is asked for: the planner imports TRL, the embedded model torch."""
+    if name in ("Embedded", "embedded"):
+        return getattr(importlib.import_module(".embedded_model", __name__), name)
     if name == "plan_recipe":
         require("cli", "plan_recipe")
         from .planning import plan_recipe
