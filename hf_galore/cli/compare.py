@@ -14,7 +14,8 @@ from rich.text import Text
 
 from ..compare.figures import pictures
 from ..compare.page import PAGE, page
-from ..compare.runs import Run, read_runs
+from ..compare.reading import read_runs
+from ..compare.runs import Run
 from ..compare.tables import Table, as_dict, notes, results_table, settings_table
 from ..config import nearest
 from ..errors import UserError

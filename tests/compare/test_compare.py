@@ -11,7 +11,7 @@ import pytest
 
 from hf_galore.cli import compare
 from hf_galore.cli.main import main
-from hf_galore.compare import runs
+from hf_galore.compare import reading
 from hf_galore.compare.tables import digits, duration, notes, settings_table
 from hf_galore.recipes.run_record import RUN_FILE
 from tests.support.written_runs import a_log, compared, numbers, write_facts, write_run, write_state
@@ -135,12 +135,12 @@ def test_a_resumed_runs_training_time_is_left_out(tmp_path: Path) -> None:
 )
 def test_methods(optim: str, optim_args: str | None, lora_rank: int | None, expected: str, tmp_path: Path) -> None:
     facts = {"optim": optim, "optim_args": optim_args, "lora_rank": lora_rank}
-    assert runs.read_run(write_run(tmp_path / "run", facts=facts), "run").method == expected
+    assert reading.read_run(write_run(tmp_path / "run", facts=facts), "run").method == expected
 
 
 def test_folders_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
     folders = [tmp_path / path for path in ("a/x/out", "b/x/out", "b/y/out", "lone")]
-    assert runs.folder_names(folders) == ["a/x/out", "b/x/out", "y/out", "lone"]
+    assert reading.folder_names(folders) == ["a/x/out", "b/x/out", "y/out", "lone"]
 
 
 def test_names_are_taken_in_their_order(tmp_path: Path) -> None:
@@ -301,7 +301,7 @@ def test_every_setting_that_differs_is_shown_and_other_work_is_said(
     first = write_run(tmp_path / "a", facts={"settings": {**same, "seed": 1, "packing": True, "optim_args": "rank=8"}})
     second = write_run(tmp_path / "b", facts={"settings": {**same, "seed": 2, "packing": False, "max_length": 128}})
     unknown = write_run(tmp_path / "c")
-    found = runs.read_runs([first, second, unknown])
+    found = reading.read_runs([first, second, unknown])
     rows = {row.label: row.cells for row in settings_table(found).rows}
     assert rows["max_length"] == ["256", "128", "–"]
     assert rows["packing"] == ["true", "false", "–"]
@@ -313,4 +313,4 @@ def test_every_setting_that_differs_is_shown_and_other_work_is_said(
     assert f"{said}come of that." in notes(found)
     assert main(["compare", str(first), str(second), "--output", str(tmp_path / "out")]) == 0
     assert "max_length" in capsys.readouterr().out
-    assert not any("same work" in note for note in notes(runs.read_runs([first, unknown])))
+    assert not any("same work" in note for note in notes(reading.read_runs([first, unknown])))

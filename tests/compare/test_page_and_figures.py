@@ -12,7 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from hf_galore.cli.main import main
-from hf_galore.compare import figures, runs, tables
+from hf_galore.compare import figures, reading, tables
 from tests.support.written_runs import NAN, Page, a_log, compared, numbers, png_size, write_run, write_state
 
 
@@ -88,7 +88,7 @@ def test_a_broken_run_is_best_at_nothing(tmp_path: Path) -> None:
     good = write_run(tmp_path / "good", [4.0, 3.0], held_out=[3.0, 2.0])
     bad = write_run(tmp_path / "bad")
     write_state(bad, [*a_log([4.0], held_out=[3.0]), *({**one, "step": 2} for one in a_log([0.0], grad_norm=NAN))], 2)
-    found = runs.read_runs([good, bad])
+    found = reading.read_runs([good, bad])
     assert [run.broken for run in found] == [None, ("grad_norm", 2)]
     rows = {row.label: row for row in tables.results_table(found).rows}
     loss = rows["training loss, mean of the last tenth"]
@@ -159,7 +159,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def test_ten_runs_and_a_legend_that_covers_none(tmp_path: Path, drawn: dict[str, Any]) -> None:
     folders = [write_run(tmp_path / f"_run_{n}_$x$_{'long' * 9}", [4.0 + n, 3.0 + n]) for n in range(10)]
-    figures.pictures(runs.read_runs(folders))
+    figures.pictures(reading.read_runs(folders))
     figure = drawn["Training loss"]
     axes, legend = figure.axes[0], figure.legends[0]
     labels = [text.get_text() for text in legend.get_texts()]
@@ -177,11 +177,11 @@ def test_ten_runs_and_a_legend_that_covers_none(tmp_path: Path, drawn: dict[str,
 
 def test_axes_are_logarithmic_only_where_curves_lie_far_apart(tmp_path: Path, drawn: dict[str, Any]) -> None:
     near = [write_run(tmp_path / "a", [9.0, 5.0, 4.0]), write_run(tmp_path / "b", [8.0, 4.0, 3.0])]
-    figures.pictures(runs.read_runs(near))
+    figures.pictures(reading.read_runs(near))
     assert {figure.axes[0].get_yscale() for figure in drawn.values()} == {"linear"}
     drawn.clear()
     far = write_run(tmp_path / "c", [500.0, 400.0, 300.0])
-    figures.pictures(runs.read_runs([*near, far]))
+    figures.pictures(reading.read_runs([*near, far]))
     assert drawn["Training loss"].axes[0].get_yscale() == "log"
     assert drawn["Learning rate"].axes[0].get_yscale() == "linear"
 
@@ -191,7 +191,7 @@ def test_a_first_step_that_compiles_does_not_flatten_the_others(tmp_path: Path, 
     log = a_log([2.0] * 5)
     log[0]["step_seconds"] = 60.0
     write_state(folder, log, 5)
-    figures.pictures(runs.read_runs([folder]))
+    figures.pictures(reading.read_runs([folder]))
     (title,) = (title for title in drawn if title.startswith("Step time"))
     assert title == "Step time (highest 60.0, beyond the axis): run"
     bottom, top = drawn[title].axes[0].get_ylim()
@@ -202,7 +202,7 @@ def test_a_first_step_that_compiles_does_not_flatten_the_others(tmp_path: Path, 
 def test_a_noisy_curve_has_its_running_median(tmp_path: Path, drawn: dict[str, Any]) -> None:
     losses = [3.0] * 400
     losses[200] = 90.0
-    figures.pictures(runs.read_runs([write_run(tmp_path / "run", losses)]))
+    figures.pictures(reading.read_runs([write_run(tmp_path / "run", losses)]))
     (title,) = (title for title in drawn if title.startswith("Training loss"))
     assert title == "Training loss (thick: running median over a 40th of the log): run"
     raw, smooth = (line.get_ydata() for line in drawn[title].axes[0].lines)
@@ -214,12 +214,12 @@ def test_what_was_not_logged_by_step_is_one_level_or_a_bar(tmp_path: Path, drawn
     theirs = tmp_path / "theirs"
     write_state(theirs, a_log([4.0, 2.0], seconds=None, runtime=8.0), 2)
     ours = write_run(tmp_path / "ours")
-    figures.pictures(runs.read_runs([ours, theirs]))
+    figures.pictures(reading.read_runs([ours, theirs]))
     figure = drawn["Step time"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["ours", "theirs (mean of all its time)"]
     assert [list(line.get_ydata()) for line in figure.axes[0].lines] == [[0.5, 0.5, 0.5], [4.0, 4.0]]
     drawn.clear()
-    figures.pictures(runs.read_runs([theirs]))
+    figures.pictures(reading.read_runs([theirs]))
     (bar,) = drawn["Step time"].axes[0].patches
     assert bar.get_width() == 4.0
     assert "Peak memory" not in drawn

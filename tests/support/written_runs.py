@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from hf_galore.compare import runs
+from hf_galore.compare import reading
 from hf_galore.compare.tables import as_dict
 from hf_galore.recipes.run_record import RUN_FILE, RunFacts
 from tests.support.commands import printed_json
@@ -87,7 +87,7 @@ def compared(folders: Sequence[Path], output: Path, *options: str) -> dict[str, 
 
 def numbers(*folders: Path) -> dict[str, Any]:
     """The numbers of the runs, by their names, without a page."""
-    return {run["name"]: run for run in as_dict(runs.read_runs(folders))}
+    return {run["name"]: run for run in as_dict(reading.read_runs(folders))}
 
 
 class Page(HTMLParser):
