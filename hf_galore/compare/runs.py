@@ -44,6 +44,11 @@ class Run:
     config: Mapping[str, Any]
     """The model's settings where the folder has them; else empty."""
 
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """The run itself: what is compared is a run, or several that differ in their seed."""
+        return (self,)
+
     def series(self, key: str) -> Series:
         """The values that were logged as `key`: pairs of step and value, in the order of the steps."""
         return sorted(((int(entry["step"]), entry[key]) for entry in self.log if key in entry), key=lambda at: at[0])

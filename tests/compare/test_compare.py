@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from hf_galore.cli import compare
+from hf_galore.cli import compare, compare_screen
 from hf_galore.cli.main import main
 from hf_galore.compare import reading
-from hf_galore.compare.tables import digits, duration, notes, settings_table
+from hf_galore.compare.notes import notes
+from hf_galore.compare.tables import settings_table
+from hf_galore.compare.words import digits, duration
 from hf_galore.recipes.run_record import RUN_FILE
 from tests.support.written_runs import a_log, compared, numbers, write_facts, write_run, write_state
 
@@ -20,7 +24,7 @@ from tests.support.written_runs import a_log, compared, numbers, write_facts, wr
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take seconds, and have tests of their own."""
-    monkeypatch.setattr(compare, "pictures", lambda runs: [])
+    monkeypatch.setattr(compare, "pictures", lambda runs, axis: [])
 
 
 # ---- reading
@@ -40,6 +44,7 @@ def test_numbers_of_a_run_of_ours(tmp_path: Path) -> None:
         "eval_loss_first": 5.0,
         "eval_loss_last": 4.5,
         "eval_loss_lowest": 4.0,
+        "tokens": 1280.0,
         "step_seconds": 0.5,
         "tokens_per_second": 128.0,
         "peak_memory_gib": 0.2,
@@ -162,10 +167,35 @@ def test_tables_fit_the_terminal(
     folders = [write_run(tmp_path / f"run{n}", [4.0, 3.0 + n]) for n in range(6)]
     assert main(["compare", *map(str, folders), "--output", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
+    # Sentences go to a program or a file as they are; see the next test.
+    tables = [line for line in shown.splitlines() if not line.startswith(("The same", "Peak", "Logged", "The page"))]
+    assert max(map(len, tables)) <= width
+    losses = [re.findall(r"\d\.\d{4}", line)[:1] for line in tables if line.startswith("run")]
+    assert losses[:6] == [[f"{3 + n:.4f}"] for n in range(6)]
+
+
+def test_sentences_end_between_words_in_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.StringIO()
+    console = Console(file=written, width=40, force_terminal=True, highlight=False)
+    monkeypatch.setattr(compare_screen, "Console", lambda **settings: console)
+    compare_screen.show(reading.read_runs([write_run(tmp_path / "run")]))
+    told = [line.strip() for line in written.getvalue().partition("Peak memory is")[2].splitlines()]
+    assert told[:3] == ["of the whole process,", "Python and libraries included: it ran on", "a CPU."]
+
+
+def test_few_runs_stand_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    folders = [write_run(tmp_path / f"run{n}", [4.0, 3.0 + n], {"learning_rate": 0.5 + n}) for n in range(3)]
+    assert main(["compare", *map(str, folders), "--output", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"Settings that differ.*learning rate *│ *0.5 *│ *1.5 *│ *2.5 ", shown, re.DOTALL)
+    assert "The same in all: method GaLore r=64, 8-bit, layerwise; model org/model" in shown
     boxes = [line for line in shown.splitlines() if line[:1] in "┏┡│└┃"]
-    assert max(map(len, boxes)) <= width
+    assert max(map(len, boxes)) <= 80
     losses = [cell for line in boxes if "training loss" in line for cell in re.findall(r"\d\.\d{4}", line)]
-    assert losses == [f"{3 + n:.4f}" for n in range(6)]
+    assert losses == ["3.0000", "4.0000", "5.0000"]
 
 
 @pytest.mark.parametrize(
@@ -232,6 +262,7 @@ MISTAKES: dict[str, tuple[Any, list[str], list[str]]] = {
     "unknown option": (write_run, ["--outptu", "x"], ["there is no option --outptu. Did you mean '--output'?"]),
     "output twice": (write_run, ["--output=x"], ["--output is given twice"]),
     "a recipe": (write_run, ["--config", "x.yaml"], ["--config is for a sweep"]),
+    "an unknown axis": (write_run, ["--x", "step"], ["curves are drawn over steps, tokens, hours", "'steps'"]),
     "a switch with a value": (write_run, ["--json=yes"], ["--json takes no value"]),
 }
 

@@ -12,14 +12,99 @@ import pytest
 from matplotlib.figure import Figure
 
 from hf_galore.cli.main import main
-from hf_galore.compare import figures, reading, tables
-from tests.support.written_runs import NAN, Page, a_log, compared, numbers, png_size, write_run, write_state
+from hf_galore.compare import figures, notes, reading, tables
+from tests.support.written_runs import (
+    NAN,
+    Page,
+    a_log,
+    compared,
+    numbers,
+    png_size,
+    write_facts,
+    write_run,
+    write_state,
+)
 
 
 @pytest.fixture(autouse=True)
 def _coarse(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures of few pixels are drawn faster."""
     monkeypatch.setattr(figures, "_DPI", 50)
+
+
+def read_page(folder: Path) -> Page:
+    return Page((folder / "index.html").read_text(encoding="utf-8"))
+
+
+def twelve(folder: Path) -> list[Path]:
+    """Runs with names short and long, one of them broken, one interrupted, one by another program."""
+
+    def settings(place: int) -> dict[str, Any]:
+        args = f"rank={place + 1}"
+        return {"optim_args": args, "settings": {"max_length": 2**place, "optim_args": args, "seed": 1}}
+
+    names = [f"run{place}{'-and-what-it-was-told' * (place % 4)}" for place in range(12)]
+    for place, name in enumerate(names):
+        write_run(folder / name, [5.0, 4.0, 3.0 + place], settings(place), held_out=[4.0, 3.0])
+    write_state(folder / names[3], a_log([5.0, NAN, NAN]), 3)
+    write_facts(folder / names[5], **settings(5), finished=False)
+    write_state(folder / names[5] / "checkpoint-2", a_log([5.0, 4.0], runtime=None), 2, 3)
+    (folder / names[7] / "hf_galore_run.json").unlink()
+    return [folder / name for name in names]
+
+
+def test_twelve_runs_have_a_line_each_settings_that_differ_first_and_one_legend(tmp_path: Path) -> None:
+    folders = twelve(tmp_path / "runs")
+    compared(folders, tmp_path / "out")
+    text = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    page = Page(text)
+    marked = [folder.name for folder in folders]
+    marked[3] += " (broken)"
+    marked[5] += " (interrupted)"
+    differ, results = page.tables[:2]
+    assert differ[0][:2] == ["run", "method"]  # by their ranks
+    assert {"max_length", "rank"} <= set(differ[0])
+    assert not {"optim_args", "seed", "model", "device"} & set(differ[0])  # of GaLore's keys those that differ
+    assert [row[0] for row in differ[1:]] == marked
+    assert [row[differ[0].index("max_length")] for row in differ[1:]] == [
+        "–" if place == 7 else str(2**place) for place in range(12)
+    ]
+    assert [row[0] for row in results[1:]] == marked
+    assert [row[1] for row in results[1:]][:4] == ["3.0000", "4.0000", "5.0000", "NaN"]
+    assert "The same in all: model <b>org/model</b>" in text
+    assert text.count('type="checkbox"') == 12
+    assert "broken at step 2" in text
+    # Whatever is a run's can be hidden with it, and nothing else is.
+    for place in range(12):
+        assert f"body:has(#show-{place}:not(:checked)) .run-{place} {{ display: none; }}" in text
+        assert text.count(f'<tr class="run-{place}">') == 2
+        # Held-out loss and all else over three axes, and two bars with their numbers.
+        assert len(re.findall(rf'<g class="run-{place}"', text)) >= (10 if place in (3, 5, 7) else 19)
+
+
+def test_what_is_referred_to_in_pictures_is_there_once(tmp_path: Path) -> None:
+    compared(twelve(tmp_path / "runs"), tmp_path / "out")
+    text = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    ids = re.findall(r'\bid="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+    referred = set(re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', text))
+    assert referred
+    assert {one or other for one, other in referred} <= set(ids)
+    # Colours are the page's, which are others where it is dark.
+    assert re.findall(r"(?:stroke|fill): #[0-9a-f]+", text.partition("</style>")[2]) == []
+
+
+def test_a_reader_chooses_what_curves_are_over(tmp_path: Path) -> None:
+    compared([write_run(tmp_path / "a"), write_run(tmp_path / "b")], tmp_path / "out", "--x", "hours")
+    text = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    assert re.findall(r'id="over-(\w+)" autocomplete="off"( checked)?', text) == [
+        ("steps", ""),
+        ("tokens", ""),
+        ("hours", " checked"),
+    ]
+    for axis in ("steps", "tokens", "hours"):
+        assert f"body:has(#over-{axis}:checked) div.axis.{axis} {{ display: block; }}" in text
+    assert text.count('<div class="axis hours chosen">') == text.count('<div class="axis steps">') == 4
 
 
 def test_the_page_has_the_numbers_and_needs_nothing_else(tmp_path: Path) -> None:
@@ -29,9 +114,9 @@ def test_the_page_has_the_numbers_and_needs_nothing_else(tmp_path: Path) -> None
     )
     compared([first, second], tmp_path / "out")
     text = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
-    assert re.search(r"https?:|url\(|@import|<script|<link", text) is None
+    assert re.search(r"https?:|url\((?!#)|@import|<script|<link|<img", text) is None
     page = Page(text)
-    assert [table[0] for table in page.tables] == [["run", "first", "second"]] * 3
+    assert [table[0] for table in page.tables] == [["run", "first", "second"]] * 4
     rows = page.rows()
     assert rows["training loss, mean of the last tenth"] == ["2.0000", "1.0000 (−50.0 %)"]
     assert rows["held-out loss, first"] == ["4.0000", "–"]
@@ -46,8 +131,10 @@ def test_the_page_has_the_numbers_and_needs_nothing_else(tmp_path: Path) -> None
     assert rows["steps"] == ["3", "3"]
     # Not where both are the same, and not of a number that only one has.
     assert page.best[:4] == ["1.0000 (−50.0 %)", "0.250 s (−50.0 %)", "256 (+100.0 %)", "1.00 MiB (−66.7 %)"]
+    # Over steps, tokens and hours; and bars.
+    curves = ["Training loss", "Held-out loss", "Learning rate", "Step time", "Speed"]
+    assert page.pictures == [title for title in curves for _ in range(3)] + ["Peak memory", "Optimizer state"]
     files = {file.name: file.read_bytes() for file in (tmp_path / "out").glob("*.png")}
-    assert sorted(files.values()) == sorted(page.pictures.values())
     assert set(files) == {
         f"{name}.png"
         for name in (
@@ -66,6 +153,7 @@ def test_names_are_text_on_the_page_and_in_the_pictures(tmp_path: Path, capsys: 
     page = Page((tmp_path / "out" / "index.html").read_text(encoding="utf-8"))
     assert "script" not in page.tags
     assert page.tables[0][0] == ["run", name]
+    assert name not in page.tags
     assert page.rows()["model"] == ['"><img src=x>']
 
 
@@ -78,7 +166,8 @@ def test_a_loss_that_is_not_a_number(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["compare", str(bad), str(good), "--output", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
     assert "bad is broken: the training loss is not finite, first at step 2." in " ".join(shown.split())
-    rows = Page((tmp_path / "out" / "index.html").read_text(encoding="utf-8")).rows()
+    assert "bad (broken)" in shown
+    rows = read_page(tmp_path / "out").rows()
     assert rows["held-out loss, last"] == ["NaN", "2.0000"]  # and no difference from it
     assert rows["training loss, mean of the last tenth"] == ["inf", "2.0000"]
 
@@ -94,7 +183,7 @@ def test_a_broken_run_is_best_at_nothing(tmp_path: Path) -> None:
     loss = rows["training loss, mean of the last tenth"]
     assert (loss.cells[1], loss.best) == ("0.0000 (−100.0 %)", frozenset())
     assert rows["steps"].cells == ["2", "2, broken at 2"]
-    said = tables.notes(found)
+    said = notes.notes(found)
     assert "bad is broken: grad_norm is not finite, first at step 2. It is best at nothing." in said
 
 
@@ -115,7 +204,7 @@ def test_metrics_that_all_evaluated_runs_share(tmp_path: Path) -> None:
     found = compared(folders, tmp_path / "out")
     assert [found[name]["results"]["eval_accuracy"] for name in "abc"] == [0.5, 0.75, None]
     assert "eval_f1" not in found["a"]["results"]
-    rows = Page((tmp_path / "out" / "index.html").read_text(encoding="utf-8")).rows()
+    rows = read_page(tmp_path / "out").rows()
     assert rows["held-out accuracy, last"] == ["0.5000", "0.7500 (+50.0 %)", "–"]
     assert (tmp_path / "out" / "eval_accuracy.png").is_file()
 
