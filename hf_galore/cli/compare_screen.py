@@ -12,10 +12,11 @@ from rich.text import Text
 
 from ..compare.notes import notes
 from ..compare.seeds import Compared
-from ..compare.tables import MOST_COLUMNS, Table, in_lines, results_table, same_in_all, settings_table
+from ..compare.tables import MOST_COLUMNS, Table, in_brief, in_lines, results_table, same_in_all, settings_table
 from ..compare.words import shortened
 
 _LONG_NAME, _SHORT_NAME = 48, 16  # characters in a line, where there is room and where there is not
+_NARROWEST = 12  # characters that a cell has at least
 
 
 class _Layout(NamedTuple):
@@ -38,14 +39,24 @@ _LINES = _Layout(lines=True, between=2, outside=0, longest_label=28, longest_cel
 def show(compared: Sequence[Compared]) -> None:
     """Print the tables, settings that differ first, and the notes."""
     console = Console(highlight=False)
-    layout = _LINES if len(compared) > MOST_COLUMNS else _COLUMNS
-    settings, results = settings_table(compared), results_table(compared)
-    _print(console, settings, layout)
+    if len(compared) > MOST_COLUMNS:
+        settings = in_lines(_named(settings_table(compared), _LINES), brief=True)
+        results = in_lines(_named(results_table(compared), _LINES), brief=True)
+        layouts = (_LINES, _LINES)
+    else:
+        settings = _named(settings_table(compared), _COLUMNS)
+        results = _named(results_table(compared), _COLUMNS)
+        if not _fits(results, console.width):
+            results = in_brief(results)
+        if not _fits(results, console.width):
+            results = in_brief(_named(results_table(compared, with_differences=False), _COLUMNS))
+        layouts = (_folded(settings, console.width), _COLUMNS)
+    _print(console, settings, layouts[0])
     same = "; ".join(f"{label} {text}" for label, text in same_in_all(compared))
     if same:
         _say(console, f"The same in all: {same}.")
         console.print()
-    _print(console, results, layout)
+    _print(console, results, layouts[1])
     for note in notes(compared):
         _say(console, note)
 
@@ -56,11 +67,26 @@ def _say(console: Console, text: str) -> None:
 
 
 def _print(console: Console, table: Table, layout: _Layout) -> None:
-    named = table._replace(names=_names(table, layout))
-    for part in _parts(in_lines(named, brief=True) if layout.lines else named, console.width, layout):
+    for part in _parts(table, console.width, layout):
         console.print(part)
         if layout.lines:
             console.print()
+
+
+def _fits(table: Table, width: int) -> bool:
+    """Whether a table with a column for each run fits into `width` in one part."""
+    return len(list(_parts(table, width, _COLUMNS))) <= 1
+
+
+def _folded(table: Table, width: int) -> _Layout:
+    """A layout in which all columns fit side by side, if they are not too narrow for words then."""
+    label = max((len(row.label) for row in table.rows), default=0)
+    room = (width - label - _COLUMNS.between - _COLUMNS.outside) // max(1, len(table.names)) - _COLUMNS.between
+    return _COLUMNS._replace(longest_cell=max(room, _NARROWEST))
+
+
+def _named(table: Table, layout: _Layout) -> Table:
+    return table._replace(names=_names(table, layout))
 
 
 def _names(table: Table, layout: _Layout) -> list[str]:

@@ -31,7 +31,7 @@ def differing(compared: Sequence[Compared]) -> list[str]:
     In place of GaLore's `optim_args` it has those of their keys that differ between runs with GaLore, if any do.
     """
     runs = [run for one in compared for run in one.runs]
-    known = [run.facts.settings for run in runs if run.facts and run.facts.settings is not None]
+    known = [settings for settings in map(_settings, runs) if settings is not None]
     keys = sorted({key for settings in known for key in settings})
     found = [key for key in keys if any(settings.get(key) != known[0].get(key) for settings in known)]
     with_galore = [options for options in map(_galore_options, runs) if options is not None]
@@ -46,7 +46,7 @@ def setting(key: str) -> Callable[[Run], str | None]:
     """What a run's record says of a setting, as text; `None` where it does not know it."""
 
     def text(run: Run) -> str | None:
-        options = _galore_options(run) if key in OPTIONS else run.facts and run.facts.settings
+        options = _galore_options(run) if key in OPTIONS else _settings(run)
         if not options or key not in options:
             return None
         value = options[key]
@@ -66,6 +66,14 @@ def other_work(compared: Sequence[Compared]) -> list[str]:
     return [
         key for key in differing(compared) if key in WORK and len({joined(one, setting(key)) for one in compared}) > 1
     ]
+
+
+def _settings(run: Run) -> Mapping[str, Any] | None:
+    """What a run was told, without the settings of adapters where it has none."""
+    settings = run.facts.settings if run.facts else None
+    if settings is None or settings.get("use_peft", True):
+        return settings
+    return {key: value for key, value in settings.items() if not key.startswith("lora_")}
 
 
 def _galore_options(run: Run) -> Mapping[str, Any] | None:

@@ -35,7 +35,7 @@ _LEGEND_WIDTH = 104  # characters
 _RARE = 20  # one value in so many, and at least one, is not ordinary
 _FAR_OUT = 3  # times the highest ordinary value: a step, mostly the first, that would flatten all the others
 _DECADES = 1e3  # that a logarithmic axis goes below the lowest curve's middle: schedules end at 0
-_MARGINS = {"left": 0.13, "right": 0.98, "top": 0.97, "bottom": 0.15}  # of SVG
+_MARGINS = {"left": 0.12, "right": 0.98, "top": 0.97, "bottom": 0.15}  # of SVG
 
 
 class Picture(NamedTuple):
@@ -44,12 +44,13 @@ class Picture(NamedTuple):
     file: str
     """A name without its ending."""
     title: str
+    unit: str
     said: list[str]
     """What a reader has to know of it."""
     png: bytes
     """With a title and a legend."""
     svgs: Mapping[str, str]
-    """By axis, without title and legend: what an HTML page takes; of bars one, by an empty name."""
+    """By axis, without title, unit and legend: what an HTML page takes; of bars one, by an empty name."""
 
 
 def pictures(compared: Sequence[Compared], axis: str = "steps", *, for_page: bool = True) -> list[Picture]:
@@ -122,9 +123,10 @@ def _lines(what: _Lines, compared: Sequence[Compared], axis: str, for_page: bool
     for other in axes_of([run for one in compared for run in one.runs]) if for_page else ():
         small = Figure(figsize=(SMALL_WIDTH, SMALL_HEIGHT), facecolor="none")
         if _draw(small.add_subplot(), what, compared, other) is not None:
+            small.axes[0].set_ylabel("")
             small.subplots_adjust(**_MARGINS)
             svgs[other] = drawn_as_svg(small, f"{what.file}-{other}", title)
-    return Picture(what.file, what.title, drawn.said, png, svgs)
+    return Picture(what.file, what.title, what.unit, drawn.said, png, svgs)
 
 
 def _bars(what: Bars, compared: Sequence[Compared], for_page: bool) -> Picture | None:
@@ -137,7 +139,7 @@ def _bars(what: Bars, compared: Sequence[Compared], for_page: bool) -> Picture |
         what.draw(small.add_subplot(), compared, 0)
         small.set_layout_engine("constrained")
         svgs[""] = drawn_as_svg(small, what.file, what.title)
-    return Picture(what.file, what.title, [], _png(figure, what.title, [], []), svgs)
+    return Picture(what.file, what.title, what.unit, [], _png(figure, what.title, [], []), svgs)
 
 
 # ---- lines

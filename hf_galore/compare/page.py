@@ -188,7 +188,10 @@ def _pictures(compared: Sequence[Compared], drawn: Sequence[Picture], axis: str)
 
 
 def _caption(picture: Picture) -> str:
-    return escape(picture.title) + (f" <small>{escape('; '.join(picture.said))}</small>" if picture.said else "")
+    # Bars have their unit below them.
+    unit = [] if "" in picture.svgs or picture.unit in picture.title.lower() else [picture.unit]
+    said = "; ".join([*unit, *picture.said])
+    return escape(picture.title) + (f" <small>{escape(said)}</small>" if said else "")
 
 
 def _axis_class(one: str, chosen: str) -> str:

@@ -74,9 +74,9 @@ def same_in_all(compared: Sequence[Compared]) -> list[tuple[str, str]]:
     return [(row.label, values.pop()) for row in _told(compared) if len(values := _values(row)) == 1]
 
 
-def results_table(compared: Sequence[Compared]) -> Table:
-    """The table of the results; of few runs with the differences from the first."""
-    with_differences = 1 < len(compared) <= MOST_COLUMNS
+def results_table(compared: Sequence[Compared], *, with_differences: bool = True) -> Table:
+    """The table of the results; of few runs with the differences from the first, unless told otherwise."""
+    with_differences = with_differences and 1 < len(compared) <= MOST_COLUMNS
     rows = [_row(quantity, compared, with_differences) for quantity in quantities(compared)]
     steps = [
         [joined(one, text) or UNKNOWN for one in compared]
@@ -115,6 +115,11 @@ def in_lines(table: Table, *, brief: bool = False) -> Table:
     return Table(
         table.title, [row.brief if brief and row.brief else row.label for row in rows], lines, table.marks, table.broken
     )
+
+
+def in_brief(table: Table) -> Table:
+    """`table` under brief names, with what has none under its own."""
+    return table._replace(rows=[row._replace(label=row.brief or row.label) for row in table.rows])
 
 
 def name_of(one: Compared) -> str:

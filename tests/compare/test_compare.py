@@ -198,6 +198,21 @@ def test_few_runs_stand_side_by_side(
     assert losses == ["3.0000", "4.0000", "5.0000"]
 
 
+def test_settings_of_adapters_are_those_of_runs_that_have_them(tmp_path: Path) -> None:
+    def told(peft: bool, rank: int) -> dict[str, Any]:
+        return {"settings": {"use_peft": peft, "lora_r": rank, "lora_alpha": rank}, "lora_rank": rank if peft else None}
+
+    folders = [
+        write_run(tmp_path / name, facts=told(peft, rank)) for name, peft, rank in (("a", False, 1), ("b", True, 8))
+    ]
+    assert "lora_alpha" not in [row.label for row in settings_table(reading.read_runs(folders)).rows]
+    folders.append(write_run(tmp_path / "c", facts=told(True, 16)))
+    rows = {row.label: row.cells for row in settings_table(reading.read_runs(folders)).rows}
+    assert rows["lora_alpha"] == ["–", "8", "16"]
+    assert "lora_r" not in rows  # the method says it
+    assert [method.partition(",")[0] for method in rows["method"]] == ["GaLore r=64", "LoRA r=8", "LoRA r=16"]
+
+
 @pytest.mark.parametrize(
     ("value", "expected"),
     [(0.0, "0"), (0.12345, "0.123"), (12.345, "12.3"), (1234567.8, "1,234,568"), (1e-9, "1.00e-09"), (math.nan, "NaN")],

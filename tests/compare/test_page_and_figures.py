@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 
 from hf_galore.cli.main import main
 from hf_galore.compare import figures, notes, reading, tables
+from hf_galore.compare.page import page
+from hf_galore.compare.runs import Run
 from tests.support.written_runs import (
     NAN,
     Page,
@@ -32,6 +34,9 @@ def _coarse(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figures, "_DPI", 50)
 
 
+LONG = "-and-what-it-was-told"
+
+
 def read_page(folder: Path) -> Page:
     return Page((folder / "index.html").read_text(encoding="utf-8"))
 
@@ -43,7 +48,7 @@ def twelve(folder: Path) -> list[Path]:
         args = f"rank={place + 1}"
         return {"optim_args": args, "settings": {"max_length": 2**place, "optim_args": args, "seed": 1}}
 
-    names = [f"run{place}{'-and-what-it-was-told' * (place % 4)}" for place in range(12)]
+    names = [f"run{place}{LONG * (place % 4)}" for place in range(12)]
     for place, name in enumerate(names):
         write_run(folder / name, [5.0, 4.0, 3.0 + place], settings(place), held_out=[4.0, 3.0])
     write_state(folder / names[3], a_log([5.0, NAN, NAN]), 3)
@@ -53,12 +58,15 @@ def twelve(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def test_twelve_runs_have_a_line_each_settings_that_differ_first_and_one_legend(tmp_path: Path) -> None:
-    folders = twelve(tmp_path / "runs")
-    compared(folders, tmp_path / "out")
-    text = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
-    page = Page(text)
-    marked = [folder.name for folder in folders]
+@pytest.fixture(scope="module")
+def page_of_twelve(tmp_path_factory: pytest.TempPathFactory) -> str:
+    found: list[Run] = reading.read_runs(twelve(tmp_path_factory.mktemp("runs")))
+    return page(found, figures.pictures(found))
+
+
+def test_twelve_runs_have_a_line_each_settings_that_differ_first_and_one_legend(page_of_twelve: str) -> None:
+    text, page = page_of_twelve, Page(page_of_twelve)
+    marked = [f"run{place}{LONG * (place % 4)}" for place in range(12)]
     marked[3] += " (broken)"
     marked[5] += " (interrupted)"
     differ, results = page.tables[:2]
@@ -82,16 +90,14 @@ def test_twelve_runs_have_a_line_each_settings_that_differ_first_and_one_legend(
         assert len(re.findall(rf'<g class="run-{place}"', text)) >= (10 if place in (3, 5, 7) else 19)
 
 
-def test_what_is_referred_to_in_pictures_is_there_once(tmp_path: Path) -> None:
-    compared(twelve(tmp_path / "runs"), tmp_path / "out")
-    text = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
-    ids = re.findall(r'\bid="([^"]+)"', text)
+def test_what_is_referred_to_in_pictures_is_there_once(page_of_twelve: str) -> None:
+    ids = re.findall(r'\bid="([^"]+)"', page_of_twelve)
     assert len(ids) == len(set(ids))
-    referred = set(re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', text))
+    referred = set(re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', page_of_twelve))
     assert referred
     assert {one or other for one, other in referred} <= set(ids)
     # Colours are the page's, which are others where it is dark.
-    assert re.findall(r"(?:stroke|fill): #[0-9a-f]+", text.partition("</style>")[2]) == []
+    assert re.findall(r"(?:stroke|fill): #[0-9a-f]+", page_of_twelve.partition("</style>")[2]) == []
 
 
 def test_a_reader_chooses_what_curves_are_over(tmp_path: Path) -> None:
@@ -248,7 +254,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def test_ten_runs_and_a_legend_that_covers_none(tmp_path: Path, drawn: dict[str, Any]) -> None:
     folders = [write_run(tmp_path / f"_run_{n}_$x$_{'long' * 9}", [4.0 + n, 3.0 + n]) for n in range(10)]
-    figures.pictures(reading.read_runs(folders))
+    figures.pictures(reading.read_runs(folders), for_page=False)
     figure = drawn["Training loss"]
     axes, legend = figure.axes[0], figure.legends[0]
     labels = [text.get_text() for text in legend.get_texts()]
@@ -266,11 +272,11 @@ def test_ten_runs_and_a_legend_that_covers_none(tmp_path: Path, drawn: dict[str,
 
 def test_axes_are_logarithmic_only_where_curves_lie_far_apart(tmp_path: Path, drawn: dict[str, Any]) -> None:
     near = [write_run(tmp_path / "a", [9.0, 5.0, 4.0]), write_run(tmp_path / "b", [8.0, 4.0, 3.0])]
-    figures.pictures(reading.read_runs(near))
+    figures.pictures(reading.read_runs(near), for_page=False)
     assert {figure.axes[0].get_yscale() for figure in drawn.values()} == {"linear"}
     drawn.clear()
     far = write_run(tmp_path / "c", [500.0, 400.0, 300.0])
-    figures.pictures(reading.read_runs([*near, far]))
+    figures.pictures(reading.read_runs([*near, far]), for_page=False)
     assert drawn["Training loss"].axes[0].get_yscale() == "log"
     assert drawn["Learning rate"].axes[0].get_yscale() == "linear"
 
@@ -280,7 +286,7 @@ def test_a_first_step_that_compiles_does_not_flatten_the_others(tmp_path: Path, 
     log = a_log([2.0] * 5)
     log[0]["step_seconds"] = 60.0
     write_state(folder, log, 5)
-    figures.pictures(reading.read_runs([folder]))
+    figures.pictures(reading.read_runs([folder]), for_page=False)
     (title,) = (title for title in drawn if title.startswith("Step time"))
     assert title == "Step time (highest 60.0, beyond the axis): run"
     bottom, top = drawn[title].axes[0].get_ylim()
@@ -291,7 +297,7 @@ def test_a_first_step_that_compiles_does_not_flatten_the_others(tmp_path: Path, 
 def test_a_noisy_curve_has_its_running_median(tmp_path: Path, drawn: dict[str, Any]) -> None:
     losses = [3.0] * 400
     losses[200] = 90.0
-    figures.pictures(reading.read_runs([write_run(tmp_path / "run", losses)]))
+    figures.pictures(reading.read_runs([write_run(tmp_path / "run", losses)]), for_page=False)
     (title,) = (title for title in drawn if title.startswith("Training loss"))
     assert title == "Training loss (thick: running median over a 40th of the log): run"
     raw, smooth = (line.get_ydata() for line in drawn[title].axes[0].lines)
@@ -303,12 +309,12 @@ def test_what_was_not_logged_by_step_is_one_level_or_a_bar(tmp_path: Path, drawn
     theirs = tmp_path / "theirs"
     write_state(theirs, a_log([4.0, 2.0], seconds=None, runtime=8.0), 2)
     ours = write_run(tmp_path / "ours")
-    figures.pictures(reading.read_runs([ours, theirs]))
+    figures.pictures(reading.read_runs([ours, theirs]), for_page=False)
     figure = drawn["Step time"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["ours", "theirs (mean of all its time)"]
     assert [list(line.get_ydata()) for line in figure.axes[0].lines] == [[0.5, 0.5, 0.5], [4.0, 4.0]]
     drawn.clear()
-    figures.pictures(reading.read_runs([theirs]))
+    figures.pictures(reading.read_runs([theirs]), for_page=False)
     (bar,) = drawn["Step time"].axes[0].patches
     assert bar.get_width() == 4.0
     assert "Peak memory" not in drawn
