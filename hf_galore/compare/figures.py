@@ -17,7 +17,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from . import colors
 from .bars import Bars
 from .curves import Curve, curve, level, remarks, smoothed, window_in_words
-from .progress import axes_of
+from .progress import AXES, axes_of
 from .runs import HELD_OUT_LOSS, MIB, STEP_SECONDS, TOKENS_PER_SECOND, TRAINING_LOSS, Run, shared_metrics
 from .seeds import Compared, Seeds
 from .svg import SETTINGS, drawn_as_svg, run_mark
@@ -108,17 +108,15 @@ def _lines(what: _Lines, compared: Sequence[Compared], axis: str, for_page: bool
         whole = what.whole
         return None if whole is None else _bars(Bars(what.file, what.title, what.unit, whole), compared, for_page)
     figure = Figure(figsize=(WIDTH, HEIGHT))
-    drawn = _draw(figure.add_subplot(), what, compared, axis)
-    if drawn is None:  # the runs that have it have no place on that axis
+    axes = figure.add_subplot()
+    # The runs that have it may have no place on that axis.
+    drawn = _draw(axes, what, compared, axis) or _draw(axes, what, compared, AXES[0])
+    if drawn is None:
         return None
     title = titled(what.title, drawn.said)
     alone = len(compared) == 1
-    png = _png(
-        figure,
-        f"{title}: {drawn.labels[0]}" if alone else title,
-        [] if alone else drawn.handles,
-        drawn.labels,
-    )
+    handles = [] if alone else drawn.handles
+    png = _png(figure, f"{title}: {drawn.labels[0]}" if alone else title, handles, drawn.labels)
     svgs = {}
     for other in axes_of([run for one in compared for run in one.runs]) if for_page else ():
         small = Figure(figsize=(SMALL_WIDTH, SMALL_HEIGHT), facecolor="none")

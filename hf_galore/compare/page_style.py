@@ -35,6 +35,7 @@ th, td {{ border-bottom: 1px solid var(--line); padding: 0.35rem 0.8rem; text-al
 thead th {{ border-bottom-width: 2px; overflow-wrap: break-word; vertical-align: bottom; }}
 td, thead th {{ max-width: 24rem; min-width: 6rem; }}
 td {{ overflow-wrap: anywhere; }}
+table.words td {{ min-width: 7.5rem; }}
 table.numbers td {{ white-space: nowrap; }}
 tbody th, thead th:first-child {{ background: var(--paper); border-right: 1px solid var(--line); font-weight: 500;
   left: 0; max-width: min(20rem, 40vw); min-width: min(13rem, 38vw); overflow-wrap: anywhere; position: sticky;

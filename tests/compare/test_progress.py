@@ -89,6 +89,16 @@ def test_pictures_are_over_the_axis_that_is_asked_for(
     assert axes.get_xlabel() == label
 
 
+def test_what_has_no_place_on_that_axis_is_over_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: drawn.append(self))
+    write_state(tmp_path / "told", [{"step": 2, "loss": 1.0, "num_tokens": 10.0}], 2)
+    write_state(tmp_path / "untold", [{"step": 3, "eval_loss": 1.0}], 3)
+    figures.pictures(read_runs([tmp_path / "told", tmp_path / "untold"]), "tokens", for_page=False)
+    found = {figure.axes[0].get_title(loc="left"): figure.axes[0].get_xlabel() for figure in drawn}
+    assert found == {"Training loss": "tokens", "Held-out loss": "step"}
+
+
 def test_short_runs_are_over_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Any] = []
     monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: drawn.append(self))
