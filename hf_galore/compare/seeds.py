@@ -114,10 +114,15 @@ def _text(seed: tuple[Any, ...]) -> str:
 
 
 def _names(groups: dict[str, list[Run]], taken: Sequence[str]) -> dict[str, str]:
+    """What each group is called: as its runs are but for their seeds; else by its method; else by all their names."""
     common = {key: _common([run.name for run in runs]) for key, runs in groups.items()}
-    all_names = [*taken, *common.values()]
+    methods = {key: runs[0].method or "" for key, runs in groups.items()}
+    others = [*taken, *common.values(), *methods.values()]
     return {
-        key: common[key] if common[key] and all_names.count(common[key]) == 1 else " + ".join(run.name for run in runs)
+        key: next(
+            (name for name in (common[key], methods[key]) if name and others.count(name) == 1),
+            " + ".join(run.name for run in runs),
+        )
         for key, runs in groups.items()
     }
 

@@ -174,8 +174,8 @@ def test_other_models_or_devices_are_not_taken_together(tmp_path: Path) -> None:
         (["r64-1", "r64-2"], "r64"),
         (["run10", "run11"], "run"),
         (["first/out", "second/out"], "out"),
-        (["one", "two"], "one + two"),
-        (["seed1", "seed2"], "seed1 + seed2"),
+        (["one", "two"], "GaLore r=64, 8-bit, layerwise"),
+        (["seed=1", "seed=2"], "GaLore r=64, 8-bit, layerwise"),
     ],
 )
 def test_names_without_their_seeds(given: list[str], expected: str, tmp_path: Path) -> None:
