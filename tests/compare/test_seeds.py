@@ -142,7 +142,7 @@ def test_only_runs_that_differ_in_nothing_else_are_taken_together(tmp_path: Path
     folders = three(tmp_path)
     folders.insert(1, seeded(tmp_path / "rate", 1, learning_rate=2e-3))
     folders.append(write_run(tmp_path / "unknown"))
-    interrupted = seeded(tmp_path / "galore-seed5", 5, [1.0, 1.0])
+    interrupted = seeded(tmp_path / "galore-seed5", 5, [1.0, 1.0, 1.0])
     write_facts(interrupted, settings={"seed": 5, "data_seed": None, "learning_rate": 1e-3}, finished=False)
     (interrupted / "trainer_state.json").rename(interrupted / "kept")
     (interrupted / "checkpoint-1").mkdir()
