@@ -101,6 +101,21 @@ def test_the_picture_of_memory_has_the_plans_of_the_recipes() -> None:
             assert float(rows[name].needs) == pytest.approx(plan["needed_bytes"] / 2**30, abs=0.006)
 
 
+@pytest.mark.parametrize(
+    ("notebook", "heading"),
+    [("02_is_the_gradient_low_rank.ipynb", "| captured energy |"), ("04_quality.ipynb", "| | held-out loss |")],
+)
+def test_figures_of_notebooks_are_those_that_they_end_with(notebook: str, heading: str) -> None:
+    cells = json.loads((ROOT / "notebooks" / notebook).read_text("utf-8"))["cells"]
+    outputs = [output.get("data", {}) for cell in cells for output in cell.get("outputs", [])]
+    shown = "".join("".join(data.get("text/html", [])) for data in outputs)
+    found = set(re.findall(r">\s*([\d.,]+)\s*</td>", shown))
+    table = (DOCS / "choosing.md").read_text("utf-8").split(f"\n{heading}")[1].split("\n\n")[0]
+    figures = [cell.strip() for row in table.splitlines()[2:] for cell in row.strip("|").split("|")[1:]]
+    assert len(figures) >= 12
+    assert set(figures) <= found
+
+
 # ---- what is named
 
 
