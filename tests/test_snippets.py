@@ -7,6 +7,7 @@ reason.
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shutil
@@ -27,7 +28,9 @@ from hf_galore.recipes import any_recipe
 from hf_galore.recipes.checks import galore_config
 from hf_galore.recipes.embedded_model import Embedded
 from hf_galore.recipes.folders import recipes_folder
-from tests.support.pages import ROOT
+from hf_galore.recipes.planning import plan_recipe
+from tests.support.pages import README, ROOT
+from tests.support.releases import needs_fused_head
 from tests.support.snippets import (
     DATASETS,
     MODELS,
@@ -119,6 +122,25 @@ def test_python_runs(
         assert optimizer.targets()
         for target in optimizer.targets():
             assert int(optimizer.state[target.param]["step"]) == trainer.state.global_step
+
+
+@pytest.mark.slow
+@needs_fused_head
+def test_readmes_snippet_needs_what_readme_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its plan at full size: its arguments are a recipe's keys."""
+    (snippet,) = (one for one in snippets("python") if one.page == "README.md")
+    calls = {ast.unparse(node.func): node for node in ast.walk(ast.parse(snippet.text)) if isinstance(node, ast.Call)}
+    given = {str(one.arg): one.value for one in calls["SFTConfig"].keywords}
+    assert ast.unparse(given.pop("chat_template_path")) == "str(recipes_folder() / 'chatml')"
+    settings = {key: ast.literal_eval(value) for key, value in given.items()}
+    settings |= settings.pop("model_init_kwargs")
+    settings |= {"model_name_or_path": ast.literal_eval(calls["SFTTrainer"].args[0]), "dataset_name": "its own"}
+    path = tmp_path / "snippet.yaml"
+    path.write_text(yaml.safe_dump({**settings, "chat_template_path": "recipes/chatml"}), "utf-8")
+    monkeypatch.chdir(tmp_path)
+    said = re.search(r"for which a card needs (\d+\.\d) GiB, as planned", README.read_text("utf-8"))
+    assert said is not None
+    assert plan_recipe(path).needed_bytes / 2**30 == pytest.approx(float(said[1]), abs=0.06)
 
 
 def test_snippets_train_and_plan_in_readme_and_guide() -> None:
