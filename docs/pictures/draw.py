@@ -138,7 +138,7 @@ def memory() -> Drawing:
         x = max(x, left + CARD_GIB * gib) + 10  # clear of the card's line
         picture.text(x, y + 22, f"{found['peak_bytes'] / GIB:.1f} GiB", bold=True)
         if name.startswith("LoRA"):
-            picture.text(x + 76, y + 22, "trains adapters, and no weights", FAINT, 12)
+            picture.text(x + 76, y + 22, "trains adapters", FAINT, 12)
     bottom = top + len(plans) * wide
     card = left + CARD_GIB * gib
     picture.line(card, top - 8, card, bottom + 4, INK, dashed=True)
