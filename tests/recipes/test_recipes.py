@@ -35,6 +35,7 @@ from hf_galore.recipes.folders import configs_folder, known_models, known_recipe
 from hf_galore.recipes.kinds import command_of
 from hf_galore.recipes.planning import plan_recipe
 from tests.support.commands import options
+from tests.support.pages import recipe_rows
 from tests.support.releases import needs_fused_head
 
 LLAMA2 = recipes_folder() / "llama2_7b_oasst2.yaml"
@@ -135,6 +136,11 @@ def test_a_recipe_takes_the_memory_that_its_header_says(name: str, small: Embedd
         assert found.tokens_per_step == tokens_per_step(name)
         assert found.breakdown["parameters"] > GIB / 16
         assert found.breakdown["moments"] > GIB / 16
+        # The row of docs/recipes.md.
+        row = recipe_rows()[name]
+        assert (row.card, row.tokens) == (f"{card[1]} GB", f"{tokens_per_step(name):,}")
+        assert float(row.peak) == pytest.approx(found.peak_bytes / GIB, rel=0.01)
+        assert float(row.needs) == pytest.approx(found.needed_bytes / GIB, rel=0.01)
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("glue/") and name not in GLUE])
