@@ -75,7 +75,7 @@ def dry_run(prog: str, parsed: Arguments) -> int:
         found = training.dry_run(parsed, progress)
     if parsed.training.process_index == 0:
         show(found, name)
-        print(f"{prog}: all checks passed. Nothing was trained, and nothing is left in {parsed.training.output_dir}.")
+        print(f"{prog}: all checks passed. Nothing was trained or written.")
     return DOES_NOT_FIT if found.fits is False else FITS
 
 

@@ -54,9 +54,9 @@ class Arguments(TrlRecipe[DPOConfig]):
         """Check all that can be checked before the weights are loaded; see `check`."""
         return check(self)
 
-    def make_trainer(self) -> RecordedDPOTrainer:
+    def make_trainer(self, checked: Checked | None = None) -> RecordedDPOTrainer:
         """Make the Trainer; see `make_trainer`."""
-        return make_trainer(self)
+        return make_trainer(self, checked)
 
 
 class RecordedDPOTrainer(RecordedTrainer, DPOTrainer):  # type: ignore[misc, unused-ignore]
@@ -88,13 +88,17 @@ def check(parsed: Arguments) -> Checked:
     return Checked(train, evaluated, processing_class)
 
 
-def make_trainer(parsed: Arguments) -> RecordedDPOTrainer:
+def make_trainer(parsed: Arguments, checked: Checked | None = None) -> RecordedDPOTrainer:
     """Check a recipe, load the model, and make the Trainer.
+
+    Args:
+        parsed: the recipe.
+        checked: what checking it has loaded, where that is done.
 
     Raises:
         UserError: something in the arguments or in the data is wrong.
     """
-    checked = check(parsed)
+    checked = checked or check(parsed)
     return make_dpo_trainer(
         str(parsed.model_name),
         parsed.training,

@@ -79,9 +79,9 @@ class Arguments(NamedTuple):
         """Check all that can be checked before the weights are loaded; see `check`."""
         return check(self)
 
-    def make_trainer(self) -> RecordedTrainer:
+    def make_trainer(self, checked: Checked | None = None) -> RecordedTrainer:
         """Make the Trainer; see `make_trainer`."""
-        return make_trainer(self)
+        return make_trainer(self, checked)
 
 
 class Score(NamedTuple):
@@ -173,13 +173,17 @@ def check(parsed: Arguments) -> Checked:
     return Checked(numbered(load_texts(parsed.glue)), tokenizer)
 
 
-def make_trainer(parsed: Arguments) -> RecordedTrainer:
+def make_trainer(parsed: Arguments, checked: Checked | None = None) -> RecordedTrainer:
     """Check a recipe, load the model, and make the Trainer.
+
+    Args:
+        parsed: the recipe.
+        checked: what checking it has loaded, where that is done.
 
     Raises:
         UserError: something in the arguments or in the data is wrong.
     """
-    data, tokenizer = check(parsed)
+    data, tokenizer = checked or check(parsed)
 
     def tokenized(split: Any) -> Any:
         def encode(rows: Any) -> dict[str, Any]:

@@ -107,9 +107,9 @@ class Arguments(NamedTuple):
         """What an evaluation's result is told by, the best first: by its loss alone."""
         return ()
 
-    def make_trainer(self) -> PretrainingTrainer:
+    def make_trainer(self, checked: Checked | None = None) -> PretrainingTrainer:
         """Make the Trainer; see `make_trainer`."""
-        return make_trainer(self)
+        return make_trainer(self, checked)
 
 
 class PretrainingTrainer(RecordedTrainer, SFTTrainer):  # type: ignore[misc, unused-ignore]
@@ -169,14 +169,18 @@ def check(parsed: Arguments) -> Checked:
     )
 
 
-def make_trainer(parsed: Arguments) -> PretrainingTrainer:
+def make_trainer(parsed: Arguments, checked: Checked | None = None) -> PretrainingTrainer:
     """Check a recipe, make the model, and make the Trainer.
+
+    Args:
+        parsed: the recipe.
+        checked: what checking it has loaded, where that is done.
 
     Raises:
         UserError: something in the arguments or in the data is wrong.
     """
     training, model_args = parsed.training, parsed.model
-    config, tokenizer, train, held_out = check(parsed)
+    config, tokenizer, train, held_out = checked or check(parsed)
     trainer = make_pretraining_trainer(config, tokenizer, parsed, train, held_out)
     if held_out is not None and model_args.max_eval_tokens is not None:
         trainer.eval_dataset = _first_tokens(trainer.eval_dataset, model_args.max_eval_tokens, training.max_length)

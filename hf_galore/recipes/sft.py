@@ -41,9 +41,9 @@ class Arguments(TrlRecipe[SFTConfig]):
         """Check all that can be checked before the weights are loaded; see `check`."""
         return check(self)
 
-    def make_trainer(self) -> RecordedSFTTrainer:
+    def make_trainer(self, checked: Checked | None = None) -> RecordedSFTTrainer:
         """Make the Trainer; see `make_trainer`."""
-        return make_trainer(self)
+        return make_trainer(self, checked)
 
 
 class RecordedSFTTrainer(RecordedTrainer, SFTTrainer):  # type: ignore[misc, unused-ignore]
@@ -112,13 +112,17 @@ def check(parsed: Arguments) -> Checked:
     return Checked(train, evaluated, processing_class)
 
 
-def make_trainer(parsed: Arguments) -> RecordedSFTTrainer:
+def make_trainer(parsed: Arguments, checked: Checked | None = None) -> RecordedSFTTrainer:
     """Check a recipe, load the model, and make the Trainer.
+
+    Args:
+        parsed: the recipe.
+        checked: what checking it has loaded, where that is done.
 
     Raises:
         UserError: something in the arguments or in the data is wrong.
     """
-    checked = check(parsed)
+    checked = checked or check(parsed)
     return make_sft_trainer(
         str(parsed.model_name),
         parsed.training,

@@ -43,8 +43,8 @@ def run(parsed: Arguments, callbacks: Sequence[TrainerCallback] = ()) -> Recorde
         FinishedError: the run is to go on, and is finished.
     """
 
-    def make() -> RecordedTrainer:
-        return with_callbacks(parsed.make_trainer(), callbacks)
+    def make(checked: Any) -> RecordedTrainer:
+        return with_callbacks(parsed.make_trainer(checked), callbacks)
 
     return run_recorded(
         parsed,
@@ -72,7 +72,7 @@ def with_callbacks(trainer: _Trainer, callbacks: Sequence[TrainerCallback]) -> _
 
 def run_recorded(
     parsed: Arguments,
-    make_trainer: Callable[[], _Trainer],
+    make_trainer: Callable[[Any], _Trainer],
     *,
     command: str,
     model: str,
@@ -83,7 +83,7 @@ def run_recorded(
 
     Args:
         parsed: the recipe.
-        make_trainer: makes the Trainer.
+        make_trainer: makes the Trainer, of what checking the recipe has loaded.
         command: what the record calls the command: `hf-galore sft`.
         model: what the record calls the model.
         data: what the record calls the data.
@@ -98,8 +98,9 @@ def run_recorded(
     output_dir = Path(parsed.training.output_dir)
     with reporting_errors(parsed.training.output_dir):
         settings, finished = _check_run(parsed)
+        checked = parsed.check()
         memory_plan = plan_first(parsed)
-        trainer = make_trainer()
+        trainer = make_trainer(checked)
         trainer.memory_plan = memory_plan
         trainer.record(command, parsed.recipe, model, data, settings, recipe_text(command, parsed.given))
         if parsed.output.overwrite_output_dir:
