@@ -214,23 +214,38 @@ def test_without_colours_nothing_moves() -> None:
     assert text_of(shown) == f"5/10 {'━' * 15}{' ' * 15}  loss 1.00"
 
 
+class Terminal(io.StringIO):
+    """A stream that says that it is one."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_terminal_is_left_as_it_was(fails: bool, capfd: pytest.CaptureFixture[str]) -> None:
-    shown = Console(force_terminal=True, width=80, color_system=None)
+def test_what_is_logged_comes_above_the_line_and_all_is_left_as_it_was(
+    fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stderr, shown = Terminal(), Console(file=Terminal(), force_terminal=True, width=80, color_system=None)
+    monkeypatch.setattr(sys, "stderr", stderr)
     logger = logging.getLogger("tests.of_a_library")
-    handler = logging.StreamHandler(sys.stderr)
+    logger.propagate = False
+    handler = logging.StreamHandler(stderr)
     logger.addHandler(handler)
-    before = sys.stderr, sys.stdout
-    with contextlib.suppress(KeyboardInterrupt), begun(shown) as run:
-        run.step(3)
-        if fails:
-            raise KeyboardInterrupt
-        run.tell("train_end")
-    assert (sys.stderr, sys.stdout) == before
-    assert handler.stream is sys.stderr
-    logger.removeHandler(handler)
-    said = capfd.readouterr().out
+    try:
+        with contextlib.suppress(KeyboardInterrupt), begun(shown) as run:
+            run.step(3)
+            logger.warning("A warning.")
+            if fails:
+                raise KeyboardInterrupt
+            run.tell("train_end")
+        logger.warning("Another.")
+    finally:
+        logger.removeHandler(handler)
+    assert sys.stderr is stderr
+    assert stderr.getvalue() == "Another.\n"
+    said = text_of(shown)
     assert said.count("\x1b[?25l") == said.count("\x1b[?25h") == 1  # the cursor
+    assert re.search(r"A warning\. *\n3/784 ", said)
 
 
 # ---- of a Trainer
