@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
 import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined, unused-ignore]
@@ -56,3 +60,19 @@ def check_login(key: str, token: str | None, instead: str) -> None:
             f"{key}: the token {access.get('displayName', '')!r} may only read. Make one that may write "
             f"(https://huggingface.co/settings/tokens), {instead}."
         )
+
+
+@contextlib.contextmanager
+def sending(output_dir: str) -> Iterator[None]:
+    """Within, a finished run is sent to the Hub: where that fails, the error says that nothing is lost.
+
+    Raises:
+        UserError: it failed.
+    """
+    try:
+        yield
+    except Exception as error:  # each release has another transport with errors of its own
+        raise UserError(
+            f"the model is in {Path(output_dir)}, but could not be sent to the Hugging Face Hub: {error} Once that is "
+            f"mended, send it by: hf upload NAME {Path(output_dir)} --exclude 'checkpoint-*/*'"
+        ) from error

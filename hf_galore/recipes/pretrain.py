@@ -22,6 +22,7 @@ from .output_folder import OutputArguments
 from .parser import parse_into
 from .run_record import RecordedTrainer
 from .stream_position import keep_position
+from .templates import check_tokenizer_files
 from .text_data import load_text
 
 
@@ -244,6 +245,7 @@ def load_tokenizer(model_args: PretrainArguments) -> Any:
     name = model_args.tokenizer_name
     if not name:
         raise UserError("tokenizer_name is missing: give a tokenizer's folder, or a model's name on the Hub.")
+    check_tokenizer_files(name, "tokenizer_name")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, ImportError) as error:

@@ -34,8 +34,12 @@ def load_processing_class(name: str, *, revision: str | None = None, trust_remot
         raise UserError(f"The tokenizer of model_name_or_path {name} cannot be loaded: {error}") from error
 
 
-def check_tokenizer_files(name: str) -> None:
-    """Raise an error for a folder that has a model and no tokenizer.
+def check_tokenizer_files(name: str, key: str = "model_name_or_path") -> None:
+    """Raise an error for a folder that has no tokenizer.
+
+    Args:
+        name: the folder, or a name on the Hub, which is not looked at.
+        key: what gave it, for the error.
 
     Raises:
         UserError: it has none.
@@ -43,7 +47,7 @@ def check_tokenizer_files(name: str) -> None:
     folder = Path(name)
     if folder.is_dir() and not any(path.name.startswith(_TOKENIZERS) for path in folder.iterdir()):
         raise UserError(
-            f"model_name_or_path {name} is a folder without a tokenizer (tokenizer.json, ...). Copy the files of its "
+            f"{key} {name} is a folder without a tokenizer (tokenizer.json, ...). Copy the files of its "
             "tokenizer there, from the model that it was made of."
         )
 

@@ -19,6 +19,7 @@ from ..plan.rehearsal import Progress
 from .any_recipe import Arguments
 from .checkpoints import check_folders
 from .errors import reporting_errors
+from .hub import sending
 from .output_folder import check_unused, remove_run
 from .planning import plan_recipe
 from .resuming import check_left, check_settings
@@ -198,11 +199,16 @@ def say_if_it_fits(found: MemoryPlan) -> None:
 
 
 def _save(trainer: RecordedTrainer, dataset_name: str | None) -> None:
-    trainer.save_model(trainer.args.output_dir)
+    pushes, trainer.args.push_to_hub = trainer.args.push_to_hub, False  # once, when all is written and has numbers
+    try:
+        trainer.save_model(trainer.args.output_dir)
+    finally:
+        trainer.args.push_to_hub = pushes
     trainer.save_record()
     check_weights(trainer)
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub(**({} if dataset_name is None else {"dataset_name": dataset_name}))
+    if pushes:
+        with sending(trainer.args.output_dir):
+            trainer.push_to_hub(**({} if dataset_name is None else {"dataset_name": dataset_name}))
 
 
 def check_weights(trainer: RecordedTrainer) -> None:

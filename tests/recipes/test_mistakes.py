@@ -309,6 +309,11 @@ PRETRAIN: dict[str, tuple[str, dict[str, Any], str]] = {
         {"optim_target_modules": ["atn"]},
         "'atn' matches no trainable linear layer",
     ),
+    "no tokenizer": (
+        lines({"text": "a"}),
+        {"tokenizer_name": "{config}"},
+        "tokenizer_name {config} is a folder without",
+    ),
     "too long": (
         lines({"text": "a"}),
         {"max_length": 33},
@@ -339,9 +344,12 @@ def test_mistakes_of_pretrain(
         "optim_target_modules": "all-linear",
         "optim_args": "rank=4",
         "output_dir": tmp_path / "out",
-        **changes,
+        **{
+            key: value.format(config=tmp_path / "config") if isinstance(value, str) else value
+            for key, value in changes.items()
+        },
     }
-    assert words in said_of_mistake("pretrain", options(settings), capsys)
+    assert words.format(config=tmp_path / "config") in said_of_mistake("pretrain", options(settings), capsys)
     assert not (tmp_path / "out").exists()
 
 

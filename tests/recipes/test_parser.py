@@ -251,3 +251,11 @@ def test_bf16_without_a_card_that_has_it(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
     with pytest.raises(UserError, match=re.escape(words)):
         sft.parse(["--output_dir", str(tmp_path)], "hf-galore sft", "")
+
+
+def test_the_template_that_an_error_names_is_found_without_a_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    parsed = parse("--chat_template_path", "recipes/chatml", "--output_dir", "out", "--use_cpu", "--bf16", "false")
+    assert parsed.training.chat_template_path == str(recipes_folder() / "chatml")

@@ -24,7 +24,7 @@ from hf_galore.recipes import sft, training
 from hf_galore.recipes.embedded_model import Embedded
 from hf_galore.recipes.run_record import RUN_FILE, RunFacts, optimizer_bytes, peak_memory_bytes
 from hf_galore.recipes.sft import RecordedSFTTrainer
-from tests.support.commands import history, options, recorded_trainer, short_run
+from tests.support.commands import history, options, recorded_trainer, said_of_mistake, short_run, weights
 from tests.support.helpers import optimizer_of
 
 ARGS = "rank=16, update_proj_gap=4, scale=1"
@@ -211,6 +211,26 @@ def test_what_is_pushed_to_the_hub_says_galore_its_arguments_and_the_plan(
     parsed = sft.parse(options({k: v for k, v in values.items() if k != "push_to_hub"}), "", "")
     planned = plan(parsed)
     assert f"a peak of {in_gib(planned.peak_bytes)} in the phase {planned.phase}" in section
+
+
+def test_a_finished_run_that_cannot_be_sent_is_not_lost(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(self: Hub, **kwargs: Any) -> Any:
+        raise ConnectionError("the network is gone.")
+
+    monkeypatch.setattr(Hub, "upload_folder", fail)
+    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "whoami", lambda token: {"name": "me"})
+    own = {"push_to_hub": "true", "hub_model_id": "chat", "hub_token": "hf_mine", "save_strategy": "no"}
+    line = said_of_mistake("sft", options({**settings, **own, "max_steps": 1}), capsys)
+    out = tmp_path / "out"
+    assert f"the model is in {out}, but could not be sent to the Hugging Face Hub: the network is gone." in line
+    assert set(weights(out)) == set(weights(Path(str(settings["model_name_or_path"]))))
+    facts = RunFacts.read(out)
+    assert facts is not None
+    assert facts.finished
 
 
 def test_a_checkpoints_card_has_the_section_once_and_another_optimizers_none(
