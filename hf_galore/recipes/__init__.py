@@ -12,11 +12,13 @@ For notebooks and scripts of your own:
 `known_models`: the recipes and the models' configs that come with hf_galore. `plan_recipe` is `hf_galore.plan` for
 recipes. `UserError` is what they raise for something that was given wrong.
 
-Where a key is read: those of the three kinds of recipe in `sft.py`, `pretrain.py` and `glue.py`, each of which makes
-a Trainer of them; `dataset_*` and files of text in `data_loading.py`, `text_data.py` and `glue_data.py`;
-`output_dir` and `resume_from_checkpoint` in `checkpoints.py`, `report_to` in `trackers.py`, `push_to_hub` in
-`model_card.py`; `optim`, `optim_args` and `optim_target_modules` in `hf_galore.config` and `hf_galore.integrations`.
-All other keys are TRL's and transformers'. `parser.py` parses; `training.py` runs a recipe; `planning.py` plans one.
+Where a key is read: those of the four kinds of recipe in `sft.py`, `dpo.py`, `pretrain.py` and `glue.py`, each of which
+makes a Trainer of them, and what the first two share in `trl_recipe.py`; `dataset_*` and files of text in
+`data_loading.py`, `text_data.py` and `glue_data.py`; `output_dir` and `resume_from_checkpoint` in `checkpoints.py`,
+`report_to` in `trackers.py`, `push_to_hub` in `hub.py` and `model_card.py`; `optim`, `optim_args` and
+`optim_target_modules` in `hf_galore.config` and `hf_galore.integrations`. All other keys are TRL's and transformers'.
+`parser.py` parses, and `bounds.py` has the ranges of numbers; `checks.py` has what is checked before all is loaded;
+`training.py` runs a recipe; `planning.py` plans one.
 """
 
 from __future__ import annotations

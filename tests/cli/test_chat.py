@@ -7,7 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-import pexpect  # type: ignore[import-untyped]  # ipykernel brings it
+import pexpect
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
