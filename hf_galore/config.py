@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from .synonyms import GALORE, synonym
 
@@ -36,11 +36,19 @@ class _Option:
     parse: Callable[[str], Any]
     is_valid: Callable[[Any], bool]
     allowed: str
+    """In an error: "has to be ..."."""
+    values: tuple[str, ...]
+    """In a table: each of them as it is written, or one that describes them all."""
 
 
 def _positive_int() -> _Option:
     # bool is an int in Python; `rank=True` is a mistake, not rank 1.
-    return _Option(int, lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1, "an integer of at least 1")
+    return _Option(
+        int,
+        lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1,
+        "an integer of at least 1",
+        ("integer ≥ 1",),
+    )
 
 
 def _positive_float() -> _Option:
@@ -48,12 +56,13 @@ def _positive_float() -> _Option:
         float,
         lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v <= sys.float_info.max,
         "a finite number above 0",
+        ("number > 0",),
     )
 
 
 def _one_of(values: tuple[Any, ...]) -> _Option:
-    kind = type(values[0])
-    return _Option(kind, lambda v: type(v) is kind and v in values, "one of " + ", ".join(map(str, values)))
+    kind, written = type(values[0]), tuple(map(str, values))
+    return _Option(kind, lambda v: type(v) is kind and v in values, "one of " + ", ".join(written), written)
 
 
 def _parse_bool(text: str) -> bool:
@@ -62,7 +71,7 @@ def _parse_bool(text: str) -> bool:
 
 
 def _bool() -> _Option:
-    return _Option(_parse_bool, lambda v: isinstance(v, bool), "true or false")
+    return _Option(_parse_bool, lambda v: isinstance(v, bool), "true or false", ("true", "false"))
 
 
 def _or_none(option: _Option) -> _Option:
@@ -96,6 +105,53 @@ GROUP_OPTIONS: tuple[str, ...] = tuple(_GROUP_OPTIONS)
 """The options that a parameter group may set."""
 OPTIONS: tuple[str, ...] = tuple(_OPTIONS)
 """All of GaLore's arguments."""
+
+_MEANINGS = {
+    "rank": "columns of a basis",
+    "update_proj_gap": "steps from one refresh to the next",
+    "scale": "multiplies the projected update",
+    "proj_type": "the side",
+    "refresh": "how a basis is computed",
+    "stagger": "refreshes spread over the gap",
+    "lazy_refresh": "longer gaps for stable subspaces",
+    "moments": "what a refresh does to them",
+    "proj_bits": "of an element of a basis",
+    "gradient_bits": "of low-rank gradients that are held",
+    "rule": "the rule, if not optim's",
+    "stochastic_rounding": "of bfloat16 weights",
+    "projected_backward": "no full gradient; on if layerwise",
+    "embedding_bits": "of moments of embeddings, in 8-bit optimizers",
+}
+_DEFAULTS_ELSEWHERE = {"rule": "as optim says", "projected_backward": "layerwise: true, else false"}
+
+
+class Key(NamedTuple):
+    """A key of `optim_args`, in words: what a screen of help and a table of the documentation show."""
+
+    name: str
+    values: tuple[str, ...]
+    """Each of them as it is written, or one that describes them all: `integer ≥ 1`."""
+    default: str
+    """As it is written; where something else decides, what that is."""
+    meaning: str
+    """In at most 45 characters, for a screen."""
+
+    @property
+    def is_set(self) -> bool:
+        """Whether the default is a value, rather than what something else decides."""
+        return self.name not in _DEFAULTS_ELSEWHERE
+
+
+def keys() -> tuple[Key, ...]:
+    """All keys of `optim_args`, in words."""
+    written = {key: _written(value) for key, value in dataclasses.asdict(GaLoreConfig()).items()}
+    defaults = {**written, **_DEFAULTS_ELSEWHERE}
+    return tuple(Key(name, option.values, defaults[name], _MEANINGS[name]) for name, option in _OPTIONS.items())
+
+
+def _written(value: Any) -> str:
+    """A value as `optim_args` has it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def nearest(name: str, known: list[str]) -> str:
@@ -234,7 +290,7 @@ class GaLoreConfig:
         """The string that `from_optim_args` reads this from; what has its default is left out."""
         default = type(self)()
         values = {key: value for key, value in dataclasses.asdict(self).items() if value != getattr(default, key)}
-        return ", ".join(f"{key}={str(v).lower() if isinstance(v, bool) else v}" for key, v in values.items())
+        return ", ".join(f"{key}={_written(value)}" for key, value in values.items())
 
     @classmethod
     def from_group(cls, group: Mapping[str, Any]) -> GaLoreConfig | None:

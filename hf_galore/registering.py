@@ -18,12 +18,14 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import FrameType
 
-# What `__name__` is in the functions of the import system.
+# What `__name__` is in the functions of the import system, with those that `python -m package.module` goes through.
 _IMPORT_SYSTEM = (
     "importlib._bootstrap",
     "importlib._bootstrap_external",
     "_frozen_importlib",
     "_frozen_importlib_external",
+    "importlib.util",
+    "runpy",
 )
 
 
@@ -85,14 +87,15 @@ def _is_for_submodule(frame: FrameType | None, package: str) -> bool:
     """Whether a package is being imported as the parent of one of its submodules.
 
     The functions of the import system have what they import in a variable `name`, or `from_name` for what comes after
-    `from ... import`: first the package, and above it, where there is one, the submodule that it is imported for.
+    `from ... import`, and runpy's in `mod_name`: first the package, and above it, where there is one, the submodule
+    that it is imported for.
 
     Args:
         frame: the innermost of those functions' frames.
         package: its name.
     """
     while frame is not None and frame.f_globals.get("__name__") in _IMPORT_SYSTEM:
-        found = (str(frame.f_locals.get(key, "")) for key in ("name", "from_name"))
+        found = (str(frame.f_locals.get(key, "")) for key in ("name", "from_name", "mod_name"))
         if any(name.startswith(f"{package}.") for name in found):
             return True
         frame = frame.f_back

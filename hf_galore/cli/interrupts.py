@@ -1,15 +1,31 @@
-"""How a person stops a command: Ctrl-C becomes one line that says how to go on."""
+"""How a command is stopped, by Ctrl-C or SIGTERM, which Slurm and spot machines send: one line says how to go on."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import TYPE_CHECKING
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+from ..errors import Interrupted
+
+if TYPE_CHECKING:  # which brings torch
+    from ..recipes.stopping import StopAfterStep
+
+INTERRUPTED = 128 + signal.SIGINT
+"""The exit status of what Ctrl-C has ended, as shells have it."""
 
 
-class Stopped(Exception):  # noqa: N818 - not an error: somebody pressed Ctrl-C
-    """The person stopped the command; the message says how to go on."""
+class Stopped(Exception):  # noqa: N818 - not an error: somebody wanted it
+    """The command was stopped; the message says how to go on, and `status` is the exit status."""
+
+    def __init__(self, message: str, status: int = INTERRUPTED) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 @contextlib.contextmanager
@@ -17,5 +33,60 @@ def stoppable(message: Callable[[], str]) -> Iterator[None]:
     """Turn Ctrl-C into `Stopped`, with the message that the function returns then."""
     try:
         yield
-    except KeyboardInterrupt:
-        raise Stopped(message()) from None
+    except KeyboardInterrupt as interrupt:
+        number = interrupt.number if isinstance(interrupt, Interrupted) else signal.SIGINT
+        raise Stopped(message(), 128 + number) from None
+
+
+@contextlib.contextmanager
+def finishing_the_step(callback: StopAfterStep, prog: str, message: Callable[[], str]) -> Iterator[None]:
+    """Let a training finish its step, and write a checkpoint, where Ctrl-C or SIGTERM asks it to stop.
+
+    Before a training begins and after it has ended, and where the same is asked again, all stops at once.
+
+    Args:
+        callback: the one that the Trainer has.
+        prog: the command, to say what happens.
+        message: says how to go on, when all has stopped.
+
+    Raises:
+        Stopped: it was stopped.
+    """
+    asked = set[int]()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        # The same: a terminal and a program that watches may each send one of their own.
+        again = number in asked
+        asked.add(number)
+        if again or not callback.waits:
+            callback.waits = False
+            raise Interrupted(number)
+        if len(asked) == 1:
+            callback.ask(number)
+            _say(f"\n{prog}: stopping after this step, with a checkpoint. Ctrl-C once more stops at once.\n")
+
+    with stoppable(message), handled(handle):
+        yield
+
+
+@contextlib.contextmanager
+def handled(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Call a function for Ctrl-C and SIGTERM, but for what the process was started to ignore, as `nohup` does."""
+    if threading.current_thread() is not threading.main_thread():  # no other thread may
+        yield
+        return
+    numbers = [
+        number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) not in (signal.SIG_IGN, None)
+    ]
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _say(text: str) -> None:
+    """Write to stderr within a signal's handler, where its stream may be in use."""
+    with contextlib.suppress(OSError):
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import logging
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -14,34 +13,38 @@ from ..errors import UserError
 from ..expandable_segments import use_expandable_segments
 from ..extras import MissingExtraError, require
 from ..version import __version__
+from . import help as command_help
+from .first_seconds import leaving_at_once
+from .help_screens import SCREENS
 from .interrupts import INTERRUPTED, Stopped
+from .noise import quieten
 
 # Each is a module of this package with `run(arguments) -> exit status`; imported only when it is asked for.
 COMMANDS = {
-    "quickstart": "train a small chat model on this machine, without downloads, and talk to it",
-    "sft": "fine-tune a model as a recipe says: what `trl sft` reads, with a galore_* optim",
-    "pretrain": "train a language model from scratch, on a dataset or any folder of text",
-    "glue": "fine-tune a classifier on tasks of GLUE or on texts of your own, and score it",
-    "compare": "put runs side by side: tables, pictures, a page; or run a recipe with several values first",
-    "plan": "find out whether a recipe fits a card, without a GPU, weights or data",
-    "bench": "measure what this machine's card makes of a recipe, beside other optimizers",
+    "quickstart": "train a small chat model here, without downloads, and talk to it",
+    "sft": "fine-tune a model as a recipe says",
+    "dpo": "teach a model which of two answers is preferred",
+    "pretrain": "train a language model from scratch, on any text",
+    "glue": "fine-tune a classifier, on GLUE or your own texts, and score it",
+    "recipes": "list the recipes that come with hf_galore, show one, or copy it",
+    "plan": "find out whether a recipe fits a card, without a GPU or weights",
+    "compare": "put runs side by side, or run a recipe with several values first",
+    "chat": "talk to the model that a run has saved",
+    "bench": "measure what this machine's card makes of a recipe",
+    "doctor": "look for what would stop a training here, and say what mends it",
+    "completion": "print what makes bash, zsh or fish complete commands",
 }
 
-# What has to be installed for them.
+# What has to be installed for them, besides what is always; nothing where it is empty.
 EXTRAS = {command: command if command in ("glue", "quickstart") else "cli" for command in COMMANDS}
+EXTRAS |= dict.fromkeys(("recipes", "doctor"), "")
 
-# What they start or do makes no use of a card.
-WITHOUT_CARD = ("plan",)
+# What they start or do makes no use of a card. (The doctor says itself what commands would have of its allocator.)
+WITHOUT_CARD = ("plan", "recipes", "doctor", "completion")
 
 USER_ERROR = 2
 
-# On processors with AVX512-BF16 bitsandbytes warns, whenever it is imported, that it has no CPU kernel for matrices in
-# 4 bits. Nothing here multiplies such.
-_BESIDE_THE_POINT = "Failed to load CPU gemm_4bit_forward"
-
-
-def _to_the_point(record: logging.LogRecord) -> bool:
-    return not str(record.msg).startswith(_BESIDE_THE_POINT)
+NOTHING_BEGUN = "interrupted before training began; run the same command again."
 
 
 class _Parser(argparse.ArgumentParser):
@@ -55,7 +58,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="hf-galore",
         description="Train all weights of a large model on one graphics card, with GaLore.",
         usage="%(prog)s COMMAND [--key value ...]",
-        epilog="commands:\n" + "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()),
+        epilog="commands:\n"
+        + "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
+        + "\n\nhf-galore COMMAND --help has its options.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
@@ -69,6 +74,25 @@ def _check_command(name: str) -> None:
         raise UserError(f"there is no command {name!r}, only {', '.join(COMMANDS)}.{nearest(name, list(COMMANDS))}")
 
 
+def _show_help(command: str, arguments: list[str]) -> list[str]:
+    """Show the help that the arguments of a command ask for.
+
+    Returns:
+        What the command is to be run with, where it is not that: for every option, `--help` alone.
+
+    Raises:
+        UserError: help is asked for with an option that there is not.
+        SystemExit: it has been shown.
+    """
+    topic = command_help.topic_of(arguments) if command in SCREENS else None
+    if topic is None:
+        return arguments
+    if topic == command_help.ALL:
+        return ["--help"]
+    print(command_help.explanation(command, topic) if topic else command_help.first_screen(command))
+    raise SystemExit(0)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `hf-galore` and return its exit status.
 
@@ -76,30 +100,40 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the command's name; those of the process where `None`.
 
     Returns:
-        0, 1 for a plan that does not fit, 2 for something wrong in what was given, 130 for Ctrl-C. Anything else that
-        goes wrong is a bug and keeps its traceback.
+        0, 1 for a plan that does not fit, 2 for something wrong in what was given, 130 for Ctrl-C, 143 for SIGTERM.
+        Anything else that goes wrong is a bug and keeps its traceback.
+
+    Raises:
+        SystemExit: help or the version has been shown.
     """
     prog = "hf-galore"
-    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_to_the_point)
+    quieten()
+    given = sys.argv[1:] if argv is None else list(argv)
+    if not given:
+        _parser().print_help(sys.stderr)
+        return USER_ERROR
     try:
-        chosen = _parser().parse_args(argv)
+        chosen = _parser().parse_args(given)
         _check_command(chosen.command)
         prog = f"hf-galore {chosen.command}"
-        require(EXTRAS[chosen.command], "The command")
-        if chosen.command not in WITHOUT_CARD:
-            advice = use_expandable_segments()  # before anything starts CUDA; a sweep's processes inherit it
-            if advice is not None:
-                print(f"{prog}: {advice}", file=sys.stderr)
-        command = importlib.import_module(f"{__package__}.{chosen.command}")
-        status: int = command.run(chosen.arguments)
+        arguments = _show_help(chosen.command, chosen.arguments)
+        with leaving_at_once(f"{prog}: {NOTHING_BEGUN}"):
+            if EXTRAS[chosen.command]:
+                require(EXTRAS[chosen.command], "The command")
+            if chosen.command not in WITHOUT_CARD:
+                advice = use_expandable_segments()  # before anything starts CUDA; a sweep's processes inherit it
+                if advice is not None:
+                    print(f"{prog}: {advice}", file=sys.stderr)
+            command = importlib.import_module(f"{__package__}.{chosen.command}")
+        status: int = command.run(arguments)
     except (UserError, MissingExtraError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return USER_ERROR
     except Stopped as stopped:
         print(f"\n{prog}: {stopped}", file=sys.stderr)
-        return INTERRUPTED
+        return stopped.status
     except KeyboardInterrupt:  # before there was anything to resume
-        print(f"\n{prog}: interrupted before training began; run the same command again.", file=sys.stderr)
+        print(f"\n{prog}: {NOTHING_BEGUN}", file=sys.stderr)
         return INTERRUPTED
     return status
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -12,18 +14,9 @@ import datasets
 import torch
 import transformers
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    ProgressCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTTrainer
 
 from ..errors import UserError
@@ -34,12 +27,13 @@ from ..recipes.config_file import key_of, keys_given
 from ..recipes.embedded_model import conversations, embedded, is_asked_in, split
 from ..recipes.folders import recipes_folder
 from ..recipes.kinds import QUICKSTART
-from ..recipes.output_folder import OutputArguments
 from ..recipes.run_record import optimizer_bytes
 from ..recipes.sft import RecordedSFTTrainer
-from ..recipes.training import run_recorded
-from .interrupts import stoppable
-from .training_command import how_to_go_on
+from ..recipes.stopping import StopAfterStep
+from ..recipes.training import run_recorded, with_callbacks
+from .interrupts import finishing_the_step
+from .progress import ProgressLine
+from .training_command import dry_run, how_to_go_on
 
 PROG = "hf-galore quickstart"
 ABOUT = """Train a small chat model on this machine, without downloads, and talk to it. It does what
@@ -65,17 +59,22 @@ def run(arguments: Sequence[str]) -> int:
 
     Raises:
         UserError: something that was given is wrong.
-        Stopped: Ctrl-C.
+        Stopped: Ctrl-C or SIGTERM.
     """
     for item in arguments:
         if item.startswith("--") and key_of(item) in _OWN:
             raise UserError(f"{item} is not for the quickstart, which makes its own. For yours: hf-galore sft --help.")
     console = Console()
     # Parsed without model and data first: a mistake, or --help, is found before anything is made.
-    output_dir = sft.parse(["--config", str(_recipe()), *arguments], PROG, ABOUT).training.output_dir
+    given = sft.parse(["--config", str(_recipe()), *arguments], PROG, ABOUT)
+    if given.output.dry_run:
+        return dry_run(PROG, _parsed(arguments))
+    output_dir = given.training.output_dir
     since = None if "resume_from_checkpoint" in keys_given(arguments) else time.time()
-    with stoppable(lambda: _how_to_go_on(arguments, output_dir, since)):
-        trainer = _train(arguments, console)
+    stop = StopAfterStep()
+    stopping = finishing_the_step(stop, PROG, lambda: _how_to_go_on(arguments, output_dir, since))
+    with stopping, contextlib.closing(ProgressLine(console=console)) as line:
+        trainer = _train(arguments, [line, stop])
     answers = ask(Path(trainer.args.output_dir), trainer.args.device)
     train, _ = split(conversations())
     console.print(
@@ -96,23 +95,27 @@ def _how_to_go_on(arguments: Sequence[str], output_dir: str, since: float | None
     return how_to_go_on(PROG, arguments, output_dir, since=since)
 
 
-def _train(arguments: Sequence[str], console: Console) -> SFTTrainer:
+def _train(arguments: Sequence[str], callbacks: Sequence[TrainerCallback]) -> SFTTrainer:
     _hide_progress_of_libraries()
     _limit_threads()
-    made = embedded()
-    own = ["--model_name_or_path", str(made.model), "--dataset_name", str(made.data)]
-    parsed = sft.parse(["--config", str(_recipe()), *own, *arguments], PROG, ABOUT)
-    if not {"output_dir", "resume_from_checkpoint"} & keys_given(arguments):
-        parsed = parsed._replace(output=OutputArguments(overwrite_output_dir=True))  # an earlier quickstart's folder
+    parsed = _parsed(arguments)
 
-    def make() -> RecordedSFTTrainer:
-        trainer = sft.make_trainer(parsed)
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(LossBar(console))
-        return trainer
+    def make(checked: Any) -> RecordedSFTTrainer:
+        return with_callbacks(parsed.make_trainer(checked), callbacks)
 
     own_name = "the quickstart's"
     return run_recorded(parsed, make, command=PROG, model=own_name, data=own_name, dataset_name=None)
+
+
+def _parsed(arguments: Sequence[str]) -> sft.Arguments:
+    """The recipe with the model and the data that are made for it."""
+    made = embedded()
+    own = ["--model_name_or_path", str(made.model), "--dataset_name", str(made.data)]
+    parsed = sft.parse(["--config", str(_recipe()), *own, *arguments], PROG, ABOUT)
+    if {"output_dir", "resume_from_checkpoint"} & keys_given(arguments):
+        return parsed
+    # Over an earlier quickstart's folder.
+    return dataclasses.replace(parsed, output=dataclasses.replace(parsed.output, overwrite_output_dir=True))
 
 
 def _hide_progress_of_libraries() -> None:
@@ -129,59 +132,6 @@ def _limit_threads() -> None:
     """
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
-
-
-class LossBar(TrainerCallback):
-    """One progress bar with the latest losses; on something that is no terminal, one line for each evaluation."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("loss {task.fields[loss]}  held-out {task.fields[held_out]}"),
-            console=console,
-        )
-        self._task: TaskID | None = None
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._task = self._bar.add_task("training", total=state.max_steps, loss="-", held_out="-")
-        if self._console.is_terminal:
-            self._bar.start()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._task is not None:
-            self._bar.update(self._task, completed=state.global_step)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        logs = logs or {}
-        if self._task is None:
-            return
-        if "loss" in logs:
-            self._bar.update(self._task, loss=f"{float(logs['loss']):.2f}")
-        if "eval_loss" in logs:
-            self._bar.update(self._task, held_out=f"{float(logs['eval_loss']):.2f}")
-        if "eval_loss" in logs and not self._console.is_terminal:
-            fields = self._bar.tasks[self._task].fields
-            self._console.print(
-                f"step {state.global_step}/{state.max_steps}: loss {fields['loss']}, held-out {fields['held_out']}"
-            )
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._bar.stop()
 
 
 # ---- what came of it

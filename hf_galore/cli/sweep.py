@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from types import FrameType
 
 from ..compare.sweep import SETTINGS_FILE, Sweep, Trial, options_to_go_on
+from ..errors import Interrupted
 from ..recipes.errors import remove_empty
 from ..recipes.output_folder import check_unused
 from ..recipes.whole_files import write_whole
 from ..recipes.writable import unwritable_folder
-from .interrupts import INTERRUPTED, Stopped
+from .interrupts import Stopped, handled
 from .training_command import to_go_on
 
-_PATIENCE = 20  # seconds that a run has to stop by itself after Ctrl-C, which a terminal sends to it too
+_PATIENCE = 10  # seconds that a run has that is told to stop at once
+_STOPPED = tuple(128 + number for number in (signal.SIGINT, signal.SIGTERM))
 
 
 def run_sweep(sweep: Sweep, prog: str, arguments: Sequence[str], *, to_stderr: bool = False) -> int:
@@ -33,7 +38,7 @@ def run_sweep(sweep: Sweep, prog: str, arguments: Sequence[str], *, to_stderr: b
         0, or the exit status of the run that failed, after which no other is begun.
 
     Raises:
-        Stopped: Ctrl-C.
+        Stopped: Ctrl-C or SIGTERM.
         UserError: a folder holds a run, and the sweep neither goes on with it nor overwrites it.
     """
     stream = sys.stderr if to_stderr else sys.stdout
@@ -50,8 +55,8 @@ def run_sweep(sweep: Sweep, prog: str, arguments: Sequence[str], *, to_stderr: b
         command = [*trial.command, *options]
         print(f"{progress}: hf-galore {shlex.join(command)}", file=stream, flush=True)
         status = _run(trial, command, to_stderr)
-        if status == INTERRUPTED:
-            raise Stopped(f"interrupted in {trial.name}; go on with: {prog} {again}")
+        if status in _STOPPED:
+            raise Stopped(f"interrupted in {trial.name}; go on with: {prog} {again}", status)
         if status:
             print(
                 f"{prog}: {trial.name} failed with exit status {status}, and the sweep stops: hf-galore "
@@ -79,17 +84,30 @@ def _run(trial: Trial, command: Sequence[str], to_stderr: bool) -> int:
 
 
 def _wait(command: Sequence[str], to_stderr: bool) -> int:
-    process = subprocess.Popen(command, stdout=2 if to_stderr else None)
-    try:
-        status = process.wait()
-    except KeyboardInterrupt:
-        # It saves nothing now, but a checkpoint that it is writing is not to be cut off.
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(number)
+
+    with handled(interrupt):
+        process = subprocess.Popen(command, stdout=2 if to_stderr else None)
         try:
-            process.wait(_PATIENCE)
-        except subprocess.TimeoutExpired:  # it was sent to this process alone
-            process.send_signal(signal.SIGINT)
-            process.wait()
-        finally:
-            process.kill()  # Ctrl-C once more; or else it has ended
-        return INTERRUPTED
+            status = process.wait()
+        except Interrupted as interrupted:
+            _stop(process)
+            return 128 + interrupted.number
     return 128 - status if status < 0 else status
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Wait until a run has finished its step and written a checkpoint; what comes meanwhile stops it at once."""
+    try:
+        # A terminal has sent Ctrl-C to it too, others to this process alone. This is another signal: it does not count
+        # as Ctrl-C once more. (On Windows it would end the run at once, and there Ctrl-C reaches both.)
+        if os.name != "nt":
+            process.terminate()
+        process.wait()
+    except Interrupted:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_PATIENCE)
+    finally:
+        process.kill()  # or else it has ended
+        process.wait()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Iterable
 from typing import Any, get_args, get_type_hints
 
@@ -19,12 +20,14 @@ OLD_NAMES = {
 class ListParser(TrlParser):
     """`TrlParser` with `--key a b`, `--key '["a", "b"]'` and `--key a` where a dataclass allows a string or a list.
 
-    Reads options from no file beside the program, and takes `--resume_from_checkpoint` without a value.
+    `--key a,b` and `--key [a,b]` are the list too, where those are plain names. Reads options from no file beside the
+    program, and takes `--resume_from_checkpoint` without a value.
 
     Attributes:
         hints: the types of all fields of the dataclasses, by name.
         renamed: older names that this transformers has, by the newer ones.
         actions: what `argparse` does with an argument, by the name of its field.
+        lists: the arguments that may be one string or a list of them.
     """
 
     def __init__(self, dataclass_types: Iterable[type], **kwargs: Any) -> None:
@@ -32,6 +35,7 @@ class ListParser(TrlParser):
         self.hints: dict[str, Any] = {}
         self.renamed: dict[str, str] = {}
         self.actions: dict[str, argparse.Action] = {}
+        self.lists: set[str] = set()
         for dataclass_type in dataclass_types:
             self.hints.update(get_type_hints(dataclass_type))
         twice = [old for old, new in OLD_NAMES.items() if {old, new} <= set(self.hints)]
@@ -45,6 +49,7 @@ class ListParser(TrlParser):
         name = flags[0].lstrip("-")
         if {str, list[str]} <= set(get_args(self.hints.get(name))):
             kwargs.update(nargs="+", action=_OneOrMany)  # TRL's takes one string
+            self.lists.add(name)
         elif name == "resume_from_checkpoint":
             kwargs.update(nargs="?", const="true")
         new = OLD_NAMES.get(name)
@@ -96,7 +101,10 @@ def _is_nested(value: Any) -> bool:
 
 
 class _OneOrMany(argparse.Action):
-    """`--key a b`, `--key '["a", "b"]'` and `--key a`: the first two are lists, the last is the string."""
+    """`--key a b`, `--key '["a", "b"]'` and `--key a`: the first two are lists, the last is the string.
+
+    And what is meant by no regular expression: `--key a,b`, and `--key [a, b]` as a shell hands it on.
+    """
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, flag: str | None = None
@@ -104,14 +112,28 @@ class _OneOrMany(argparse.Action):
         setattr(namespace, self.dest, self._decoded(values))
 
     def _decoded(self, values: list[str]) -> str | list[str]:
-        if len(values) > 1:
-            return values
-        if not values[0].lstrip().startswith("["):
-            return values[0]
+        text = " ".join(values)
+        if text.lstrip().startswith("["):
+            found = self._bracketed(text)
+            if found is not None:
+                return found
+        names = text.replace(",", " ").split()
+        if len(names) > 1 and all(map(_PLAIN_NAME.fullmatch, names)):
+            return names
+        return values if len(values) > 1 else values[0]
+
+    def _bracketed(self, text: str) -> list[str] | None:
+        """The list in brackets, with its items in quotes or without; `None` for a regular expression that begins so."""
         try:
-            decoded = json.loads(values[0])
+            decoded = json.loads(text)
         except json.JSONDecodeError:
-            return values[0]  # a regular expression may begin so
+            items = [item.strip().strip("'\"") for item in text.strip()[1:-1].split(",")]
+            whole = text.rstrip().endswith("]") and len(items) > 1 and all(map(_PLAIN_NAME.fullmatch, items))
+            return items if whole else None
         if not all(isinstance(value, str) for value in decoded):
-            raise argparse.ArgumentError(self, f"{values[0]} is not a list of strings")
+            raise argparse.ArgumentError(self, f"{text} is not a list of strings")
         return list(decoded)
+
+
+# Names of modules, and parts of them, which a comma cannot be in.
+_PLAIN_NAME = re.compile(r"[\w.-]+")

@@ -7,10 +7,13 @@ type hints of the dataclasses.
 
 from __future__ import annotations
 
+import itertools
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+import torch
 from transformers import TrainingArguments
 
 from ..config import OPTIONS
@@ -18,7 +21,8 @@ from ..errors import UserError
 from ..integrations.trainer import KINDS, optim_name
 from ..integrations.trl_parser import OLD_NAMES, ListParser
 from ..synonyms import hint
-from .config_file import keys_given, read, shortened, take_config
+from .bounds import check_bounds
+from .config_file import key_of, keys_given, read, shortened, take_config
 from .folders import find_recipe
 from .kinds import MARKS
 from .value_types import problem_with
@@ -38,7 +42,7 @@ def parse_into(dataclass_types: Sequence[type], arguments: Sequence[str], prog: 
         SystemExit: `--help` was among them and has been shown.
     """
     name, rest = take_config(arguments)
-    parser = _RecipeParser(
+    parser = RecipeParser(
         dataclass_types,
         prog=prog,
         usage=f"{prog} --config FILE [--key value ...]",
@@ -53,16 +57,35 @@ def parse_into(dataclass_types: Sequence[type], arguments: Sequence[str], prog: 
         _check_values(path, config, parser)
     given = keys_given(rest)
     _check_renamed({*config, *given})
+    _check_lists(rest, parser)
     spoken, unknown = parser.parse_known_args(rest)
     if unknown:
-        raise UserError(_explain_unknown(unknown[0], parser))
+        raise UserError(_explain_unknown(unknown[0], rest, parser))
+    over = {key: getattr(spoken, parser.renamed.get(key, key)) for key in given}
+    check_bounds({**config, **over})
     try:
         parsed = parser.parse_args_and_config([*(["--config", str(path)] if path else []), *rest])
     except (ValueError, TypeError, ImportError) as error:  # the dataclasses check values of their own
-        raise UserError(str(error)) from error
+        raise UserError(_without_bf16(error) or str(error)) from error
     _drop_other_optims(parsed, config, given)
-    over = {key: getattr(spoken, parser.renamed.get(key, key)) for key in given}
     return Parsed(list(parsed), path, {**config, **over})
+
+
+def _without_bf16(error: Exception) -> str | None:
+    """What to do where bf16 is asked for and transformers finds no card that has it; `None` for another error."""
+    if "support bf16" not in str(error):
+        return None
+    otherwise = "or give --use_cpu, or bf16: false"
+    if torch.version.cuda is None and torch.version.hip is None:
+        return (
+            f"bf16 needs a card, and torch {torch.__version__} is a build for CPUs, which sees none. Install the build "
+            f"for yours (https://pytorch.org/get-started/locally), {otherwise}."
+        )
+    if not torch.cuda.is_available():
+        return (
+            f"bf16 needs a card, and torch sees none: nvidia-smi says whether the driver does. Mend that, {otherwise}."
+        )
+    return f"bf16: {torch.cuda.get_device_name()} has no arithmetic in bfloat16. Set bf16: false, and dtype: float32."
 
 
 def _drop_other_optims(parsed: Iterable[Any], config: dict[str, Any], given: set[str]) -> None:
@@ -86,7 +109,7 @@ class Parsed(NamedTuple):
     """What was said, by the file and over it by the command line, and not what is the default."""
 
 
-class _RecipeParser(ListParser):
+class RecipeParser(ListParser):
     """TRL's parser, which takes lists too, with errors of ours."""
 
     def error(self, message: str) -> NoReturn:
@@ -102,11 +125,44 @@ class _RecipeParser(ListParser):
         return None if choices is None else [str(choice) for choice in choices]
 
 
-def _explain_unknown(item: str, parser: _RecipeParser) -> str:
+def _explain_unknown(item: str, arguments: Sequence[str], parser: RecipeParser) -> str:
     if not item.startswith("-"):
-        return f"{item!r} belongs to no --key. Options are given as --key value."
+        advice = _advice_on_stray(item, arguments, parser) or "Options are given as --key value."
+        return f"{item!r} belongs to no --key. {advice}"
     flag = item.partition("=")[0]
     return f"there is no option {flag}.{hint(flag, parser.known_keys(), OPTIONS)}"
+
+
+def _advice_on_stray(item: str, arguments: Sequence[str], parser: RecipeParser) -> str | None:
+    """The words to type in place of those that ended in a word that no option takes."""
+    stray = arguments.index(item)
+    start = max((index for index in range(stray) if arguments[index].startswith("--")), default=None)
+    if start is None:
+        return None
+    flag, _, value = arguments[start].partition("=")
+    values = [*([value] if value else []), *_values_after(arguments, start)]
+    if key_of(flag) in parser.lists:
+        return f"Several values stand apart: {flag} {shlex.join(values)}"
+    if key_of(flag) == "optim_args":
+        text = ", ".join(value.strip(",") for value in values if value.strip(","))
+        return f"They are one value, in quotes: {flag} '{text}'"
+    return None
+
+
+def _values_after(arguments: Sequence[str], start: int) -> list[str]:
+    return list(itertools.takewhile(lambda item: not item.startswith("--"), arguments[start + 1 :]))
+
+
+def _check_lists(arguments: Sequence[str], parser: RecipeParser) -> None:
+    """Raise an error where a list is given an item at a time: argparse keeps the last of them."""
+    for key in parser.lists:
+        places = [index for index, item in enumerate(arguments) if item.startswith("--") and key_of(item) == key]
+        if len(places) > 1:
+            values = []
+            for place in places:
+                value = arguments[place].partition("=")[2]
+                values += [*([value] if value else []), *_values_after(arguments, place)]
+            raise UserError(f"--{key} is given twice. All its values come after one: --{key} {shlex.join(values)}")
 
 
 def _check_renamed(given: set[str]) -> None:
@@ -116,7 +172,7 @@ def _check_renamed(given: set[str]) -> None:
             raise UserError(f"{old} and {new} are both given, which are one option. Use {new} only.")
 
 
-def _check_values(path: Path, config: dict[str, Any], parser: _RecipeParser) -> None:
+def _check_values(path: Path, config: dict[str, Any], parser: RecipeParser) -> None:
     known = parser.known_keys()
     for key, value in config.items():
         if key == "env":  # environment variables, which TRL's parser sets

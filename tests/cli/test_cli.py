@@ -109,7 +109,7 @@ def test_a_finished_runs_folder_is_no_checkpoint(tmp_path: Path, capsys: pytest.
 def test_the_command_to_go_on_with_asks_to_resume_once(
     resumed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(*args: Any) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> None:
         write_checkpoint(tmp_path / "out" / "checkpoint-4")
         raise KeyboardInterrupt
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +239,7 @@ def test_a_sweep_goes_on_where_it_was(
     assert second.folders == ["rank-16", "rank-32"]
     assert [option(command, "resume_from_checkpoint") for command in second.commands] == ["true", "false"]
     page = Page((tmp_path / "out" / "comparison" / "index.html").read_text(encoding="utf-8"))
-    assert page.tables[0][0] == ["run", "rank=4", "rank=8", "rank=16", "rank=32"]
+    assert [row[0] for row in page.tables[0]] == ["run", "rank=4", "rank=8", "rank=16", "rank=32"]
     # Without the option nothing is, unless what is there is to be removed.
     third = trained(monkeypatch)
     assert main(arguments) == 2
@@ -291,41 +293,62 @@ def test_ctrl_c_says_how_to_go_on(
 
 
 TOLD = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
+told = []
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: told.append(signal.Signals(number).name))
 print("begun", flush=True)
-try:
-    Path(sys.argv[1]).touch()
-    time.sleep(60)
-except KeyboardInterrupt:
-    Path(sys.argv[1]).write_text("stopped in order")
-    sys.exit(130)
+Path(sys.argv[1]).touch()
+while not told:
+    time.sleep(0.01)
+time.sleep(float(sys.argv[2]))
+Path(sys.argv[1]).write_text(" ".join(told))
+sys.exit(143)
 """
 
 
-def test_ctrl_c_reaches_the_run_and_waits_for_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sweep, "_PATIENCE", 0.1)
+@contextlib.contextmanager
+def sent_once_begun(begun: Path, numbers: Sequence[int], pause: float = 0) -> Iterator[None]:
+    """Send signals to this process, the first when a file is there."""
     # What is started in the background by a shell ignores SIGINT, and so would the process that is waited for.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    begun = tmp_path / "begun"
 
-    def interrupt() -> None:
+    def send() -> None:
         while not begun.exists():
-            pass
-        os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+        for number in numbers:
+            os.kill(os.getpid(), number)
+            time.sleep(pause)
 
-    thread = threading.Thread(target=interrupt)
+    thread = threading.Thread(target=send)
     thread.start()
     try:
-        assert sweep._wait([sys.executable, "-c", TOLD, str(begun)], to_stderr=True) == 130
+        yield
     finally:
+        thread.join()
         signal.signal(signal.SIGINT, before)
-    thread.join()
-    assert begun.read_text() == "stopped in order"
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_what_stops_a_sweep_reaches_the_run_and_waits_for_it(
+    number: int, status: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Sent to the sweep alone, as `kill` does: the run would train on, or be cut off in its checkpoint."""
+    begun = tmp_path / "begun"
+    with sent_once_begun(begun, [number]):
+        assert sweep._wait([sys.executable, "-c", TOLD, str(begun), "0.3"], to_stderr=True) == status
+    assert begun.read_text() == "SIGTERM"  # once: a second Ctrl-C would have stopped it at once
     shown = capfd.readouterr()
     assert (shown.out, shown.err) == ("", "begun\n")
+
+
+def test_a_sweep_that_is_stopped_twice_waits_no_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "_PATIENCE", 0.1)
+    begun = tmp_path / "begun"
+    with sent_once_begun(begun, [signal.SIGINT, signal.SIGINT], pause=1):
+        assert sweep._wait([sys.executable, "-c", TOLD, str(begun), "60"], to_stderr=True) == 130
+    assert begun.read_text() == ""
 
 
 def test_a_run_that_a_signal_ends() -> None:

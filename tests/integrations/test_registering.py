@@ -38,6 +38,12 @@ FILES = {
     """,
     "optim.py": "",
     "plan.py": "",
+    "__main__.py": """
+        import sys
+        from package.optim import __name__
+        trainer = sys.modules.get("package.integrations.trainer")
+        print(trainer is not None and trainer.TIMES)
+    """,
     "deep/__init__.py": "from ..other.module import Y",
     "other/__init__.py": "from . import module",
     "other/module.py": "Y = 1",
@@ -169,6 +175,15 @@ def test_what_registers(case: str, python: str, folder: Path) -> None:
     code = PRELUDE + textwrap.dedent(CASES[case])
     run = subprocess.run([python, "-c", code], cwd=folder, capture_output=True, text=True, check=False, timeout=60)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("python", interpreters(), ids=lambda path: Path(path).name)
+@pytest.mark.parametrize(("module", "printed"), [("package", "False"), ("package.__main__", "False"), ("user", "1")])
+def test_what_registers_by_the_name_of_a_module(module: str, printed: str, python: str, folder: Path) -> None:
+    """`python -m hf_galore.cli.main --version` waits for no transformers; a program that imports the package does."""
+    (folder / "user.py").write_text("import package, package.integrations.trainer as t; print(t.TIMES)")
+    run = subprocess.run([python, "-m", module], cwd=folder, capture_output=True, text=True, check=True, timeout=60)
+    assert run.stdout.split() == [printed]
 
 
 def test_a_registration_that_fails_is_never_silent(folder: Path) -> None:

@@ -9,9 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from torch import nn
 
 import hf_galore
@@ -23,7 +24,7 @@ from hf_galore.recipes import sft, training
 from hf_galore.recipes.embedded_model import Embedded
 from hf_galore.recipes.run_record import RUN_FILE, RunFacts, optimizer_bytes, peak_memory_bytes
 from hf_galore.recipes.sft import RecordedSFTTrainer
-from tests.support.commands import history, options, recorded_trainer, short_run
+from tests.support.commands import history, options, recorded_trainer, said_of_mistake, short_run, weights
 from tests.support.helpers import optimizer_of
 
 ARGS = "rank=16, update_proj_gap=4, scale=1"
@@ -193,7 +194,9 @@ def test_what_is_pushed_to_the_hub_says_galore_its_arguments_and_the_plan(
 ) -> None:
     hub = Hub()
     monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
-    values = {**settings, "push_to_hub": "true", "hub_model_id": "chat", "save_strategy": "no"}
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "whoami", lambda token: {"name": "me"})
+    values = {**settings, "push_to_hub": "true", "hub_model_id": "chat", "hub_token": "hf_mine", "save_strategy": "no"}
     assert main(["sft", *options(values)]) == 0
     card = ModelCard(hub.cards[-1])
     assert {"galore", "sft"} <= set(card.data.to_dict()["tags"])  # the second is TRL's own
@@ -208,6 +211,26 @@ def test_what_is_pushed_to_the_hub_says_galore_its_arguments_and_the_plan(
     parsed = sft.parse(options({k: v for k, v in values.items() if k != "push_to_hub"}), "", "")
     planned = plan(parsed)
     assert f"a peak of {in_gib(planned.peak_bytes)} in the phase {planned.phase}" in section
+
+
+def test_a_finished_run_that_cannot_be_sent_is_not_lost(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(self: Hub, **kwargs: Any) -> Any:
+        raise ConnectionError("the network is gone.")
+
+    monkeypatch.setattr(Hub, "upload_folder", fail)
+    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "whoami", lambda token: {"name": "me"})
+    own = {"push_to_hub": "true", "hub_model_id": "chat", "hub_token": "hf_mine", "save_strategy": "no"}
+    line = said_of_mistake("sft", options({**settings, **own, "max_steps": 1}), capsys)
+    out = tmp_path / "out"
+    assert f"the model is in {out}, but could not be sent to the Hugging Face Hub: the network is gone." in line
+    assert set(weights(out)) == set(weights(Path(str(settings["model_name_or_path"]))))
+    facts = RunFacts.read(out)
+    assert facts is not None
+    assert facts.finished
 
 
 def test_a_checkpoints_card_has_the_section_once_and_another_optimizers_none(
@@ -228,5 +251,5 @@ def test_a_run_that_cannot_be_planned_is_pushed_without_a_plan(
     settings: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     given = {**settings, "push_to_hub": "true", "load_in_4bit": "true", "use_peft": "true"}
-    assert training.plan_for_card(sft.parse(options(given), "", "")) is None
+    assert training.plan_first(sft.parse(options(given), "", "")) is None
     assert "The model card will say nothing of memory: load_in_4bit" in caplog.text
