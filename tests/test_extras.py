@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -161,6 +162,12 @@ def test_the_core_trains_and_plans_and_says_which_extra_is_missing(wheel: Path, 
         (line,) = said.stderr.splitlines()
         assert line.startswith(f"hf-galore {command}: The command needs the extra {EXTRAS[command]!r} (datasets, ")
         assert line.endswith(f' are not installed): pip install "hf-galore[{EXTRAS[command]}]".')
+    listed = run(site, *COMMAND, "recipes", cwd=tmp_path)
+    assert (listed.returncode, listed.stderr) == (0, "")
+    assert "llama2_7b_oasst2.yaml" in listed.stdout
+    looked = run(site, *COMMAND, "doctor", cwd=tmp_path)
+    assert (looked.returncode, looked.stderr) == (0, "")
+    assert re.search(r"note +trl +not installed \(asked for: >=", looked.stdout)
 
 
 @pytest.mark.slow

@@ -15,8 +15,8 @@ from .findings import Finding
 _GIB = 2**30
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
-# Of the indexes of torch's builds the newest that a driver serves, by the CUDA release that nvidia-smi shows: a build
-# runs with any driver of its own major release.
+# An index of builds of torch that a driver serves, by the CUDA release that nvidia-smi shows: a build runs with any
+# driver of its own major release. Releases 2.11 to 2.13 are on both.
 _INDEXES = ((13, "cu130"), (12, "cu126"))
 _ON_INDEX = "https://download.pytorch.org/whl"
 _GET_STARTED = "https://pytorch.org/get-started/locally"

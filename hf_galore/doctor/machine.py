@@ -35,7 +35,7 @@ def system(host: str | None, card: str | None) -> Finding:
     if "microsoft" in platform.release().lower():
         text += "; WSL"
     if host is not None:
-        text = f"{host} ({card or 'no card'}); {text}"
+        text = f"{host} ({card or 'no card that torch sees'}); {text}"
     return Finding("system", "ok", text)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 import json
 import logging
+import os
 import shlex
 import subprocess
 import sys
@@ -368,6 +369,18 @@ def test_a_broken_library_is_reported_and_the_rest_too(
     found = report()
     assert [(finding.topic, finding.text) for finding in found.problems] == [("torch", said)]
     assert {"memory", "disk", "Hub"} <= {finding.topic for finding in found.findings}
+
+
+@pytest.mark.skipif(torch.version.cuda is not None or sys.platform == "win32", reason="is about torch for CPUs alone")
+def test_a_card_that_this_torch_is_not_built_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho '| Driver Version: 550.54.15   CUDA Version: 12.4     |'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    _, (found, *_) = look("Colab")
+    assert (found.topic, found.status) == ("torch's build", "problem")
+    release = torch.__version__.partition("+")[0]
+    assert str(found.command).startswith(f'pip install "torch=={release}+cu126" --index-url')
 
 
 def test_what_takes_too_long_is_reported() -> None:
