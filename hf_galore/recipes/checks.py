@@ -122,6 +122,24 @@ def say_if_widened(
     )
 
 
+def say_if_emulated(training_args: TrainingArguments, dtype: str | torch.dtype) -> None:
+    """Say that a card older than Ampere has no bfloat16: torch emulates it there, and transformers asks no further.
+
+    Args:
+        training_args: those of the run.
+        dtype: of the weights.
+    """
+    device = training_args.device
+    if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0):
+        return
+    if training_args.bf16 or dtype in ("bfloat16", torch.bfloat16):
+        logger.warning(
+            "%s has no bfloat16, which torch emulates there, slowly. It is quick in float16: --dtype float32 --bf16 "
+            "false --fp16 true, with an optim that is not layerwise; qwen3_0.6b_oasst2_t4.yaml has such settings.",
+            torch.cuda.get_device_name(device),
+        )
+
+
 def _weights_of(config: Any) -> int | None:
     """How many elements the parameters of a config's model have; `None` for a model that is not transformers' own."""
     model = model_on_meta(config)

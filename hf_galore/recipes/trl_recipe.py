@@ -12,7 +12,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, get_dataset
 
 from ..errors import UserError
 from ..integrations.devices import keep_to_one_gpu, one_device_map
-from .checks import check_arguments, check_model, check_training, say_if_widened
+from .checks import check_arguments, check_model, check_training, say_if_emulated, say_if_widened
 from .data_loading import load_named, reporting_unreadable
 from .output_folder import OutputArguments
 from .templates import load_processing_class
@@ -88,11 +88,13 @@ def check_without_data(parsed: TrlRecipe[Any]) -> Any:
     config = check_model(model, trust_remote_code=training.trust_remote_code)
     keep_to_one_gpu(training, say="device_map" not in given)
     say_if_widened(model, training, config, given=given)
+    dtype = given.get("dtype", model.dtype) or "float32"  # TRL's choice
+    say_if_emulated(training, dtype)
     check_training(
         training,
         parsed.output,
         config,
-        dtype=given.get("dtype", model.dtype) or "float32",  # TRL's choice
+        dtype=dtype,
         max_length=training.max_length,
         adapters=model.use_peft or model.load_in_4bit or model.load_in_8bit,
     )
