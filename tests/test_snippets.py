@@ -56,6 +56,7 @@ NOT_OURS = {
     "python -m venv": "Python's own",
     "pip install": "the network; its extras are looked up",
     "make ": "makes an environment; its target is looked up",
+    "python -m tests": "hours; tests/test_docs.py looks whether it exists",
     "python -m hf_galore": "tests/cli/test_run_script.py runs such lines",
     "torchrun": "tests/cli/test_run_script.py runs such a line",
     "accelerate launch": "tests/integrations/test_ddp.py starts processes",
@@ -188,7 +189,8 @@ def reached(*_: Any, **__: Any) -> NoReturn:
 
 def trains(name: str, rest: list[str], desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its recipe and its options are read; the training is not begun."""
-    monkeypatch.setattr("hf_galore.recipes.training.run", reached)
+    begins = "dry_run" if "--dry_run" in rest else "run"
+    monkeypatch.setattr(f"hf_galore.recipes.training.{begins}", reached)
     with pytest.raises(Reached):
         main([name, *rest])
 
