@@ -74,6 +74,7 @@ _SAVING = Option("save_steps", "from one checkpoint to the next", "500")
 _FOLDER = (
     Option("resume_from_checkpoint", "go on from the last whole checkpoint"),
     Option("overwrite_output_dir", "remove the run that output_dir holds"),
+    Option("dry_run", "check everything, plan the memory, and stop"),
 )
 
 SCREENS: dict[str, Screen] = {
@@ -115,7 +116,6 @@ SCREENS: dict[str, Screen] = {
             *_BATCH,
             _EPOCHS,
             Option("max_length", "tokens of a prompt and answer; cut", "1024"),
-            _CLIPPING,
             _EVALUATION,
             _SAVING,
             *_FOLDER,
