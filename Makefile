@@ -6,6 +6,7 @@
 #   make test-newest  run some tests on the newest release of everything but torch
 #   make lint         ruff and mypy
 #   make dist         sdist and wheel, as they would be published, in dist/
+#   make docs         the docs as a site, in site/
 #   make notebooks    execute the notebooks in place, for the outputs that are committed
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 # One that has run out of tests takes some of another: those that plan recipes of 7B models take long.
 WORKERS ?= auto
 
-.PHONY: quickstart notebooks test test-gpu test-compat test-newest lint format dist clean
+.PHONY: quickstart notebooks docs test test-gpu test-compat test-newest lint format dist clean
 
 $(VENV)/pyvenv.cfg:
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +34,10 @@ quickstart: $(VENV)/installed
 
 notebooks: $(VENV)/installed-dev
 	$(BIN)/python -m tests.support.notebooks
+
+# A warning, of a link that leads nowhere or the like, is an error. (The variable is for a theme's advertisement.)
+docs: $(VENV)/installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not gpu"
@@ -64,4 +69,4 @@ dist: $(VENV)/installed-dev
 	$(BIN)/python -m twine check --strict dist/*
 
 clean:
-	rm -rf $(VENV) .compat .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) .compat .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist site

@@ -131,11 +131,11 @@ def test_the_core_adds_bitsandbytes_to_transformers_and_accelerate(wheel: Path) 
     assert needs(wheel) - closure(["transformers", "accelerate", "torch"]) == {"bitsandbytes"}
 
 
-def test_all_is_every_extra_but_that_for_developers(wheel: Path) -> None:
+def test_all_is_every_extra_but_those_for_developers(wheel: Path) -> None:
     (information,) = wheel.glob("*.dist-info")
     names = importlib.metadata.Distribution.at(information).metadata.get_all("Provides-Extra") or []
-    assert {"all", "cli", "dev", "eval", "glue", "notebooks", "quickstart", "tracking"} == set(names)
-    together = set().union(*(needs(wheel, name) for name in names if name not in ("all", "dev")))
+    assert {"all", "cli", "dev", "docs", "eval", "glue", "notebooks", "quickstart", "tracking"} == set(names)
+    together = set().union(*(needs(wheel, name) for name in names if name not in ("all", "dev", "docs")))
     assert needs(wheel, "all") == together
     assert together < needs(wheel, "dev")
 

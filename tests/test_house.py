@@ -36,6 +36,7 @@ ROOMS = (
     "recipes",
     "compare",
     "bench",
+    "doctor",
     "cli",
 )
 BESIDE = {

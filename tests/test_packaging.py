@@ -34,6 +34,7 @@ PARTS = (
     "pyproject.toml",
     "constraints.txt",
     "hatch_build.py",
+    "mkdocs.yml",
     "Makefile",
     "README.md",
     "CHANGELOG.md",

@@ -5,32 +5,33 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-import rich.table
-from rich.console import Console
-from rich.text import Text
-
+from ..compare.as_json import runs_as_dicts, seeds_as_dicts
 from ..compare.figures import pictures
 from ..compare.page import PAGE, page
-from ..compare.runs import Run, read_runs
-from ..compare.tables import Table, as_dict, notes, results_table, settings_table
+from ..compare.progress import AXES, axes_of
+from ..compare.reading import read_runs
+from ..compare.seeds import Compared, by_seed
 from ..config import nearest
 from ..errors import UserError
 from ..recipes import writable
+from .compare_screen import show
 from .interrupts import stoppable
 from .options import take_options
 
 PROG = "hf-galore compare"
-ABOUT = f"""usage: {PROG} RUN [RUN ...] [--output FOLDER] [--names A,B,...] [--json]
-       {PROG} --sweep KEY=V1,V2,... --config recipe.yaml [--key value ...] [--output FOLDER] [--names A,B,...] [--json]
+ABOUT = f"""usage: {PROG} RUN [RUN ...] [options]
+       {PROG} --sweep KEY=V1,V2,... --config recipe.yaml [--key value ...] [options]
 
 Compare trainings: their settings, losses, speed and memory, as tables, as pictures (PNG), and as one HTML page that
-needs nothing but itself.
+needs nothing but itself. Settings that differ come first. More than three runs have a line each.
 
 RUN is the output_dir of a training by hf-galore, or of any other script with a Trainer: what is read is the Trainer's
-log, trainer_state.json, in the folder or in its last checkpoint. Differences are from the first run.
+log, trainer_state.json, in the folder or in its last checkpoint. Runs that differ in their seed and in nothing else are
+one line and one curve, mean ± standard deviation; the page has each of them too.
 
 With --sweep the recipe is run first, once for each value, each in a folder of its own below the recipe's output_dir
 and in a process of its own:
@@ -41,6 +42,9 @@ and in a process of its own:
 options:
   --output FOLDER   where {PAGE} and the pictures go; by default `comparison`, of a sweep OUTPUT_DIR/comparison
   --names A,B,...   what to call the runs, in their order; by default as their folders
+  --x AXIS          what the pictures' curves are drawn over: {", ".join(AXES)}; by default steps. Hours are those
+                    of the steps, without evaluations. On the page the reader chooses.
+  --by-seed         each seed of a run has a line and a curve of its own
   --json            the numbers of the tables as one JSON object on stdout, in place of the tables
   --sweep KEY=V1,V2,...
                     a key of optim_args (rank, scale, ...), the rest of which stays as it is, or any other key of the
@@ -57,11 +61,20 @@ DEFAULT_OUTPUT = "comparison"
 _VALUES = {
     "--output": "a folder, as --output comparison",
     "--names": "a name for each run, as --names GaLore,AdamW",
+    "--x": f"one of {', '.join(AXES)}, as --x tokens",
     "--sweep": "a key and its values, as --sweep rank=8,32,128",
 }
-_SWITCHES = ("--json",)
-_LONG_NAME, _SHORT_NAME = 48, 16  # characters in a line, where there is room and where there is not
-_BORDERS = 3  # of a column: spaces and a line; the first has another
+_SWITCHES = ("--json", "--by-seed")
+
+
+class _Options(NamedTuple):
+    """How runs are to be compared."""
+
+    names: list[str] | None
+    output: Path | None
+    axis: str
+    each_seed: bool
+    as_json: bool
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -85,50 +98,54 @@ def run(arguments: Sequence[str]) -> int:
 def _run(arguments: Sequence[str]) -> int:
     sweeps = any(item.partition("=")[0] == "--sweep" for item in arguments)
     given, rest = take_options(arguments, _VALUES, _SWITCHES, repeatable=("--sweep",), with_files=not sweeps)
-    as_json = "--json" in given
-    names = [name.strip() for name in given["--names"][0].split(",")] if "--names" in given else None
-    output = Path(given["--output"][0]).expanduser() if "--output" in given else None
+    options = _Options(
+        names=[name.strip() for name in given["--names"][0].split(",")] if "--names" in given else None,
+        output=Path(given["--output"][0]).expanduser() if "--output" in given else None,
+        axis=_axis(given["--x"][0]) if "--x" in given else AXES[0],
+        each_seed="--by-seed" in given,
+        as_json="--json" in given,
+    )
     if sweeps:
-        return _sweep(arguments, given["--sweep"], rest, names, output, as_json)
+        return _sweep(arguments, given["--sweep"], rest, options)
     folders = _folders(rest)
-    output = output or Path(DEFAULT_OUTPUT)
-    _check_names(names, len(folders))
-    writable.check_folder("--output", output)  # now, and not after the runs of a sweep
-    _compare(folders, names, output, as_json)
+    output = options.output or Path(DEFAULT_OUTPUT)
+    _check_names(options.names, len(folders))
+    writable.check_folder("--output", output)
+    _compare(folders, options.names, output, options)
     return 0
 
 
-def _sweep(
-    arguments: Sequence[str],
-    given: Sequence[str],
-    rest: Sequence[str],
-    names: Sequence[str] | None,
-    output: Path | None,
-    as_json: bool,
-) -> int:
+def _sweep(arguments: Sequence[str], given: Sequence[str], rest: Sequence[str], options: _Options) -> int:
     from ..compare.sweep import plan_sweep  # what reads recipes takes seconds to import
     from .sweep import run_sweep
 
     sweep = plan_sweep(given, rest)
-    output = output or sweep.output_dir / DEFAULT_OUTPUT
-    _check_names(names, len(sweep.trials))
+    output = options.output or sweep.output_dir / DEFAULT_OUTPUT
+    _check_names(options.names, len(sweep.trials))
     writable.check_folder("--output", output)  # now, and not after the runs of a sweep
-    status = run_sweep(sweep, PROG, arguments, to_stderr=as_json)
+    status = run_sweep(sweep, PROG, arguments, to_stderr=options.as_json)
     if status == 0:
-        _compare([trial.folder for trial in sweep.trials], names or [t.name for t in sweep.trials], output, as_json)
+        names = options.names or [trial.name for trial in sweep.trials]
+        _compare([trial.folder for trial in sweep.trials], names, output, options)
     return status
 
 
-def _compare(folders: Sequence[Path], names: Sequence[str] | None, output: Path, as_json: bool) -> None:
+def _compare(folders: Sequence[Path], names: Sequence[str] | None, output: Path, options: _Options) -> None:
     runs = read_runs(folders, names)
-    drawn = pictures(runs)
+    if options.axis not in axes_of(runs):
+        raise UserError(f"--x {options.axis}: no run's log tells them. Leave it out: curves are drawn over the steps.")
+    compared: Sequence[Compared] = runs if options.each_seed else by_seed(runs)
+    drawn = pictures(compared, options.axis)
     # Everything is made before anything is written.
-    _write({PAGE: page(runs, drawn).encode(), **{picture.file: picture.png for picture in drawn}}, output)
-    if as_json:
-        print(json.dumps({"runs": as_dict(runs), "page": str(output / PAGE)}, indent=2, allow_nan=False))
+    files = {f"{picture.file}.png": picture.png for picture in drawn}
+    _write({PAGE: page(compared, drawn, options.axis).encode(), **files}, output)
+    if options.as_json:
+        found = {"runs": runs_as_dicts(runs), "seeds": seeds_as_dicts(compared), "page": str(output / PAGE)}
+        print(json.dumps(found, indent=2, allow_nan=False))
     else:
-        _show(runs)
-    print(f"The page is {output / PAGE}; the pictures are beside it.", file=sys.stderr if as_json else sys.stdout)
+        show(compared)
+    place = sys.stderr if options.as_json else sys.stdout
+    print(f"The page is {output / PAGE}; the pictures are beside it.", file=place)
 
 
 # ---- what was given
@@ -147,6 +164,12 @@ def _folders(rest: Sequence[str]) -> list[Path]:
             "--sweep rank=8,32 --config recipe.yaml."
         )
     return [Path(item).expanduser() for item in rest]
+
+
+def _axis(text: str) -> str:
+    if text not in AXES:
+        raise UserError(f"--x {text}: curves are drawn over {', '.join(AXES)}.{nearest(text, list(AXES))}")
+    return text
 
 
 def _check_names(names: Sequence[str] | None, count: int) -> None:
@@ -174,49 +197,3 @@ def _write(files: Mapping[str, bytes], folder: Path) -> None:
                 (Path(temporary) / name).replace(folder / name)
     except OSError as error:
         raise writable.unwritable_folder("--output", folder, error) from error
-
-
-def _show(runs: Sequence[Run]) -> None:
-    console = Console(highlight=False)
-    for table in (settings_table(runs), results_table(runs)):
-        for part in _parts(table, console.width):
-            console.print(part)
-    for note in notes(runs):
-        console.print(Text(note), soft_wrap=True)
-
-
-def _parts(table: Table, width: int) -> Iterator[rich.table.Table]:
-    """Yield the table in as many parts as its columns need to fit `width`."""
-    if not table.rows:  # nothing is known of the settings of other programs
-        return
-    left = max(len(row.label) for row in table.rows) + _BORDERS + 1
-    columns = _widths(table, _LONG_NAME)
-    if left + sum(columns) > width:
-        columns = _widths(table, _SHORT_NAME)
-    start = 0
-    while start < len(columns):
-        end = start + 1
-        while end < len(columns) and left + sum(columns[start : end + 1]) <= width:
-            end += 1
-        yield _part(table, start, end, columns)
-        start = end
-
-
-def _widths(table: Table, longest_name: int) -> list[int]:
-    """The width of each run's column, with its borders; a longer name goes on in the next line."""
-    return [
-        _BORDERS + max(min(len(name), longest_name), *(len(row.cells[place]) for row in table.rows))
-        for place, name in enumerate(table.names)
-    ]
-
-
-def _part(table: Table, start: int, end: int, columns: Sequence[int]) -> rich.table.Table:
-    shown = rich.table.Table(title=Text(table.title) if start == 0 else None, title_justify="left")
-    shown.add_column("")
-    for place in range(start, end):
-        name = Text(table.names[place], overflow="fold")
-        shown.add_column(name, justify="right", overflow="fold", max_width=columns[place] - _BORDERS)
-    for row in table.rows:
-        cells = [(row.cells[place], "bold" if place in row.best else "") for place in range(start, end)]
-        shown.add_row(Text(row.label), *(Text(cell, style, overflow="fold") for cell, style in cells))
-    return shown

@@ -14,7 +14,8 @@ from ..recipes import glue
 from ..recipes.config_file import take_config
 from ..recipes.glue import Arguments, Score
 from ..recipes.glue_tasks import PUBLISHED, PUBLISHED_IN
-from .training_command import need_recipe, train
+from .options import need_recipe
+from .training_command import dry_run, train
 
 PROG = "hf-galore glue"
 ABOUT = """Fine-tune a sequence-classification model on tasks of GLUE, a file for each after --config, or on texts of
@@ -34,6 +35,8 @@ def run(arguments: Sequence[str]) -> int:
     configs, rest = _take_configs(arguments)
     every = [glue.parse([*(["--config", config] if config else []), *rest], PROG, ABOUT) for config in configs]
     _check_apart(every)
+    if every[0].output.dry_run:
+        return max(dry_run(PROG, parsed) for parsed in every)
     scores: dict[str, list[Score]] = {}
     for parsed in every:
         for one, known in glue.runs_of(parsed):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ..config import OPTIONS
 from ..errors import UserError
-from ..recipes import glue, pretrain, sft
+from ..recipes import dpo, glue, pretrain, sft
 from ..recipes.parser import RecipeParser
 from ..recipes.value_types import in_words
 from ..synonyms import TRAINING, hint, plain, synonym
@@ -17,9 +17,12 @@ WIDTH = 80
 
 def parser_of(command: str) -> RecipeParser:
     """The parser of the keys that a command's recipes have; those of `sft` for what is no training command."""
-    dataclass_types: Sequence[type] = {"pretrain": pretrain.DATACLASSES, "glue": glue.DATACLASSES}.get(
-        command, sft.DATACLASSES
-    )
+    of_commands: dict[str, Sequence[type]] = {
+        "dpo": dpo.DATACLASSES,
+        "pretrain": pretrain.DATACLASSES,
+        "glue": glue.DATACLASSES,
+    }
+    dataclass_types = of_commands.get(command, sft.DATACLASSES)
     return RecipeParser(dataclass_types, prog=f"hf-galore {command}", allow_abbrev=False)
 
 

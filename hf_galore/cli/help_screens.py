@@ -74,6 +74,7 @@ _SAVING = Option("save_steps", "from one checkpoint to the next", "500")
 _FOLDER = (
     Option("resume_from_checkpoint", "go on from the last whole checkpoint"),
     Option("overwrite_output_dir", "remove the run that output_dir holds"),
+    Option("dry_run", "all checks and the plan of memory, then stop"),
 )
 
 SCREENS: dict[str, Screen] = {
@@ -99,6 +100,32 @@ SCREENS: dict[str, Screen] = {
             "  hf-galore sft --model_name_or_path Qwen/Qwen3-0.6B --dataset_name folder \\",
             "    --optim galore_adamw_8bit_layerwise --optim_target_modules attn mlp \\",
             "    --optim_args 'rank=256, scale=1' --output_dir out",
+        ),
+    ),
+    "dpo": Screen(
+        "hf-galore dpo --config FILE [--key value ...]",
+        f"Teach a model which of two answers is preferred. {_RECIPE}",
+        (
+            _MODEL,
+            Option("dataset_name", "with chosen, rejected and, best, prompt"),
+            _OUTPUT,
+            *_OPTIM,
+            Option("learning_rate", _RATE, "1e-06"),
+            Option("beta", "how dear it is to leave the reference", "0.1"),
+            Option("precompute_ref_log_probs", "true: no copy of the model in memory"),
+            *_BATCH,
+            _EPOCHS,
+            Option("max_length", "tokens of a prompt and answer; cut", "1024"),
+            _CLIPPING,
+            _EVALUATION,
+            _SAVING,
+            *_FOLDER,
+        ),
+        (
+            "  hf-galore dpo --config dpo/qwen3_0.6b_ultrafeedback.yaml",
+            "  hf-galore dpo --model_name_or_path out --dataset_name folder \\",
+            "    --optim galore_adamw_layerwise --optim_target_modules attn mlp \\",
+            "    --optim_args 'rank=256, scale=2' --output_dir preferred",
         ),
     ),
     "pretrain": Screen(
@@ -174,9 +201,9 @@ SCREENS: dict[str, Screen] = {
     ),
     "plan": Screen(
         "hf-galore plan --config FILE [--vram CARD] [--key value ...]",
-        "Find out whether a recipe of hf-galore sft, pretrain or glue fits a card, without a GPU, weights or data: its "
-        "own training steps are gone through with tensors that have no numbers. The exit status is 0 if it fits or no "
-        "card is known, 1 if it does not fit, 2 if something that was given is wrong.",
+        "Find out whether a recipe of hf-galore sft, dpo, pretrain or glue fits a card, without a GPU, weights or "
+        "data: its own training steps are gone through with tensors that have no numbers. The exit status is 0 if it "
+        "fits or no card is known, 1 if it does not fit, 2 if something that was given is wrong.",
         (
             _MODEL,
             *_OPTIM,

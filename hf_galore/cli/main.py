@@ -14,6 +14,7 @@ from ..expandable_segments import use_expandable_segments
 from ..extras import MissingExtraError, require
 from ..version import __version__
 from . import help as command_help
+from .first_seconds import leaving_at_once
 from .help_screens import SCREENS
 from .interrupts import INTERRUPTED, Stopped
 from .noise import quieten
@@ -22,20 +23,28 @@ from .noise import quieten
 COMMANDS = {
     "quickstart": "train a small chat model here, without downloads, and talk to it",
     "sft": "fine-tune a model as a recipe says",
+    "dpo": "teach a model which of two answers is preferred",
     "pretrain": "train a language model from scratch, on any text",
     "glue": "fine-tune a classifier, on GLUE or your own texts, and score it",
-    "compare": "put runs side by side, or run a recipe with several values first",
+    "recipes": "list the recipes that come with hf_galore, show one, or copy it",
     "plan": "find out whether a recipe fits a card, without a GPU or weights",
+    "compare": "put runs side by side, or run a recipe with several values first",
+    "chat": "talk to the model that a run has saved",
     "bench": "measure what this machine's card makes of a recipe",
+    "doctor": "look for what would stop a training here, and say what mends it",
+    "completion": "print what makes bash, zsh or fish complete commands",
 }
 
-# What has to be installed for them.
+# What has to be installed for them, besides what is always; nothing where it is empty.
 EXTRAS = {command: command if command in ("glue", "quickstart") else "cli" for command in COMMANDS}
+EXTRAS |= dict.fromkeys(("recipes", "doctor"), "")
 
-# What they start or do makes no use of a card.
-WITHOUT_CARD = ("plan",)
+# What they start or do makes no use of a card. (The doctor says itself what commands would have of its allocator.)
+WITHOUT_CARD = ("plan", "recipes", "doctor", "completion")
 
 USER_ERROR = 2
+
+NOTHING_BEGUN = "interrupted before training began; run the same command again."
 
 
 class _Parser(argparse.ArgumentParser):
@@ -108,12 +117,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check_command(chosen.command)
         prog = f"hf-galore {chosen.command}"
         arguments = _show_help(chosen.command, chosen.arguments)
-        require(EXTRAS[chosen.command], "The command")
-        if chosen.command not in WITHOUT_CARD:
-            advice = use_expandable_segments()  # before anything starts CUDA; a sweep's processes inherit it
-            if advice is not None:
-                print(f"{prog}: {advice}", file=sys.stderr)
-        command = importlib.import_module(f"{__package__}.{chosen.command}")
+        with leaving_at_once(f"{prog}: {NOTHING_BEGUN}"):
+            if EXTRAS[chosen.command]:
+                require(EXTRAS[chosen.command], "The command")
+            if chosen.command not in WITHOUT_CARD:
+                advice = use_expandable_segments()  # before anything starts CUDA; a sweep's processes inherit it
+                if advice is not None:
+                    print(f"{prog}: {advice}", file=sys.stderr)
+            command = importlib.import_module(f"{__package__}.{chosen.command}")
         status: int = command.run(arguments)
     except (UserError, MissingExtraError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
@@ -122,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\n{prog}: {stopped}", file=sys.stderr)
         return stopped.status
     except KeyboardInterrupt:  # before there was anything to resume
-        print(f"\n{prog}: interrupted before training began; run the same command again.", file=sys.stderr)
+        print(f"\n{prog}: {NOTHING_BEGUN}", file=sys.stderr)
         return INTERRUPTED
     return status
 

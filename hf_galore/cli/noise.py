@@ -72,6 +72,9 @@ _FOR_DEVELOPERS = (
     ("Skipping publisher trust check for 'kernels-community/quantization-bitsandbytes'", UserWarning),
     # Where the model of a plan, whose tensors are fakes, is copied: torch asks each of them for its place in memory.
     ("Accessing the data pointer of FakeTensor is deprecated", UserWarning),
+    # TRL turns checkpointing off for each pass of DPO's reference, and on again.
+    ("`gradient_checkpointing_disable` is deprecated and will be removed in v6", FutureWarning),
+    ("`gradient_checkpointing_enable` is deprecated and will be removed in v6", FutureWarning),
 )
 
 

@@ -7,6 +7,16 @@ from collections.abc import Collection, Mapping, Sequence
 from ..errors import UserError
 
 
+def need_recipe(arguments: Sequence[str], example: str) -> None:
+    """Raise an error where a command was given nothing.
+
+    Raises:
+        UserError: there are no arguments; the message has the example.
+    """
+    if not arguments:
+        raise UserError(f"give a recipe: --config {example}, and --key value to override what it says.")
+
+
 def take_options(
     arguments: Sequence[str],
     values: Mapping[str, str],

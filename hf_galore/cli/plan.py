@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..plan.cards import DESKTOP, DESKTOP_GIB, parse_size, present_card
 from ..plan.needs import CONTEXT, OUTSIDE
 from ..plan.planner import MemoryPlan
-from ..plan.rehearsal import EVALUATION, SAVING, STEPS, Progress
+from ..plan.rehearsal import EVALUATION, REFERENCE, SAVING, STEPS, Progress
 from ..plan.tracking import FORWARD
 from ..recipes import any_recipe
 from ..recipes.any_recipe import Arguments
@@ -24,10 +24,9 @@ from ..recipes.errors import reporting_complaints
 from ..recipes.planning import plan_recipe
 from . import plan_picture
 from .interrupts import stoppable
-from .options import take_options
+from .options import need_recipe, take_options
 from .plan_picture import gib
 from .spinner import spinner
-from .training_command import need_recipe
 
 PROG = "hf-galore plan"
 ABOUT = """Find out how much memory a recipe takes and whether that fits a card, from its real training steps with
@@ -132,7 +131,7 @@ def shown_progress() -> Iterator[Progress | None]:
 
 
 def _doing(phase: str, step: int) -> str:
-    if phase in (EVALUATION, SAVING):  # between steps
+    if phase in (REFERENCE, EVALUATION, SAVING):  # between steps
         return phase
     return f"step {step} of {STEPS}: {'forward and backward' if phase == FORWARD else phase}"
 

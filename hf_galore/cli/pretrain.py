@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from ..recipes import pretrain
 from ..recipes.run_record import RecordedTrainer
-from .training_command import need_recipe, train_and_say
+from .options import need_recipe
+from .training_command import train_and_say
 
 PROG = "hf-galore pretrain"
 ABOUT = """Train a language model from scratch: its shape from a config, random weights, text from a dataset or from any

@@ -165,7 +165,8 @@ class ProgressLine(TrainerCallback):  # type: ignore[misc, unused-ignore]
         if metric == "loss":
             self._held_out = f"held-out {number(value)}"
         else:
-            self._held_out = f"held-out {metric.partition('_')[0]} {value:.3f}"
+            name = metric.partition("_")[0].rpartition("/")[2]  # mcc, accuracies
+            self._held_out = f"held-out {name} {value:.3f}"
         return self._held_out
 
     def _left(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -26,14 +27,13 @@ from ..recipes.config_file import key_of, keys_given
 from ..recipes.embedded_model import conversations, embedded, is_asked_in, split
 from ..recipes.folders import recipes_folder
 from ..recipes.kinds import QUICKSTART
-from ..recipes.output_folder import OutputArguments
 from ..recipes.run_record import optimizer_bytes
 from ..recipes.sft import RecordedSFTTrainer
 from ..recipes.stopping import StopAfterStep
 from ..recipes.training import run_recorded, with_callbacks
 from .interrupts import finishing_the_step
 from .progress import ProgressLine
-from .training_command import how_to_go_on
+from .training_command import dry_run, how_to_go_on
 
 PROG = "hf-galore quickstart"
 ABOUT = """Train a small chat model on this machine, without downloads, and talk to it. It does what
@@ -66,7 +66,10 @@ def run(arguments: Sequence[str]) -> int:
             raise UserError(f"{item} is not for the quickstart, which makes its own. For yours: hf-galore sft --help.")
     console = Console()
     # Parsed without model and data first: a mistake, or --help, is found before anything is made.
-    output_dir = sft.parse(["--config", str(_recipe()), *arguments], PROG, ABOUT).training.output_dir
+    given = sft.parse(["--config", str(_recipe()), *arguments], PROG, ABOUT)
+    if given.output.dry_run:
+        return dry_run(PROG, _parsed(arguments))
+    output_dir = given.training.output_dir
     since = None if "resume_from_checkpoint" in keys_given(arguments) else time.time()
     stop = StopAfterStep()
     stopping = finishing_the_step(stop, PROG, lambda: _how_to_go_on(arguments, output_dir, since))
@@ -95,17 +98,24 @@ def _how_to_go_on(arguments: Sequence[str], output_dir: str, since: float | None
 def _train(arguments: Sequence[str], callbacks: Sequence[TrainerCallback]) -> SFTTrainer:
     _hide_progress_of_libraries()
     _limit_threads()
-    made = embedded()
-    own = ["--model_name_or_path", str(made.model), "--dataset_name", str(made.data)]
-    parsed = sft.parse(["--config", str(_recipe()), *own, *arguments], PROG, ABOUT)
-    if not {"output_dir", "resume_from_checkpoint"} & keys_given(arguments):
-        parsed = parsed._replace(output=OutputArguments(overwrite_output_dir=True))  # an earlier quickstart's folder
+    parsed = _parsed(arguments)
 
-    def make() -> RecordedSFTTrainer:
-        return with_callbacks(sft.make_trainer(parsed), callbacks)
+    def make(checked: Any) -> RecordedSFTTrainer:
+        return with_callbacks(parsed.make_trainer(checked), callbacks)
 
     own_name = "the quickstart's"
     return run_recorded(parsed, make, command=PROG, model=own_name, data=own_name, dataset_name=None)
+
+
+def _parsed(arguments: Sequence[str]) -> sft.Arguments:
+    """The recipe with the model and the data that are made for it."""
+    made = embedded()
+    own = ["--model_name_or_path", str(made.model), "--dataset_name", str(made.data)]
+    parsed = sft.parse(["--config", str(_recipe()), *own, *arguments], PROG, ABOUT)
+    if {"output_dir", "resume_from_checkpoint"} & keys_given(arguments):
+        return parsed
+    # Over an earlier quickstart's folder.
+    return dataclasses.replace(parsed, output=dataclasses.replace(parsed.output, overwrite_output_dir=True))
 
 
 def _hide_progress_of_libraries() -> None:

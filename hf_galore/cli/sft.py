@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..recipes import sft
-from .training_command import need_recipe, train_and_say
+from .options import need_recipe
+from .training_command import train_and_say
 
 PROG = "hf-galore sft"
 ABOUT = """Fine-tune a model with TRL's SFTTrainer. The file holds 'key: value' lines, with the keys below: those of

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import itertools
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -20,7 +21,7 @@ from ..plan.cards import DESKTOP
 from ..plan.planner import GIB, MemoryPlan, in_gib
 from ..recipes.checks import galore_config
 from ..recipes.stand_in import shape_of
-from ..recipes.suggestions import PROJ_BITS, Choice, Parse, ranks_for, search
+from ..recipes.suggestions import PROJ_BITS, Choice, Estimate, Parse, ranks_for, search
 from .spinner import spinner
 
 _MOST_ROWS = 6
@@ -48,19 +49,38 @@ def suggest(parse: Parse, vram: int, as_json: bool) -> int:
             "--optim galore_adamw_8bit_layerwise."
         )
     shape = shape_of(base)
+    ranks = ranks_for(shape)
     # Whatever a library prints has no place in a pipe.
-    with contextlib.redirect_stdout(sys.stderr), spinner("estimating") as say:
-        found = list(itertools.islice(search(parse, config, shape, vram, say or (lambda text: None)), _MOST_ROWS))
+    with contextlib.redirect_stdout(sys.stderr), _imports_not_collected(), spinner("reading the shape") as shown:
+        say = shown or (lambda text: None)
+        estimate = Estimate(parse, config, shape, say)
+        found = list(itertools.islice(search(parse, config, estimate, ranks, vram, say), _MOST_ROWS))
+        tried = estimate.tried
+        of_each_rank = estimate.of_each_rank(found[0][0]) if found and not as_json else 0.0
     if as_json:
         print(json.dumps([_row(choice, planned, config) for choice, planned in found], indent=2))
     elif found:
         _show(found, config, vram)
+        print(
+            f"{tried} settings were estimated, from a few layers; those listed were planned whole. 128 more of rank "
+            f"take {128 * of_each_rank / 2**20:,.1f} MiB."
+        )
     else:
         print(
-            f"Nothing fits into {vram / GIB:.4g} GiB: not even rank {min(ranks_for(shape))} with a batch of 1 and "
+            f"Nothing fits into {vram / GIB:.4g} GiB: not even rank {min(ranks)} with a batch of 1 and "
             "activation checkpointing. A smaller max_length or model, or a card with more memory, would help.",
         )
     return 0 if found else 1
+
+
+@contextlib.contextmanager
+def _imports_not_collected() -> Iterator[None]:
+    """Let garbage collections pass over what was imported: going through it takes a third of a small plan's time."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _row(choice: Choice, planned: MemoryPlan, config: GaLoreConfig) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""What the commands that train have in common: a recipe is needed, it is run, and Ctrl-C says how to go on."""
+"""What the commands that train have in common: a recipe is run, or only checked, and Ctrl-C says how to go on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..errors import UserError
 from ..integrations.older import end
 from ..recipes import training
 from ..recipes.any_recipe import Arguments
@@ -17,18 +16,9 @@ from ..recipes.config_file import key_of
 from ..recipes.resuming import FinishedError
 from ..recipes.run_record import RecordedTrainer
 from ..recipes.stopping import StopAfterStep
-from .interrupts import finishing_the_step
+from .interrupts import finishing_the_step, stoppable
+from .plan import DOES_NOT_FIT, FITS, show, shown_progress
 from .progress import ProgressLine
-
-
-def need_recipe(arguments: Sequence[str], example: str) -> None:
-    """Raise an error where a command was given nothing.
-
-    Raises:
-        UserError: there are no arguments; the message has the example.
-    """
-    if not arguments:
-        raise UserError(f"give a recipe: --config {example}, and --key value to override what it says.")
 
 
 def train(prog: str, arguments: Sequence[str], parsed: Arguments) -> RecordedTrainer:
@@ -56,8 +46,13 @@ def train(prog: str, arguments: Sequence[str], parsed: Arguments) -> RecordedTra
 def train_and_say(
     prog: str, arguments: Sequence[str], parsed: Arguments, closing_line: Callable[[RecordedTrainer], str]
 ) -> int:
-    """Run a recipe for a command, print its closing line, and return the exit status 0; see `train`."""
+    """Run a recipe for a command, print its closing line, and return the exit status 0; see `train`.
+
+    With `dry_run` it is only checked and planned: the exit status is 1 where this machine's card is too small.
+    """
     try:
+        if parsed.output.dry_run:
+            return dry_run(prog, parsed)
         trainer = train(prog, arguments, parsed)
     except FinishedError as finished:  # which is no failure of a job that is started until it is done
         print(f"{prog}: {finished}")
@@ -65,6 +60,23 @@ def train_and_say(
     trainer.accelerator.print(closing_line(trainer))
     end(trainer)
     return 0
+
+
+def dry_run(prog: str, parsed: Arguments) -> int:
+    """Check a recipe and plan its memory for a command, and return the exit status: 1 where it does not fit, or 0.
+
+    Raises:
+        UserError: something that was given is wrong, or cannot be planned.
+        FinishedError: the run is to go on, and is finished.
+        Stopped: Ctrl-C.
+    """
+    name = parsed.recipe.name if parsed.recipe else str(parsed.model_name)
+    with stoppable(lambda: "interrupted."), shown_progress() as progress:
+        found = training.dry_run(parsed, progress)
+    if parsed.training.process_index == 0:
+        show(found, name)
+        print(f"{prog}: all checks passed. Nothing was trained or written.")
+    return DOES_NOT_FIT if found.fits is False else FITS
 
 
 def how_to_go_on(prog: str, arguments: Sequence[str], output_dir: str, *, since: float | None) -> str:

@@ -29,7 +29,7 @@ SETTINGS_FILE = "hf_galore_sweep.json"
 """In the folder of each run: all its settings, so that a sweep that goes on does not take another's run for its own."""
 
 # What a sweep decides, and what makes no difference to a run.
-_OWN = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "config")
+_OWN = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "config", "dry_run", "plan_first")
 
 
 class Trial(NamedTuple):

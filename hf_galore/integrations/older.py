@@ -44,7 +44,7 @@ def _told(function: Callable[..., bool], all_true: Callable[[Tensor], bool]) -> 
 
 def loss_kernels() -> Any | None:
     """TRL's module of Triton kernels for its fused loss; `None` before 1.15, where a GPU goes the way of a CPU."""
-    if not _trl_is_at_least("1.15"):
+    if not trl_is_at_least("1.15"):
         return None
     import trl.kernels.chunked_logprob as kernels
 
@@ -56,7 +56,7 @@ def loss_of_all_labels() -> list[tuple[Any, str, Callable[..., Any]]]:
 
     TRL asks a batch how many are none of padding or a prompt: without an answer, a plan would go on as where all are.
     """
-    if not _is_trl_here() or _trl_is_at_least("1.15"):
+    if not _is_trl_here() or trl_is_at_least("1.15"):
         return []
     import trl.trainer.sft_trainer as owner
 
@@ -90,14 +90,15 @@ class _AllOfTheFirstMask(TorchFunctionMode):
 
 def loss_asks_for_triton() -> bool:
     """Whether TRL asks `_use_triton` which way its fused loss goes. TRL 1.15 knows no other."""
-    return _trl_is_at_least("1.16")
+    return trl_is_at_least("1.16")
 
 
 def _is_trl_here() -> bool:
     return importlib.util.find_spec("trl") is not None
 
 
-def _trl_is_at_least(version: str) -> bool:
+def trl_is_at_least(version: str) -> bool:
+    """Whether TRL is installed, in that version or a later one."""
     if not _is_trl_here():
         return False
     import trl

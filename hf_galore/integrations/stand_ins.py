@@ -22,6 +22,7 @@ from transformers.utils import is_peft_available
 
 from .older import loss_asks_for_triton, loss_kernels, loss_of_all_labels, masks_ask_themselves, told_of_padding
 from .signatures import moved
+from .trl_dpo import without_reference_numbers
 
 # What is replaced, and what the replacements call, with the signatures that they were written for.
 _MASKS: dict[str, str] = {
@@ -57,6 +58,7 @@ def without_numbers(
             (transformers.masking_utils, "find_packed_sequence_indices", packed_indices),
             *((transformers.masking_utils, name, replacement) for name, replacement in masks.items()),
             *loss_of_all_labels(),
+            *without_reference_numbers(),
             (transformers.trainer_pt_utils, "nested_numpify", _numpify),
             (TrainingArguments, "n_gpu", _at_most_one(TrainingArguments.n_gpu)),
         ):

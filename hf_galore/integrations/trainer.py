@@ -90,9 +90,24 @@ def _get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | No
     The Trainer calls the class with its own parameter groups, so its split into decayed and undecayed parameters, or
     a subclass's, stands; `param_options` divides those groups further.
     """
-    name = optim_name(args)
-    if name not in KINDS:
+    if optim_name(args) not in KINDS:
         return cast("tuple[Any, Any]", _originals["get_optimizer_cls_and_kwargs"](args, model))
+    return galore_cls_and_kwargs(args, model, say=args.process_index == 0)
+
+
+def galore_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None, *, say: bool) -> tuple[Any, Any]:
+    """What `Trainer.get_optimizer_cls_and_kwargs` gives for a `galore_*` optim; the model may be on the meta device.
+
+    Args:
+        args: the training arguments.
+        model: the model.
+        say: whether to say what is projected.
+
+    Raises:
+        ValueError: something in the arguments is wrong, or does not go with the model.
+        TypeError: `optim_target_modules` is neither a string nor a list of strings.
+    """
+    name = optim_name(args)
     config = GaLoreConfig.from_optim_args(args.optim_args)
     if args.optim_target_modules is None:
         raise ValueError(
@@ -111,7 +126,7 @@ def _get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | No
         optim=name,
         config=config,
         hold_gradients=args.max_grad_norm > 0,
-        say=args.process_index == 0,
+        say=say,
     )
     kwargs["lr"] = args.learning_rate
     if issubclass(cls, GaLoreAdamW):

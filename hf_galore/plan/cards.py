@@ -71,6 +71,7 @@ CARDS = {
     "4000ada": Card(20),
     "6000ada": Card(48, 44.43),  # ECC on
     "a30": Card(24, 23.53),
+    "t4": Card(16, 14.56),  # ECC on
     "a100-40gb": Card(40, 39.50),
     "a100-80gb": Card(80, 79.25),
     "h100": Card(80),

@@ -1,7 +1,8 @@
 """A few training steps of a Trainer with every storage tracked: the same for a plan's fakes and for a real run.
 
 The steps are full ones: the first, which makes all bases and moments; one that refreshes bases of every shape; a plain
-one; after the second, an evaluation where the Trainer has one, and a checkpoint.
+one; after the second, an evaluation where the Trainer has one, and a checkpoint. Before the first, the
+log-probabilities of a reference where they are computed beforehand.
 """
 
 from __future__ import annotations
@@ -34,8 +35,10 @@ _REFRESH_AFTER = 1  # steps
 _EVALUATE_AND_SAVE_AFTER = 2
 
 UPDATE, EVALUATION, SAVING = "update", "evaluation", "saving a checkpoint"
+REFERENCE = "reference log-probabilities"  # of preferences, before the first step
 
 PARAMETERS, GRADIENTS, LOW_RANK = "parameters", "gradients", "low-rank gradients"
+REFERENCE_MODEL = "reference model"
 MOMENTS, BASES, BATCH = "moments", "bases", "batches"
 
 Progress = Callable[[str, int], None]
@@ -64,6 +67,9 @@ def rehearse(trainer: Trainer, fakes: Fakes | None = None, progress: Progress | 
     tracker = StorageTracker(trainer.args.device, None if fakes is None else fakes.call)
     model: nn.Module = trainer.model
     tracker.label((*model.parameters(), *model.buffers()), PARAMETERS)
+    reference = getattr(trainer, "ref_model", None)  # of TRL's trainers, which hold the model that it was
+    if isinstance(reference, nn.Module):
+        tracker.label((*reference.parameters(), *reference.buffers()), REFERENCE_MODEL)
     rehearsal = _Rehearsal(trainer, tracker, fakes is not None, progress or (lambda phase, step: None))
     trainer.add_callback(rehearsal)
     handles = [
@@ -80,6 +86,7 @@ def rehearse(trainer: Trainer, fakes: Fakes | None = None, progress: Progress | 
             rehearsal.watching(),
             tracker,
         ):
+            rehearsal.compute_reference()
             trainer.train()
             tracker.label(_of_state(trainer, bases=False), MOMENTS)
             tracker.label(_of_state(trainer, bases=True), BASES)
@@ -138,6 +145,18 @@ class _Rehearsal(TrainerCallback):  # type: ignore[misc, unused-ignore]
             save_checkpoint=functools.partial(self._in_phase, SAVING),
         ):
             yield
+
+    def compute_reference(self) -> None:
+        """Let TRL's DPOTrainer do once more what it has done: compute the log-probabilities of its reference."""
+        trainer = self._trainer
+        if not getattr(trainer, "precompute_ref_logps", False):
+            return
+        size = trainer.args.precompute_ref_batch_size or trainer.args.per_device_train_batch_size
+        rows = trainer.train_dataset.select(range(min(size, len(trainer.train_dataset))))
+        batches = DataLoader(rows, batch_size=size, collate_fn=trainer.data_collator)
+        compute = self._in_phase(REFERENCE, trainer.compute_ref_log_probs)
+        for batch in trainer.accelerator.prepare(batches):
+            compute(trainer.ref_model or trainer.model, batch)
 
     def _after_backward(self) -> None:
         self._phase = UPDATE  # what is left of a training step is no forward pass

@@ -12,23 +12,26 @@ For notebooks and scripts of your own:
 `known_models`: the recipes and the models' configs that come with hf_galore. `plan_recipe` is `hf_galore.plan` for
 recipes. `UserError` is what they raise for something that was given wrong.
 
-Where a key is read: those of the three kinds of recipe in `sft.py`, `pretrain.py` and `glue.py`, each of which makes
-a Trainer of them; `dataset_*` and files of text in `data_loading.py`, `text_data.py` and `glue_data.py`;
-`output_dir` and `resume_from_checkpoint` in `checkpoints.py`, `report_to` in `trackers.py`, `push_to_hub` in
-`model_card.py`; `optim`, `optim_args` and `optim_target_modules` in `hf_galore.config` and `hf_galore.integrations`.
-All other keys are TRL's and transformers'. `parser.py` parses; `training.py` runs a recipe; `planning.py` plans one.
+Where a key is read: those of the four kinds of recipe in `sft.py`, `dpo.py`, `pretrain.py` and `glue.py`, each of which
+makes a Trainer of them, and what the first two share in `trl_recipe.py`; `dataset_*` and files of text in
+`data_loading.py`, `text_data.py` and `glue_data.py`; `output_dir` and `resume_from_checkpoint` in `checkpoints.py`,
+`report_to` in `trackers.py`, `push_to_hub` in `hub.py` and `model_card.py`; `optim`, `optim_args` and
+`optim_target_modules` in `hf_galore.config` and `hf_galore.integrations`. All other keys are TRL's and transformers'.
+`parser.py` parses, and `bounds.py` has the ranges of numbers; `checks.py` has what is checked before all is loaded;
+`training.py` runs a recipe; `planning.py` plans one.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..extras import require
-from .embedded_model import Embedded, embedded
 from .folders import configs_folder, known_models, known_recipes, recipes_folder
 
 if TYPE_CHECKING:
+    from .embedded_model import Embedded, embedded
     from .planning import plan_recipe
 
 __all__ = [
@@ -44,7 +47,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import the planner when it is asked for: it imports TRL."""
+    """Import what takes seconds when it is asked for: the planner imports TRL, the embedded model torch."""
+    if name in ("Embedded", "embedded"):
+        return getattr(importlib.import_module(".embedded_model", __name__), name)
     if name == "plan_recipe":
         require("cli", "plan_recipe")
         from .planning import plan_recipe

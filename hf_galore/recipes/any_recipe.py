@@ -7,11 +7,11 @@ from typing import TypeAlias
 
 import torch
 
-from . import glue, pretrain, sft
+from . import dpo, glue, pretrain, sft
 from .kinds import command_for
 
-Arguments: TypeAlias = sft.Arguments | pretrain.Arguments | glue.Arguments
-"""What was parsed for `hf-galore sft`, `pretrain` or `glue`. Each has `training`, `recipe`, `make_trainer()`, ..."""
+Arguments: TypeAlias = sft.Arguments | dpo.Arguments | pretrain.Arguments | glue.Arguments
+"""What was parsed for `hf-galore sft`, `dpo`, `pretrain` or `glue`: each has `training`, `recipe`, `make_trainer()`."""
 
 
 def parse(arguments: Sequence[str], prog: str, about: str) -> Arguments:
@@ -35,4 +35,6 @@ def parse(arguments: Sequence[str], prog: str, about: str) -> Arguments:
         return pretrain.parse(everything, prog, about)
     if command == "glue":
         return glue.parse(everything, prog, about)
+    if command == "dpo":
+        return dpo.parse(everything, prog, about)
     return sft.parse(everything, prog, about)

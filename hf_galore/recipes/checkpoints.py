@@ -130,7 +130,7 @@ def _missing(folder: Path) -> str | None:
             "what is saved with save_only_model"
         )
     lacking += [] if TRAINING_ARGS_NAME in found else [TRAINING_ARGS_NAME]
-    lacking += _missing_weights(folder, found)
+    lacking += missing_weights(folder, found)
     return lacking[0] if lacking else None
 
 
@@ -146,8 +146,8 @@ def _missing_random_states(found: AbstractSet[str]) -> list[str]:
     return [f"{_RNG_PREFIX}{number}.pth" for number in several if number not in processes]
 
 
-def _missing_weights(folder: Path, found: AbstractSet[str]) -> list[str]:
-    """The files of the model that are not there."""
+def missing_weights(folder: Path, found: AbstractSet[str]) -> list[str]:
+    """The files of a model that are not there, of those in its folder."""
     adapters = (folder.glob(f"*/{name}") for name in (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME))
     if not found.isdisjoint(MODELS) or any(any(paths) for paths in adapters):
         return []

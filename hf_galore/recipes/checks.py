@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from torch import nn
 from transformers import AutoConfig, TrainingArguments
 from trl import ModelConfig
 
@@ -19,7 +18,11 @@ from ..log import logger
 from ..optim.admission import check_refresh
 from ..optim.groups import check_gradient_bits
 from .checkpoints import check_folders
-from .trackers import check_trackers
+from .disk_space import check_space, sizes_of
+from .hub import check_hub
+from .model_checks import check_length, check_targets, check_weight_files, model_on_meta
+from .output_folder import OutputArguments
+from .trackers import check_logins, check_trackers
 
 
 def check_arguments(training_args: TrainingArguments) -> None:
@@ -46,10 +49,53 @@ def check_model(model_args: ModelConfig, *, trust_remote_code: bool = False) -> 
     name = model_args.model_name_or_path
     if name is None:
         raise UserError("model_name_or_path is missing: give a model's name or folder.")
+    if Path(name).is_file():
+        raise UserError(f"model_name_or_path {name} is a file. Give the folder that it is in, or a model's name.")
     try:
-        return AutoConfig.from_pretrained(name, revision=model_args.model_revision, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(
+            name, revision=model_args.model_revision, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError) as error:
         raise UserError(f"model_name_or_path {name} cannot be loaded: {error}") from error
+    check_weight_files(name)
+    return config
+
+
+def check_training(
+    training_args: TrainingArguments,
+    output: OutputArguments,
+    config: Any,
+    *,
+    dtype: Any = None,
+    auto_class: Any = None,
+    max_length: int | None = None,
+    adapters: bool = False,
+) -> None:
+    """Check what the model's config says of the training, and who is logged in: all that needs no data and no weights.
+
+    Args:
+        training_args: the arguments.
+        output: whether another run is removed.
+        config: the model's.
+        dtype: that the weights are loaded in; `None` and "auto" are as they were saved.
+        auto_class: transformers' `AutoModelFor...` that loads the model; by default the class that the config names.
+        max_length: tokens of a sequence.
+        adapters: whether the model gets adapters, or quantized weights: then its own matrices say nothing.
+
+    Raises:
+        UserError: the model has no such targets or none above the rank, or no such positions; the disk has no room for
+            a checkpoint; nobody is logged in to the Hub or a tracker that the run is to go to.
+    """
+    kind = config.dtype if dtype in (None, "auto") else dtype
+    kind = getattr(torch, kind) if isinstance(kind, str) else kind
+    model = model_on_meta(config, auto_class, kind or torch.float32)
+    if model is not None:
+        check_length(model, config, max_length)
+    if model is not None and not adapters:
+        check_targets(training_args, model)
+        check_space(training_args, sizes_of(training_args, model), overwrites=output.overwrite_output_dir)
+    check_hub(training_args)
+    check_logins(training_args)
 
 
 def say_if_widened(
@@ -76,14 +122,28 @@ def say_if_widened(
     )
 
 
+def say_if_emulated(training_args: TrainingArguments, dtype: str | torch.dtype) -> None:
+    """Say that a card older than Ampere has no bfloat16: torch emulates it there, and transformers asks no further.
+
+    Args:
+        training_args: those of the run.
+        dtype: of the weights.
+    """
+    device = training_args.device
+    if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0):
+        return
+    if training_args.bf16 or dtype in ("bfloat16", torch.bfloat16):
+        logger.warning(
+            "%s has no bfloat16, which torch emulates there, slowly. It is quick in float16: --dtype float32 --bf16 "
+            "false --fp16 true, with an optim that is not layerwise; qwen3_0.6b_oasst2_t4.yaml has such settings.",
+            torch.cuda.get_device_name(device),
+        )
+
+
 def _weights_of(config: Any) -> int | None:
     """How many elements the parameters of a config's model have; `None` for a model that is not transformers' own."""
-    kind = getattr(transformers, (config.architectures or [""])[0], None)
-    if kind is None:
-        return None
-    with torch.device("meta"):
-        model: nn.Module = kind(config)
-    return sum(param.numel() for param in model.parameters())
+    model = model_on_meta(config)
+    return None if model is None else sum(param.numel() for param in model.parameters())
 
 
 def galore_config(training_args: TrainingArguments) -> GaLoreConfig | None:

@@ -8,20 +8,40 @@ import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import torch
+
 from ..errors import UserError
+from .full_disk import full_disk
 
 
 @contextlib.contextmanager
-def reporting_errors(output_dir: str) -> Iterator[None]:
-    """Turn complaints of libraries about arguments into `UserError`, and leave no empty `output_dir` behind."""
+def reporting_errors(output_dir: str, *, leaves_nothing: bool = False) -> Iterator[None]:
+    """Turn complaints of libraries into `UserError`, and leave no empty `output_dir` behind.
+
+    Among them are a full disk and a card whose memory has run out.
+
+    Args:
+        output_dir: the folder, which is made meanwhile.
+        leaves_nothing: whether it is of no use without an error either.
+    """
     folder = Path(output_dir).absolute()
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     with reporting_complaints():
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             remove_empty(missing)
+            full = full_disk(error, Path(output_dir))
+            if full is not None:
+                raise full from error
+            if isinstance(error, torch.OutOfMemoryError):
+                raise UserError(
+                    f"{str(error).partition('. If reserved')[0]}. Give a lower per_device_train_batch_size, max_length "
+                    "or rank; `hf-galore plan` says of a recipe what it needs, and with --suggest what fits."
+                ) from error
             raise
+        if leaves_nothing:
+            remove_empty(missing)
 
 
 def remove_empty(folders: Iterable[Path]) -> None:
@@ -39,13 +59,22 @@ def reporting_complaints() -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
+        if _is_of_template(error):
+            raise UserError(f"A conversation cannot be put into the chat template: {error}") from error
         if _is_about_arguments(error):
             raise UserError(str(error)) from error
         raise
 
 
 # The libraries that read a recipe's values, or those of another library's configuration.
-_CHECKING = ("hf_galore", "trl", "transformers", "datasets", "peft", "axolotl")
+_CHECKING = ("hf_galore", "trl", "transformers", "datasets", "peft", "axolotl", "huggingface_hub")
+
+
+def _is_of_template(error: Exception) -> bool:
+    """Whether a chat template refused what it was given: it may do so in the middle of the data."""
+    from jinja2 import TemplateError
+
+    return isinstance(error, TemplateError)
 
 
 def _is_about_arguments(error: Exception) -> bool:

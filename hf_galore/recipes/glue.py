@@ -22,12 +22,16 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from ..errors import UserError
 from ..integrations.devices import keep_to_one_gpu
 from .checkpoints import last_checkpoint, no_checkpoint
-from .checks import check_arguments, check_model, say_if_widened
-from .glue_data import LABEL, GlueArguments, load_texts, numbered
+from .checks import check_arguments, check_model, check_training, say_if_widened
+from .glue_data import LABEL, GlueArguments, TextData, load_texts, numbered
 from .glue_tasks import CLASSIFICATION, REGRESSION, TASKS, scorer
 from .output_folder import OutputArguments, check_unused
 from .parser import parse_into
 from .run_record import RecordedTrainer, RunFacts
+from .templates import check_tokenizer_files
+
+DATACLASSES = (GlueArguments, TrainingArguments, ModelConfig, OutputArguments)
+"""Their fields are the keys of a recipe."""
 
 DATACLASSES = (GlueArguments, TrainingArguments, ModelConfig, OutputArguments)
 """Their fields are the keys of a recipe."""
@@ -71,9 +75,13 @@ class Arguments(NamedTuple):
         """What an evaluation's result is told by, the best first: what is published for the task."""
         return TASKS[self.glue.task_name].metrics if self.glue.task_name else (*CLASSIFICATION, *REGRESSION)
 
-    def make_trainer(self) -> RecordedTrainer:
+    def check(self) -> Checked:
+        """Check all that can be checked before the weights are loaded; see `check`."""
+        return check(self)
+
+    def make_trainer(self, checked: Checked | None = None) -> RecordedTrainer:
         """Make the Trainer; see `make_trainer`."""
-        return make_trainer(self)
+        return make_trainer(self, checked)
 
 
 class Score(NamedTuple):
@@ -127,20 +135,55 @@ def runs_of(parsed: Arguments) -> list[tuple[Arguments, Score | None]]:
     return runs
 
 
-def make_trainer(parsed: Arguments) -> RecordedTrainer:
-    """Check the arguments, load model and data, and make the Trainer.
+class Checked(NamedTuple):
+    """What checking a recipe has loaded: all but the weights."""
+
+    data: TextData
+    tokenizer: Any
+
+
+def check(parsed: Arguments) -> Checked:
+    """Check the arguments, the model's config and the tokenizer, and load the texts; the cheapest first.
+
+    `output_dir` is there afterwards, and `resume_from_checkpoint` is the folder that it means.
 
     Raises:
-        UserError: something in the arguments is wrong.
+        UserError: something in the arguments or in the data is wrong.
     """
-    if parsed.training.eval_strategy == "no":
+    training, model_args = parsed.training, parsed.model
+    if training.eval_strategy == "no":
         raise UserError("eval_strategy is 'no': a run is for its scores. Set it to 'epoch' or 'steps'.")
-    check_arguments(parsed.training)
-    say_if_widened(parsed.model, parsed.training, check_model(parsed.model))
-    data = numbered(load_texts(parsed.glue))
-    tokenizer = AutoTokenizer.from_pretrained(parsed.model.model_name_or_path, revision=parsed.model.model_revision)
+    check_arguments(training)
+    config = check_model(model_args)
+    keep_to_one_gpu(training)
+    say_if_widened(model_args, training, config)
+    check_training(
+        training,
+        parsed.output,
+        config,
+        dtype=model_args.dtype,
+        auto_class=AutoModelForSequenceClassification,
+        max_length=parsed.glue.max_length,
+        adapters=model_args.use_peft or model_args.load_in_4bit or model_args.load_in_8bit,
+    )
+    check_tokenizer_files(str(model_args.model_name_or_path))
+    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
     if tokenizer.pad_token is None:  # of a decoder
         tokenizer.pad_token = tokenizer.eos_token
+    return Checked(numbered(load_texts(parsed.glue)), tokenizer)
+
+
+def make_trainer(parsed: Arguments, checked: Checked | None = None) -> RecordedTrainer:
+    """Check a recipe, load the model, and make the Trainer.
+
+    Args:
+        parsed: the recipe.
+        checked: what checking it has loaded, where that is done.
+
+    Raises:
+        UserError: something in the arguments or in the data is wrong.
+    """
+    data, tokenizer = checked or check(parsed)
 
     def tokenized(split: Any) -> Any:
         def encode(rows: Any) -> dict[str, Any]:

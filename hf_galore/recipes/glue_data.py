@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import datasets
 
 from ..errors import UserError
-from .data_loading import load_dataset
+from .data_loading import load_dataset, load_files, reporting_unreadable
 from .glue_tasks import CLASSIFICATION, REGRESSION, TASKS
+from .rows import numbered_rows
 
 _KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json"}
 LABEL = "label"
@@ -84,6 +85,8 @@ def load_texts(args: GlueArguments) -> TextData:
     missing = [column for column in (LABEL, *columns) if column not in validation.column_names]
     if missing:
         raise UserError(f"The validation texts have no column {', '.join(missing)}, which those of the training have.")
+    for split, which in ((train, "training"), (validation, "validation")):
+        _check_rows(split, which, [LABEL, *columns])
     labels = _labels(train, validation)
     if task is not None and (task.metrics == REGRESSION) != (labels is None):
         raise UserError(
@@ -117,7 +120,7 @@ def _load_folder(folder: Path) -> Any:
 
 def _load_files(kind: str, files: dict[str, list[str]]) -> Any:
     names = ", ".join(name for of_split in files.values() for name in of_split)
-    return load_dataset(names, kind, data_files=files)
+    return load_files(names, kind, files)
 
 
 def _file(name: str | None, key: str) -> Path:
@@ -155,6 +158,25 @@ def _is_text(feature: Any) -> bool:
     return getattr(feature, "dtype", None) in ("string", "large_string")
 
 
+def _check_rows(split: datasets.Dataset, which: str, columns: list[str]) -> None:
+    with reporting_unreadable(f"The {which} texts"):
+        found = (
+            (number, column)
+            for number, row in numbered_rows(split, columns)
+            for column in columns
+            if row[column] is None
+        )
+        missing = next(found, None)
+    if missing is not None:
+        number, column = missing
+        raise UserError(
+            f"The {which} texts have a row without {column} (it is missing or null): row {number}. Mend it, or leave "
+            "it out."
+        )
+    if not len(split):
+        raise UserError(f"The {which} texts have no rows.")
+
+
 def _labels(train: datasets.Dataset, validation: datasets.Dataset) -> list[str] | None:
     feature = train.features[LABEL]
     if isinstance(feature, datasets.ClassLabel):
@@ -162,8 +184,8 @@ def _labels(train: datasets.Dataset, validation: datasets.Dataset) -> list[str] 
     if str(feature.dtype).startswith("float"):
         return None
     every = set(train.unique(LABEL)) | set(validation.unique(LABEL))
-    if None in every:
-        raise UserError(f"Some of the texts have no {LABEL}.")
+    if len(every) < 2:
+        raise UserError(f"All texts have the {LABEL} {every.pop()}. A classifier needs texts of two classes or more.")
     return [str(label) for label in sorted(every)]
 
 

@@ -11,12 +11,22 @@ from .folders import find_recipe, recipes_folder
 QUICKSTART = "quickstart.yaml"
 """The recipe of `hf-galore quickstart`, in `recipes_folder()`."""
 
-MARKS = {"pretrain": {"config_name"}, "glue": {"task_name", "train_file"}}
-"""Keys that only recipes of this command have. A recipe without any of them is for `sft`."""
+MARKS = {
+    "pretrain": {"config_name"},
+    "glue": {"task_name", "train_file"},
+    "dpo": {
+        *("beta", "ld_alpha", "label_smoothing", "loss_weights", "f_divergence_type", "f_alpha_divergence_coef"),
+        *("discopop_tau", "use_weighting", "truncation_mode", "disable_dropout"),
+        *("precompute_ref_log_probs", "precompute_ref_batch_size"),
+        *("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
+    },
+    "sft": {"chat_template_path", "assistant_only_loss", "completion_only_loss", "packing", "dataset_kwargs"},
+}
+"""Keys that tell a recipe of this command from one of the next. A recipe without any of them is for `sft`."""
 
 
 def command_of(path: Path) -> str:
-    """The command that the recipe in a file is for: `pretrain`, `glue`, `quickstart` or `sft`.
+    """The command that the recipe in a file is for: `pretrain`, `glue`, `dpo`, `quickstart` or `sft`.
 
     Raises:
         UserError: it cannot be read, or is no recipe.
@@ -33,7 +43,7 @@ def is_quickstart_recipe(path: Path | None) -> bool:
 
 
 def command_for(arguments: Sequence[str]) -> str:
-    """The command that `--config FILE --key value ...` are for: `pretrain`, `glue` or `sft`.
+    """The command that `--config FILE --key value ...` are for: `pretrain`, `glue`, `dpo` or `sft`.
 
     Raises:
         UserError: the file cannot be read, or is no recipe.

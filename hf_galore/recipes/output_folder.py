@@ -18,11 +18,19 @@ from .run_record import RUN_FILE, RunFacts
 
 @dataclasses.dataclass(frozen=True)
 class OutputArguments:
-    """What a command has beside `output_dir`."""
+    """What a command that trains is told of its run, beside what the Trainer is told."""
 
     overwrite_output_dir: bool = dataclasses.field(
         default=False,
         metadata={"help": "Whether a run that output_dir holds is removed, when the new one begins to train."},
+    )
+    dry_run: bool = dataclasses.field(
+        default=False,
+        metadata={"help": "Whether to stop after all checks and the plan of the memory, without training."},
+    )
+    plan_first: bool = dataclasses.field(
+        default=True,
+        metadata={"help": "Whether a run on a graphics card is planned before it begins, to say whether it fits."},
     )
 
 

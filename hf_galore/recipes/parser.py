@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+import torch
 from transformers import TrainingArguments
 
 from ..config import OPTIONS
@@ -20,6 +21,7 @@ from ..errors import UserError
 from ..integrations.trainer import KINDS, optim_name
 from ..integrations.trl_parser import OLD_NAMES, ListParser
 from ..synonyms import hint
+from .bounds import check_bounds
 from .config_file import key_of, keys_given, read, shortened, take_config
 from .folders import find_recipe
 from .kinds import MARKS
@@ -59,13 +61,31 @@ def parse_into(dataclass_types: Sequence[type], arguments: Sequence[str], prog: 
     spoken, unknown = parser.parse_known_args(rest)
     if unknown:
         raise UserError(_explain_unknown(unknown[0], rest, parser))
+    over = {key: getattr(spoken, parser.renamed.get(key, key)) for key in given}
+    check_bounds({**config, **over})
     try:
         parsed = parser.parse_args_and_config([*(["--config", str(path)] if path else []), *rest])
     except (ValueError, TypeError, ImportError) as error:  # the dataclasses check values of their own
-        raise UserError(str(error)) from error
+        raise UserError(_without_bf16(error) or str(error)) from error
     _drop_other_optims(parsed, config, given)
-    over = {key: getattr(spoken, parser.renamed.get(key, key)) for key in given}
     return Parsed(list(parsed), path, {**config, **over})
+
+
+def _without_bf16(error: Exception) -> str | None:
+    """What to do where bf16 is asked for and transformers finds no card that has it; `None` for another error."""
+    if "support bf16" not in str(error):
+        return None
+    otherwise = "or give --use_cpu, or bf16: false"
+    if torch.version.cuda is None and torch.version.hip is None:
+        return (
+            f"bf16 needs a card, and torch {torch.__version__} is a build for CPUs, which sees none. Install the build "
+            f"for yours (https://pytorch.org/get-started/locally), {otherwise}."
+        )
+    if not torch.cuda.is_available():
+        return (
+            f"bf16 needs a card, and torch sees none: nvidia-smi says whether the driver does. Mend that, {otherwise}."
+        )
+    return f"bf16: {torch.cuda.get_device_name()} has no arithmetic in bfloat16. Set bf16: false, and dtype: float32."
 
 
 def _drop_other_optims(parsed: Iterable[Any], config: dict[str, Any], given: set[str]) -> None:

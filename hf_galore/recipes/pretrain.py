@@ -16,7 +16,7 @@ from ..config import nearest
 from ..errors import UserError
 from ..integrations.devices import keep_to_one_gpu
 from ..log import logger
-from .checks import check_arguments
+from .checks import check_arguments, check_training
 from .folders import configs_folder, known_models
 from .output_folder import OutputArguments
 from .parser import parse_into
@@ -95,17 +95,21 @@ class Arguments(NamedTuple):
 
     @property
     def hub_dataset(self) -> str | None:
-        """The dataset for the model card."""
-        return self.data_name
+        """The dataset for the model card: what has a name on the Hub."""
+        return None if self.data_name is None or Path(self.data_name).exists() else self.data_name
+
+    def check(self) -> Checked:
+        """Check all that can be checked before the weights are made; see `check`."""
+        return check(self)
 
     @property
     def metrics(self) -> tuple[str, ...]:
         """What an evaluation's result is told by, the best first: by its loss alone."""
         return ()
 
-    def make_trainer(self) -> PretrainingTrainer:
+    def make_trainer(self, checked: Checked | None = None) -> PretrainingTrainer:
         """Make the Trainer; see `make_trainer`."""
-        return make_trainer(self)
+        return make_trainer(self, checked)
 
 
 class PretrainingTrainer(RecordedTrainer, SFTTrainer):  # type: ignore[misc, unused-ignore]
@@ -125,19 +129,58 @@ def parse(arguments: Sequence[str], prog: str, about: str) -> Arguments:
     return Arguments(script, training, model, path, output, given)
 
 
-def make_trainer(parsed: Arguments) -> PretrainingTrainer:
-    """Check the arguments, make the model, load the text, and make the Trainer.
+class Checked(NamedTuple):
+    """What checking a recipe has loaded: all but the weights."""
+
+    config: Any
+    tokenizer: Any
+    train: Any
+    held_out: Any
+
+
+def check(parsed: Arguments) -> Checked:
+    """Check the arguments, the model's config and the tokenizer, and load the text; the cheapest first.
+
+    `output_dir` is there afterwards, and `resume_from_checkpoint` is the folder that it means.
 
     Raises:
-        UserError: something in the arguments is wrong.
+        UserError: something in the arguments or in the data is wrong.
     """
     script, training, model_args = parsed.script, parsed.training, parsed.model
     check_arguments(training)
     if script.dataset_streaming and training.max_steps <= 0:
         raise UserError("dataset_streaming: nobody knows how long a stream is. Set max_steps.")
-    config, tokenizer = load_config(model_args), load_tokenizer(model_args)
+    config = load_config(model_args)
+    keep_to_one_gpu(training)
+    check_training(
+        training,
+        parsed.output,
+        config,
+        dtype=model_args.dtype,
+        auto_class=AutoModelForCausalLM,
+        max_length=training.max_length,
+    )
+    tokenizer = load_tokenizer(model_args)
     evaluate = training.eval_strategy != "no"
-    train, held_out = load_text(script, training.dataset_text_field, model_args.held_out, evaluate=evaluate)
+    return Checked(
+        config,
+        tokenizer,
+        *load_text(script, training.dataset_text_field, model_args.held_out, evaluate=evaluate),
+    )
+
+
+def make_trainer(parsed: Arguments, checked: Checked | None = None) -> PretrainingTrainer:
+    """Check a recipe, make the model, and make the Trainer.
+
+    Args:
+        parsed: the recipe.
+        checked: what checking it has loaded, where that is done.
+
+    Raises:
+        UserError: something in the arguments or in the data is wrong.
+    """
+    training, model_args = parsed.training, parsed.model
+    config, tokenizer, train, held_out = checked or check(parsed)
     trainer = make_pretraining_trainer(config, tokenizer, parsed, train, held_out)
     if held_out is not None and model_args.max_eval_tokens is not None:
         trainer.eval_dataset = _first_tokens(trainer.eval_dataset, model_args.max_eval_tokens, training.max_length)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import pickletools
+import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.training_args import OptimizerNames
 
 from ..config import GROUP_OPTIONS, GaLoreConfig
 from ..errors import UserError
@@ -23,6 +27,8 @@ _DATA = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "packing", "seed", "data_seed"),
     *("dataset_name", "dataset_config", "dataset_train_split", "datasets", "train_file"),
 )
+# With others of these the checkpoint's weights are not loaded, and training begins with the model's own.
+_ADAPTERS = ("use_peft", "lora_r", "lora_target_modules", "lora_modules_to_save")
 
 
 class FinishedError(UserError):
@@ -83,12 +89,17 @@ def check_settings(checkpoint: Path, settings: dict[str, Any]) -> dict[str, Any]
         What has effect.
 
     Raises:
-        UserError: its optimizer is another one, or another one's GaLore.
+        UserError: its optimizer is another one, or another one's GaLore, or its adapters are others.
     """
     facts = _facts(checkpoint)
     if facts is None or facts.settings is None:
+        _check_optimizer(checkpoint, {**settings, "optim": optim_of(checkpoint) or settings.get("optim")}, settings)
         return settings
     before = facts.settings
+    changed = [key for key in _ADAPTERS if before.get(key) != settings.get(key)]
+    adapters = [_change(key, before.get(key), settings.get(key)) for key in changed]
+    if adapters:
+        raise _of_another(checkpoint, "the adapters", adapters)
     _check_optimizer(checkpoint, before, settings)
     for keys, consequence in (
         (_KEPT, "A resumed run keeps what its checkpoint has: the new value has no effect."),
@@ -101,10 +112,28 @@ def check_settings(checkpoint: Path, settings: dict[str, Any]) -> dict[str, Any]
     return {**settings, **{key: before.get(key) for key in _KEPT}}
 
 
+def optim_of(checkpoint: Path) -> str | None:
+    """The optimizer that wrote a checkpoint of whatever Trainer; `None` where that is not found.
+
+    It is among the training arguments, which are a pickle: its words are read, and nothing in it is run.
+    """
+    known = {str(name.value) for name in OptimizerNames}
+    try:
+        with zipfile.ZipFile(checkpoint / TRAINING_ARGS_NAME) as file:
+            (name,) = (name for name in file.namelist() if name.endswith("/data.pkl"))
+            words = [word for _, word, _ in pickletools.genops(file.read(name)) if isinstance(word, str)]
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return None
+    if "optim" not in words:
+        return None
+    after = words[words.index("optim") + 1 :][:4]  # its class, and then its value
+    return next((word for word in after if word in known), None)
+
+
 def _check_optimizer(checkpoint: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     changed = []
-    # Layerwise or not, the state is the same.
-    if len({str(one.get("optim")).removesuffix("_layerwise") for one in (before, now)}) > 1:
+    # Layerwise or fused or not, the state is the same.
+    if len({re.sub("_(layerwise|fused)$", "", str(one.get("optim"))) for one in (before, now)}) > 1:
         changed.append(_change("optim", before.get("optim"), now.get("optim")))
     elif now.get("optim") in KINDS:
         old, new = (GaLoreConfig.from_optim_args(one.get("optim_args")) for one in (before, now))
@@ -117,10 +146,14 @@ def _check_optimizer(checkpoint: Path, before: Mapping[str, Any], now: Mapping[s
     if not changed and targets[0] != targets[1]:
         changed.append(_change("optim_target_modules", *targets))
     if changed:
-        raise UserError(
-            f"{checkpoint} was written with other settings of the optimizer: {', '.join(changed)}. Give the run's own "
-            "again, or begin anew: another --output_dir, without --resume_from_checkpoint."
-        )
+        raise _of_another(checkpoint, "the optimizer", changed)
+
+
+def _of_another(checkpoint: Path, what: str, changed: list[str]) -> UserError:
+    return UserError(
+        f"{checkpoint} was written with other settings of {what}: {', '.join(changed)}. Give the run's own again, or "
+        "begin anew: another --output_dir, without --resume_from_checkpoint."
+    )
 
 
 def _listed(targets: Any) -> Any:

@@ -18,6 +18,7 @@ RECIPE_FILE = "hf_galore_recipe.yaml"
 # Where a run stands and goes on, and not what it is.
 NO_SETTINGS = (
     *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "config", "logging_dir", "run_name"),
+    *("dry_run", "plan_first"),
     "use_cpu",  # a process that only starts others says it; the record has the device
 )
 
@@ -50,7 +51,7 @@ def recipe_text(command: str, given: Mapping[str, Any]) -> str:
         command: what runs it, `hf-galore sft`.
         given: keys and values.
     """
-    left_out = ("config", "overwrite_output_dir", "resume_from_checkpoint", *_SECRETS)
+    left_out = ("config", "overwrite_output_dir", "resume_from_checkpoint", "dry_run", *_SECRETS)
     kept = {key: value for key, value in given.items() if key not in left_out}
     head = f"# What {command} was given (hf_galore {__version__}). To run it again, give another output_dir.\n"
     return head + yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from trl import (
     DatasetMixtureConfig,
@@ -12,69 +12,38 @@ from trl import (
     ScriptArguments,
     SFTConfig,
     SFTTrainer,
-    get_dataset,
     get_peft_config,
     get_quantization_config,
 )
 
-from ..errors import UserError
-from ..integrations.devices import keep_to_one_gpu, one_device_map
-from .checks import check_arguments, check_model, say_if_widened
-from .data_loading import load_dataset, split_of
+from .data_loading import split_of
 from .folders import recipes_folder
 from .output_folder import OutputArguments
 from .parser import parse_into
+from .rows import prepare_rows
 from .run_record import RecordedTrainer
+from .templates import check_conversations, template_of
+from .trl_recipe import Checked, TrlRecipe, check_without_data, load_splits, set_model_options
 
 DATACLASSES = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, OutputArguments)
 """Their fields are the keys of a recipe, as of `trl sft`, but for the last one's."""
 
 
-class Arguments(NamedTuple):
+class Arguments(TrlRecipe[SFTConfig]):
     """What a recipe and the command line say, by the names of `trl sft`."""
-
-    script: ScriptArguments
-    training: SFTConfig
-    model: ModelConfig
-    dataset: DatasetMixtureConfig
-    recipe: Path | None
-    """The recipe's file, if there is one."""
-    output: OutputArguments
-    given: dict[str, Any]
-    """What was said, by the file and the command line."""
 
     @property
     def command(self) -> str:
         """The command of `hf-galore` that this is for."""
         return "sft"
 
-    @property
-    def model_name(self) -> str | None:
-        """The model's name or folder."""
-        name: str | None = self.model.model_name_or_path
-        return name
+    def check(self) -> Checked:
+        """Check all that can be checked before the weights are loaded; see `check`."""
+        return check(self)
 
-    @property
-    def data_name(self) -> str:
-        """The names or folders of the datasets."""
-        if self.dataset.datasets:
-            return ", ".join(str(one.path) for one in self.dataset.datasets)
-        return str(self.script.dataset_name)
-
-    @property
-    def hub_dataset(self) -> str | None:
-        """The dataset for the model card."""
-        name: str | None = self.script.dataset_name
-        return name
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """What an evaluation's result is told by, the best first: by its loss alone."""
-        return ()
-
-    def make_trainer(self) -> RecordedSFTTrainer:
+    def make_trainer(self, checked: Checked | None = None) -> RecordedSFTTrainer:
         """Make the Trainer; see `make_trainer`."""
-        return make_trainer(self)
+        return make_trainer(self, checked)
 
 
 class RecordedSFTTrainer(RecordedTrainer, SFTTrainer):  # type: ignore[misc, unused-ignore]
@@ -97,9 +66,9 @@ def _find_template(training: SFTConfig, recipe: Path | None) -> None:
     has another name.
     """
     name = training.chat_template_path
-    if name is None or recipe is None or Path(name).exists():
+    if name is None or Path(name).exists():
         return
-    places = [folder / name for folder in recipe.resolve().parents[:2]]
+    places = [] if recipe is None else [folder / name for folder in recipe.resolve().parents[:2]]
     if Path(name).parts[:1] == ("recipes",):
         places.append(recipes_folder() / Path(name).relative_to("recipes"))
     for place in places:
@@ -108,22 +77,60 @@ def _find_template(training: SFTConfig, recipe: Path | None) -> None:
             return
 
 
-def make_trainer(parsed: Arguments) -> RecordedSFTTrainer:
-    """Check the arguments, load model and data, and make the Trainer.
+def check(parsed: Arguments) -> Checked:
+    """Check the arguments, the model's config, the tokenizer and every row of the data; the cheapest first.
+
+    `output_dir` is there afterwards, and `resume_from_checkpoint` is the folder that it means.
 
     Raises:
-        UserError: something in the arguments is wrong.
+        UserError: something in the arguments or in the data is wrong.
     """
     training = parsed.training
-    check_arguments(training)
-    config = check_model(parsed.model, trust_remote_code=training.trust_remote_code)
-    say_if_widened(parsed.model, training, config, given=training.model_init_kwargs)
-    splits = _load_splits(parsed.script, parsed.dataset)
-    train = _split(splits, parsed.script.dataset_train_split, "dataset_train_split", training)
+    processing_class = check_without_data(parsed)
+    template = template_of(training, processing_class)
+    splits = load_splits(parsed.script, parsed.dataset, training.seed)
+
+    def split(name: str, key: str) -> Any:
+        rows = split_of(splits, name, key)
+        if (training.dataset_kwargs or {}).get("skip_prepare_dataset"):
+            return rows
+        rows = prepare_rows(
+            rows,
+            name,
+            given=f"dataset_name {parsed.data_name}",
+            text_field=training.dataset_text_field,
+            assistant_only=training.assistant_only_loss,
+            template=template,
+        )
+        check_conversations(training, processing_class, template, str(parsed.model_name), next(iter(rows)))
+        return rows
+
+    train = split(parsed.script.dataset_train_split, "dataset_train_split")
     evaluated = None
     if training.eval_strategy != "no":
-        evaluated = _split(splits, parsed.script.dataset_test_split, "dataset_test_split", training)
-    return make_sft_trainer(str(parsed.model_name), training, parsed.model, train, evaluated)
+        evaluated = split(parsed.script.dataset_test_split, "dataset_test_split")
+    return Checked(train, evaluated, processing_class)
+
+
+def make_trainer(parsed: Arguments, checked: Checked | None = None) -> RecordedSFTTrainer:
+    """Check a recipe, load the model, and make the Trainer.
+
+    Args:
+        parsed: the recipe.
+        checked: what checking it has loaded, where that is done.
+
+    Raises:
+        UserError: something in the arguments or in the data is wrong.
+    """
+    checked = checked or check(parsed)
+    return make_sft_trainer(
+        str(parsed.model_name),
+        parsed.training,
+        parsed.model,
+        checked.train,
+        checked.evaluated,
+        checked.processing_class,
+    )
 
 
 def make_sft_trainer(
@@ -138,17 +145,7 @@ def make_sft_trainer(
 
     It trains on one device, unless `model_init_kwargs` have a `device_map` or a launcher has started several processes.
     """
-    given = training_args.model_init_kwargs or {}
-    keep_to_one_gpu(training_args, say="device_map" not in given)
-    device_map = one_device_map(training_args)
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "trust_remote_code": training_args.trust_remote_code,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **({} if device_map is None else {"device_map": device_map}),
-        **given,
-    }
+    set_model_options(training_args, model_args)
     return RecordedSFTTrainer(
         model=model,
         args=training_args,
@@ -158,33 +155,3 @@ def make_sft_trainer(
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-
-
-# ---- data
-
-
-def _load_splits(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) -> Any:
-    name = script_args.dataset_name
-    if name and dataset_args.datasets:
-        raise UserError(f"Both dataset_name ({name}) and datasets are given; leave one out.")
-    if dataset_args.datasets:
-        return get_dataset(dataset_args)
-    if not name:
-        raise UserError("dataset_name is missing: give a dataset's name or folder, or a list of them as datasets.")
-    streaming = script_args.dataset_streaming
-    return load_dataset(f"dataset_name {name}", name, name=script_args.dataset_config, streaming=streaming)
-
-
-def _split(splits: Any, name: str, key: str, training_args: SFTConfig) -> Any:
-    split = split_of(splits, name, key)
-    columns = split.column_names
-    if columns is None:  # a stream does not know its columns beforehand
-        return split
-    text = training_args.dataset_text_field
-    usable = ({"messages"}, {"conversations"}, {"prompt", "completion"}, {text}, {"input_ids"})
-    if not any(needed <= set(columns) for needed in usable):
-        raise UserError(
-            f"The dataset's split {name!r} has the columns {', '.join(columns)}. It needs 'messages' (lists of "
-            f"role and content), 'prompt' and 'completion', {text!r} (dataset_text_field), or 'input_ids'."
-        )
-    return split

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import tempfile
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +16,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, Tra
 from trl import ModelConfig, SFTConfig
 
 from ..errors import UserError
+from ..integrations.trl_dpo import check_release, prepared_data
 from ..plan.rehearsal import STEPS
-from . import glue, pretrain, sft
+from . import dpo, glue, pretrain, sft
 from .any_recipe import Arguments
 from .checks import galore_config
 from .embedded_model import embedded
@@ -72,6 +74,9 @@ def prepare(arguments: Arguments, layers: int | None = None) -> Prepared:
     sizes = (STEPS * per_step, training.per_device_eval_batch_size if training.eval_strategy != "no" else 0)
     if isinstance(arguments, glue.Arguments):
         make = _glue_maker(arguments, model, length, sizes, layers)
+    elif isinstance(arguments, dpo.Arguments):
+        make = _preference_maker(arguments, model, length, sizes, layers)
+        per_step *= 2  # a pair is two sequences
     else:
         make = _language_model_maker(arguments, model, length, sizes, layers)
     return Prepared(make, per_step * length, model.notes)
@@ -94,6 +99,25 @@ def _language_model_maker(
             return pretrain.make_pretraining_trainer(config, model.tokenizer, arguments, train, evaluated)
         with _folder_of(model, layers) as name:
             return sft.make_sft_trainer(name, arguments.training, arguments.model, train, evaluated, model.tokenizer)
+
+    return make_trainer
+
+
+def _preference_maker(
+    arguments: dpo.Arguments, model: _Model, length: int, sizes: tuple[int, int], layers: int | None
+) -> Callable[[], Trainer]:
+    check_release()
+    training = arguments.training
+    dpo.check_options(training)
+    # Of the prompt a single token, and so every position that there can be counts.
+    pairs = datasets.Dataset.from_dict(
+        {"prompt_ids": [[1]], "chosen_ids": [[1] * (length - 1)], "rejected_ids": [[1] * (length - 1)]}
+    )
+    train, evaluated = pairs.select([0] * sizes[0]), pairs.select([0] * sizes[1]) if sizes[1] else None
+
+    def make_trainer() -> Trainer:
+        with _folder_of(model, layers) as name, prepared_data():
+            return dpo.make_dpo_trainer(name, training, arguments.model, train, evaluated, model.tokenizer)
 
     return make_trainer
 
@@ -178,7 +202,7 @@ def _find_model(arguments: Arguments) -> _Model:
         key, tokenizer_name = "config_name", arguments.model.tokenizer_name
     else:
         options["revision"] = arguments.model.model_revision
-    if isinstance(arguments, sft.Arguments):
+    if isinstance(arguments, (sft.Arguments, dpo.Arguments)):
         options["trust_remote_code"] = arguments.training.trust_remote_code
     if name is None and is_quickstart_recipe(arguments.recipe):
         name = tokenizer_name = str(embedded().model)  # which the quickstart trains
@@ -246,6 +270,18 @@ def tokenizer_for(config: Any) -> PreTrainedTokenizerFast:
     """Make a tokenizer with as many tokens as the model has rows: a template may add some to it."""
     size = config.get_text_config().vocab_size
     vocabulary = {f"<{index}>": index for index in range(size)}
-    return PreTrainedTokenizerFast(
+    tokenizer = _Tokenizer(
         tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<0>")), eos_token="<1>", pad_token="<2>"
     )
+    tokenizer.words = vocabulary
+    return tokenizer
+
+
+class _Tokenizer(PreTrainedTokenizerFast):  # type: ignore[misc, unused-ignore]
+    """A tokenizer that has its vocabulary at hand: TRL asks for all of it once for each token that a template adds."""
+
+    words: Mapping[str, int] = types.MappingProxyType({})
+
+    def get_vocab(self) -> dict[str, int]:
+        """All tokens, those that were added too."""
+        return {**self.words, **self.added_tokens_encoder}

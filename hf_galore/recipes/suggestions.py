@@ -1,6 +1,6 @@
 """Ranks and batches that a card has room for.
 
-Planning a model with a few of its layers takes seconds, and memory grows by the same with each further one. So the
+Planning a model with a few of its layers takes a second, and memory grows by the same with each further one. So the
 settings are compared by estimates from such plans, and those worth showing are then planned as they are: what is listed
 fits by a plan of the whole model.
 """
@@ -8,6 +8,7 @@ fits by a plan of the whole model.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
@@ -24,11 +25,13 @@ RANKS = (64, 128, 256, 512, 1024, 2048)
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 # The fewest bits that a basis is kept in, which cost nothing that could be measured.
 PROJ_BITS: Literal[4] = 4
-_FEW_LAYERS = (4, 8)
-# An estimate this far above the card is not worth a plan.
-_HOPELESS = 1.05
+# Even numbers: where layers alternate, as with sliding windows, each kind is in both.
+_FEW_LAYERS = (2, 4)
+# What is above the card by its estimate, but no further than this, is planned too: estimates are rather high than low.
+_NEAR = 1.01
 
 Parse = Callable[[Sequence[str]], Arguments]
+Advance = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +41,9 @@ class Choice:
     rank: int
     batch: int
     checkpointing: bool
+
+    def __str__(self) -> str:
+        return f"rank {self.rank}, batch {self.batch}, checkpointing {'on' if self.checkpointing else 'off'}"
 
     def overrides(self, config: GaLoreConfig) -> list[str]:
         """The items of a recipe's command line that set them, `config` giving the other keys of `optim_args`."""
@@ -52,57 +58,45 @@ class Choice:
 
 
 def search(
-    parse: Parse, config: GaLoreConfig, shape: Shape, vram: int, advance: Callable[[str], None]
+    parse: Parse, config: GaLoreConfig, estimate: Estimate, ranks: Sequence[int], vram: int, advance: Advance
 ) -> Iterator[tuple[Choice, MemoryPlan]]:
     """Search for settings that fit, best first: the largest rank, then the most tokens a step.
 
     Args:
         parse: reads the recipe, with more overrides.
         config: what the recipe tells GaLore.
-        shape: that of the recipe's model.
+        estimate: of the recipe's memory.
+        ranks: those to look at.
         vram: bytes of the card's memory.
         advance: told what is being done.
 
     Yields:
         For each rank the largest batch that fits, with its plan: with checkpointing and, where that fits, without.
     """
-    estimate = Estimate(parse, config, shape, advance)
-    most = {True: 0, False: 0}  # that fits: a smaller rank leaves room for as much
-    for rank in sorted(ranks_for(shape), reverse=True):
-        rows = []
+    most = {True: 0, False: 0}  # how many batches fit: a smaller rank leaves room for as much
+
+    def guessed(choice: Choice) -> int:
+        return needed_at_a_guess(estimate(choice), expandable=expandable_in_use())
+
+    def planned(choice: Choice) -> MemoryPlan | None:
+        advance(f"{choice}: planning all layers")
+        found = plan_recipe(parse(choice.overrides(config)), vram=vram)
+        return found if found.fits else None
+
+    for rank in sorted(ranks, reverse=True):
+        rows: list[tuple[Choice, MemoryPlan]] = []
         for checkpointing in (True, False):
-
-            def planned(batch: int) -> tuple[Choice, MemoryPlan] | None:
-                choice = Choice(rank, batch, checkpointing)  # noqa: B023 - called in this very round
-                advance(f"planning rank {choice.rank}, batch {choice.batch}")
-                found = plan_recipe(parse(choice.overrides(config)), vram=vram)
-                return (choice, found) if found.fits else None
-
-            def guessed(batch: int) -> int:
-                return needed_at_a_guess(
-                    estimate(Choice(rank, batch, checkpointing)),  # noqa: B023 - likewise
-                    expandable=expandable_in_use(),
-                )
-
-            likely = [batch for batch in BATCHES if guessed(batch) <= vram]
-            start = max(len(likely) - 1, most[checkpointing])
-            if not likely and guessed(BATCHES[0]) > _HOPELESS * vram:
-                continue
-            best = None
-            for batch in reversed(BATCHES[: start + 1]):
-                best = planned(batch)
-                if best is not None:
-                    break
-            if best is None:
-                continue
-            if best[0].batch == BATCHES[start]:  # estimates are rather high than low
-                for batch in BATCHES[start + 1 :]:
-                    larger = planned(batch)
-                    if larger is None:
-                        break
-                    best = larger
-            most[checkpointing] = BATCHES.index(best[0].batch)
-            rows.append(best)
+            if not checkpointing and not rows:
+                continue  # it takes more
+            choices = [Choice(rank, batch, checkpointing) for batch in BATCHES]
+            known = most[checkpointing]
+            likely = list(itertools.takewhile(lambda choice: guessed(choice) <= _NEAR * vram, choices[known:]))
+            end = known + len(likely)
+            found = ((index, planned(choices[index])) for index in reversed(range(end)))
+            index, best = next((pair for pair in found if pair[1] is not None), (0, None))
+            if best is not None:
+                most[checkpointing] = index + 1
+                rows.append((choices[index], best))
         yield from sorted(rows, key=lambda row: -row[0].batch)
 
 
@@ -113,35 +107,44 @@ def ranks_for(shape: Shape) -> list[int]:
 
 
 class Estimate:
-    """The peak of a choice in bytes, from plans of few layers at the corners of what is searched."""
+    """The peak of a choice in bytes, from plans of a few layers, as that of each phase grows evenly with layers.
 
-    def __init__(self, parse: Parse, config: GaLoreConfig, shape: Shape, advance: Callable[[str], None]) -> None:
+    Args:
+        parse: reads the recipe, with more overrides.
+        config: what the recipe tells GaLore.
+        shape: that of the recipe's model.
+        advance: told what is being done.
+    """
+
+    def __init__(self, parse: Parse, config: GaLoreConfig, shape: Shape, advance: Advance) -> None:
         self._parse, self._config, self._shape, self._advance = parse, config, shape, advance
-        self._corners: dict[Choice, int] = {}
-        self._ranks = (min(ranks_for(shape)), max(ranks_for(shape)))
-        self._batches = (min(BATCHES), max(BATCHES))
+        self._known: dict[Choice, int] = {}
 
     def __call__(self, choice: Choice) -> int:
-        # Between corners the true peak lies below: it is the highest of many that grow evenly with rank and batch.
-        low, high = self._ranks
-        along_rank = (choice.rank - low) / max(1, high - low)
-        first, last = self._batches
-        along_batch = (choice.batch - first) / max(1, last - first)
-        total = 0.0
-        for rank, weight in ((low, 1 - along_rank), (high, along_rank)):
-            for batch, other in ((first, 1 - along_batch), (last, along_batch)):
-                if weight * other:
-                    total += weight * other * self._corner(Choice(rank, batch, choice.checkpointing))
-        return math.ceil(total)
+        if choice not in self._known:
+            self._known[choice] = self._extrapolated(choice)
+        return self._known[choice]
 
-    def _corner(self, choice: Choice) -> int:
-        if choice not in self._corners:
-            few, more = (min(layers, self._shape.layers) for layers in _FEW_LAYERS)
-            peaks = {layers: self._peak(choice, layers) for layers in {few, more}}
-            each = (peaks[more] - peaks[few]) / max(1, more - few)
-            self._corners[choice] = int(peaks[more] + each * (self._shape.layers - more))
-        return self._corners[choice]
+    def of_each_rank(self, choice: Choice) -> float:
+        """The bytes that a column more of all bases takes, with its moments: between a choice and half its rank."""
+        half = dataclasses.replace(choice, rank=choice.rank // 2)
+        return (self(choice) - self(half)) / (choice.rank - half.rank)
 
-    def _peak(self, choice: Choice, layers: int) -> int:
-        self._advance(f"estimating, from {layers} layers")
-        return plan_recipe(self._parse(choice.overrides(self._config)), layers=layers).peak_bytes
+    @property
+    def tried(self) -> int:
+        """How many choices were estimated."""
+        return len(self._known)
+
+    def _extrapolated(self, choice: Choice) -> int:
+        self._advance(f"{choice}: estimating")
+        few, more = (min(layers, self._shape.layers) for layers in _FEW_LAYERS)
+        peaks = {layers: self._peaks(choice, layers) for layers in {few, more}}
+
+        def of_all(phase: str) -> float:
+            each = (peaks[more][phase] - peaks[few].get(phase, 0)) / max(1, more - few)
+            return peaks[more][phase] + each * (self._shape.layers - more)
+
+        return math.ceil(max(map(of_all, peaks[more])))
+
+    def _peaks(self, choice: Choice, layers: int) -> dict[str, int]:
+        return plan_recipe(self._parse(choice.overrides(self._config)), layers=layers).phase_peaks

@@ -1,11 +1,14 @@
-"""The key `report_to`: whether the trackers that it names are there."""
+"""The key `report_to`: whether the trackers that it names are there, and whether somebody is logged in to them."""
 
 from __future__ import annotations
+
+import os
 
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 
 from ..errors import UserError
+from .hub import check_login
 
 EXTRA = ("tensorboard", "trackio", "wandb")  # what the extra `tracking` installs
 
@@ -33,3 +36,39 @@ def check_trackers(args: TrainingArguments) -> None:
             problem, remedy = "is not installed, or not set up", "Install it as its documentation says"
         others = f"one of {', '.join(there)}" if there else "'none'"
         raise UserError(f"report_to: {name} {problem}. {remedy}, or set report_to to {others}.")
+
+
+def check_logins(args: TrainingArguments) -> None:
+    """Raise an error where nobody is logged in to a tracker that needs it; in a terminal, W&B asks for it now.
+
+    Left to the Trainer, that comes when the model is loaded: hours later, in a queue.
+
+    Raises:
+        UserError: nobody is logged in, and nobody is there to ask.
+    """
+    if args.process_index != 0:  # the others report nothing
+        return
+    if "wandb" in args.report_to:
+        _check_wandb()
+    if "trackio" in args.report_to:
+        spaces = ("trackio_space_id", "trackio_static_space_id", "trackio_bucket_id")
+        key = next((key for key in spaces if getattr(args, key, None)), None)
+        if key is not None:
+            check_login(f"report_to trackio with {key}", args.hub_token, f"or leave out {key} to keep the run here")
+
+
+def _check_wandb() -> None:
+    if os.environ.get("WANDB_MODE", "online") not in ("online", "shared"):
+        return
+    import wandb
+
+    if wandb.setup().settings.mode not in ("online", "shared"):  # by `wandb offline`, say
+        return
+    try:
+        wandb.login(verify=False)  # asks in a terminal
+    except wandb.errors.Error as error:
+        raise UserError(
+            "report_to: nobody is logged in to wandb, and there is no terminal to ask in. Run `wandb login`, or set "
+            "WANDB_API_KEY; or set WANDB_MODE=offline, to keep the run here for `wandb sync`; or set report_to to "
+            "'none'."
+        ) from error

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from transformers import TrainerCallback
@@ -14,7 +14,8 @@ from transformers import TrainerCallback
 from ..errors import UserError
 from ..integrations.trainer import KINDS, optim_name
 from ..log import logger
-from ..plan.planner import MemoryPlan
+from ..plan.planner import MemoryPlan, in_gib
+from ..plan.rehearsal import Progress
 from .any_recipe import Arguments
 from .checkpoints import check_folders
 from .errors import reporting_errors
@@ -42,8 +43,8 @@ def run(parsed: Arguments, callbacks: Sequence[TrainerCallback] = ()) -> Recorde
         FinishedError: the run is to go on, and is finished.
     """
 
-    def make() -> RecordedTrainer:
-        return with_callbacks(parsed.make_trainer(), callbacks)
+    def make(checked: Any) -> RecordedTrainer:
+        return with_callbacks(parsed.make_trainer(checked), callbacks)
 
     return run_recorded(
         parsed,
@@ -71,7 +72,7 @@ def with_callbacks(trainer: _Trainer, callbacks: Sequence[TrainerCallback]) -> _
 
 def run_recorded(
     parsed: Arguments,
-    make_trainer: Callable[[], _Trainer],
+    make_trainer: Callable[[Any], _Trainer],
     *,
     command: str,
     model: str,
@@ -82,7 +83,7 @@ def run_recorded(
 
     Args:
         parsed: the recipe.
-        make_trainer: makes the Trainer.
+        make_trainer: makes the Trainer, of what checking the recipe has loaded.
         command: what the record calls the command: `hf-galore sft`.
         model: what the record calls the model.
         data: what the record calls the data.
@@ -94,42 +95,106 @@ def run_recorded(
     Raises:
         UserError: something in the arguments is wrong. No file or folder is left behind then.
     """
+    output_dir = Path(parsed.training.output_dir)
     with reporting_errors(parsed.training.output_dir):
-        output_dir, wanted = Path(parsed.training.output_dir), str(parsed.training.resume_from_checkpoint or False)
-        check_unused(output_dir, parsed.output, resumes=wanted.lower() != "false")
-        settings, finished = settings_of(parsed), False
-        check_folders(parsed.training)
-        checkpoint = parsed.training.resume_from_checkpoint
-        if checkpoint is not None:
-            finished = not check_left(Path(checkpoint), parsed.training)
-            settings = check_settings(Path(checkpoint), settings)
-        memory_plan = plan_for_card(parsed)
-        trainer = make_trainer()
+        settings, finished = _check_run(parsed)
+        checked = parsed.check()
+        memory_plan = plan_first(parsed)
+        trainer = make_trainer(checked)
         trainer.memory_plan = memory_plan
         trainer.record(command, parsed.recipe, model, data, settings, recipe_text(command, parsed.given))
         if parsed.output.overwrite_output_dir:
             trainer.before_record = lambda: remove_run(output_dir)
         if finished:
-            trainer.take_over(Path(checkpoint))
+            trainer.take_over(Path(str(parsed.training.resume_from_checkpoint)))
         else:
             trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
         _save(trainer, dataset_name)
     return trainer
 
 
-def plan_for_card(parsed: Arguments) -> MemoryPlan | None:
-    """Plan a run that is to be published, for its model card.
+def dry_run(parsed: Arguments, progress: Progress | None = None) -> MemoryPlan:
+    """Check all that can be checked of a recipe without the model's weights, and plan its memory.
+
+    Args:
+        parsed: the recipe, which is of no use afterwards.
+        progress: called with the phase and the number of the step of the plan.
+
+    Raises:
+        UserError: something that was given is wrong, or cannot be planned.
+        FinishedError: the run is to go on, and is finished.
+    """
+    with reporting_errors(parsed.training.output_dir, leaves_nothing=True):
+        _check_run(parsed)
+        parsed.check()
+        return plan_recipe(copy.deepcopy(parsed), progress=progress)
+
+
+def _check_run(parsed: Arguments) -> tuple[dict[str, Any], bool]:
+    """Check a run's folder, and the checkpoint that it is to go on from.
 
     Returns:
-        The plan; `None` where the run is not to be published, or does not use GaLore, or cannot be planned.
+        The run's settings, and whether nothing is left of it but saving the model.
     """
-    if not parsed.training.push_to_hub or optim_name(parsed.training) not in KINDS:
+    output_dir, wanted = Path(parsed.training.output_dir), str(parsed.training.resume_from_checkpoint or False)
+    check_unused(output_dir, parsed.output, resumes=wanted.lower() != "false")
+    settings = settings_of(parsed)
+    check_folders(parsed.training)
+    checkpoint = parsed.training.resume_from_checkpoint
+    if checkpoint is None:
+        return settings, False
+    finished = not check_left(Path(checkpoint), parsed.training)
+    return check_settings(Path(checkpoint), settings), finished
+
+
+def plan_first(parsed: Arguments) -> MemoryPlan | None:
+    """Plan a run that trains on a card, and say whether it fits; and one that is to be published, for its model card.
+
+    Returns:
+        The plan; `None` where nobody needs one, and where the run cannot be planned.
+    """
+    on_card = parsed.output.plan_first and _trains_on_one_card(parsed)
+    published = parsed.training.push_to_hub and optim_name(parsed.training) in KINDS
+    if not (on_card or published) or parsed.training.process_index != 0:
         return None
     try:
-        return plan_recipe(copy.deepcopy(parsed))  # which a plan uses up
+        # A plan uses up what it is given, and its Trainer seeds the random numbers.
+        with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
+            found = plan_recipe(copy.deepcopy(parsed))
     except ValueError as error:
-        logger.warning("The model card will say nothing of memory: %s", error)
+        if published:
+            logger.warning("The model card will say nothing of memory: %s", error)
+        else:
+            logger.info("Whether it fits is not known: %s", error)
         return None
+    if on_card:
+        say_if_it_fits(found)
+    return found
+
+
+def _trains_on_one_card(parsed: Arguments) -> bool:
+    training = parsed.training
+    spread = "device_map" in (getattr(training, "model_init_kwargs", None) or {})
+    return training.device.type == "cuda" and not spread
+
+
+def say_if_it_fits(found: MemoryPlan) -> None:
+    """Say of a plan what it needs and what is free; a warning where that is too little."""
+    if found.vram_bytes is None or found.free_bytes is None:
+        return
+    sizes = (
+        f"The run needs {in_gib(found.needed_bytes)} by its plan, and {in_gib(found.free_bytes)} of the card's "
+        f"{in_gib(found.vram_bytes)} are free"
+    )
+    if found.fits_now:
+        logger.info("%s.", sizes)
+        return
+    advice = (
+        "Other programs hold the rest, which nvidia-smi lists"
+        if found.fits
+        else "hf-galore plan with the same options and --suggest says what fits"
+    )
+    logger.warning("%s: it will probably run out of memory. %s.", sizes, advice)
 
 
 def _save(trainer: RecordedTrainer, dataset_name: str | None) -> None:

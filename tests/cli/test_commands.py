@@ -151,7 +151,8 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert f"hf-galore {command}" in shown
-    assert ("--sweep" if command == "compare" else "--optim_target_modules") in shown
+    own = {"compare": "--sweep", "recipes": "--copy", "chat": "--system", "doctor": "--model", "completion": "fish"}
+    assert own.get(command, "--optim_target_modules") in shown
 
 
 # ---- killed, and resumed

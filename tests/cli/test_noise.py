@@ -49,6 +49,29 @@ def plain(small: Embedded, tmp_path: Path) -> dict[str, Any]:
 
 
 @needs_newest
+@pytest.mark.parametrize("beforehand", ["false", "true"])
+def test_all_that_a_run_of_dpo_says(beforehand: str, plain: dict[str, Any], tmp_path: Path) -> None:
+    """Whose reference TRL asks with checkpointing off, by names that transformers warns of."""
+    row = {name: [{"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+    row["prompt"] = [{"role": "user", "content": "Which?"}]
+    (tmp_path / "data").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "data" / f"{split}.jsonl").write_text((json.dumps(row) + "\n") * 8, encoding="utf-8")
+    given = {**plain, "dataset_name": tmp_path / "data", "eval_strategy": "steps", "eval_steps": 2}
+    given |= {"precompute_ref_log_probs": beforehand, "activation_checkpointing": "true"}
+    assert said("dpo", given, tmp_path) == [
+        GALORE,
+        LAST,
+        STEP,
+        "step #/# · held-out accuracies #",
+        STEP.replace("loss #", "loss # · held-out accuracies #"),
+        LAST.replace("loss #", "loss # · held-out accuracies #"),
+        "step #/# · held-out accuracies #",
+        MODEL,
+    ]
+
+
+@needs_newest
 def test_all_that_a_run_of_sft_says(plain: dict[str, Any], tmp_path: Path) -> None:
     """With an evaluation and a checkpoint; the steps before the second know of no pace yet."""
     given = {**plain, "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 64}

@@ -77,6 +77,9 @@ def test_a_person_reads_a_table_and_what_to_type(
     assert "A desktop, which takes 0.3 to 1 GiB, is not counted." in shown
     best = "--optim_args 'rank=16, update_proj_gap=50' --per_device_train_batch_size 1"
     assert f"For the first: {best}" in " ".join(shown.split())
+    one, more = (planned(path, rank, 1, True).peak_bytes for rank in (8, 16))
+    cost = f"128 more of rank take {128 * (more - one) / 8 / 2**20:,.1f} MiB."
+    assert f"2 settings were estimated, from a few layers; those listed were planned whole. {cost}" in shown
     assert shown.index("│   16 │") < shown.index("│    4 │")  # and of each, first the one with more tokens a step
 
 
@@ -93,7 +96,7 @@ def test_other_optimizers_have_no_rank_to_look_for(path: str, capsys: pytest.Cap
 
 
 def test_an_estimate_is_near_the_plan_and_not_below_it(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suggestions, "_FEW_LAYERS", (1, 2))
+    monkeypatch.setattr(suggestions, "_FEW_LAYERS", (1, 2))  # of three
 
     def parsed(overrides: object = ()) -> object:
         return any_recipe.parse(["--config", path, *overrides], "test", "")  # type: ignore[misc]

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from hf_galore.cli import compare
+from hf_galore.cli import compare, compare_screen
 from hf_galore.cli.main import main
-from hf_galore.compare import runs
-from hf_galore.compare.tables import digits, duration, notes, settings_table
+from hf_galore.compare import reading
+from hf_galore.compare.notes import notes
+from hf_galore.compare.tables import settings_table
+from hf_galore.compare.words import digits, duration
 from hf_galore.recipes.run_record import RUN_FILE
 from tests.support.written_runs import a_log, compared, numbers, write_facts, write_run, write_state
 
@@ -20,7 +24,7 @@ from tests.support.written_runs import a_log, compared, numbers, write_facts, wr
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take seconds, and have tests of their own."""
-    monkeypatch.setattr(compare, "pictures", lambda runs: [])
+    monkeypatch.setattr(compare, "pictures", lambda runs, axis: [])
 
 
 # ---- reading
@@ -40,6 +44,7 @@ def test_numbers_of_a_run_of_ours(tmp_path: Path) -> None:
         "eval_loss_first": 5.0,
         "eval_loss_last": 4.5,
         "eval_loss_lowest": 4.0,
+        "tokens": 1280.0,
         "step_seconds": 0.5,
         "tokens_per_second": 128.0,
         "peak_memory_gib": 0.2,
@@ -135,12 +140,12 @@ def test_a_resumed_runs_training_time_is_left_out(tmp_path: Path) -> None:
 )
 def test_methods(optim: str, optim_args: str | None, lora_rank: int | None, expected: str, tmp_path: Path) -> None:
     facts = {"optim": optim, "optim_args": optim_args, "lora_rank": lora_rank}
-    assert runs.read_run(write_run(tmp_path / "run", facts=facts), "run").method == expected
+    assert reading.read_run(write_run(tmp_path / "run", facts=facts), "run").method == expected
 
 
 def test_folders_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
     folders = [tmp_path / path for path in ("a/x/out", "b/x/out", "b/y/out", "lone")]
-    assert runs.folder_names(folders) == ["a/x/out", "b/x/out", "y/out", "lone"]
+    assert reading.folder_names(folders) == ["a/x/out", "b/x/out", "y/out", "lone"]
 
 
 def test_names_are_taken_in_their_order(tmp_path: Path) -> None:
@@ -162,10 +167,50 @@ def test_tables_fit_the_terminal(
     folders = [write_run(tmp_path / f"run{n}", [4.0, 3.0 + n]) for n in range(6)]
     assert main(["compare", *map(str, folders), "--output", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
+    # Sentences go to a program or a file as they are; see the next test.
+    tables = [line for line in shown.splitlines() if not line.startswith(("The same", "Peak", "Logged", "The page"))]
+    assert max(map(len, tables)) <= width
+    losses = [re.findall(r"\d\.\d{4}", line)[:1] for line in tables if line.startswith("run")]
+    assert losses[:6] == [[f"{3 + n:.4f}"] for n in range(6)]
+
+
+def test_sentences_end_between_words_in_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.StringIO()
+    console = Console(file=written, width=40, force_terminal=True, highlight=False)
+    monkeypatch.setattr(compare_screen, "Console", lambda **settings: console)
+    compare_screen.show(reading.read_runs([write_run(tmp_path / "run")]))
+    told = [line.strip() for line in written.getvalue().partition("Peak memory is")[2].splitlines()]
+    assert told[:3] == ["of the whole process,", "Python and libraries included: it ran on", "a CPU."]
+
+
+def test_few_runs_stand_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    folders = [write_run(tmp_path / f"run{n}", [4.0, 3.0 + n], {"learning_rate": 0.5 + n}) for n in range(3)]
+    assert main(["compare", *map(str, folders), "--output", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"Settings that differ.*learning rate *│ *0.5 *│ *1.5 *│ *2.5 ", shown, re.DOTALL)
+    assert "The same in all: method GaLore r=64, 8-bit, layerwise; model org/model" in shown
     boxes = [line for line in shown.splitlines() if line[:1] in "┏┡│└┃"]
-    assert max(map(len, boxes)) <= width
+    assert max(map(len, boxes)) <= 80
     losses = [cell for line in boxes if "training loss" in line for cell in re.findall(r"\d\.\d{4}", line)]
-    assert losses == [f"{3 + n:.4f}" for n in range(6)]
+    assert losses == ["3.0000", "4.0000", "5.0000"]
+
+
+def test_settings_of_adapters_are_those_of_runs_that_have_them(tmp_path: Path) -> None:
+    def told(peft: bool, rank: int) -> dict[str, Any]:
+        return {"settings": {"use_peft": peft, "lora_r": rank, "lora_alpha": rank}, "lora_rank": rank if peft else None}
+
+    folders = [
+        write_run(tmp_path / name, facts=told(peft, rank)) for name, peft, rank in (("a", False, 1), ("b", True, 8))
+    ]
+    assert "lora_alpha" not in [row.label for row in settings_table(reading.read_runs(folders)).rows]
+    folders.append(write_run(tmp_path / "c", facts=told(True, 16)))
+    rows = {row.label: row.cells for row in settings_table(reading.read_runs(folders)).rows}
+    assert rows["lora_alpha"] == ["–", "8", "16"]
+    assert "lora_r" not in rows  # the method says it
+    assert [method.partition(",")[0] for method in rows["method"]] == ["GaLore r=64", "LoRA r=8", "LoRA r=16"]
 
 
 @pytest.mark.parametrize(
@@ -232,6 +277,7 @@ MISTAKES: dict[str, tuple[Any, list[str], list[str]]] = {
     "unknown option": (write_run, ["--outptu", "x"], ["there is no option --outptu. Did you mean '--output'?"]),
     "output twice": (write_run, ["--output=x"], ["--output is given twice"]),
     "a recipe": (write_run, ["--config", "x.yaml"], ["--config is for a sweep"]),
+    "an unknown axis": (write_run, ["--x", "step"], ["curves are drawn over steps, tokens, hours", "'steps'"]),
     "a switch with a value": (write_run, ["--json=yes"], ["--json takes no value"]),
 }
 
@@ -301,7 +347,7 @@ def test_every_setting_that_differs_is_shown_and_other_work_is_said(
     first = write_run(tmp_path / "a", facts={"settings": {**same, "seed": 1, "packing": True, "optim_args": "rank=8"}})
     second = write_run(tmp_path / "b", facts={"settings": {**same, "seed": 2, "packing": False, "max_length": 128}})
     unknown = write_run(tmp_path / "c")
-    found = runs.read_runs([first, second, unknown])
+    found = reading.read_runs([first, second, unknown])
     rows = {row.label: row.cells for row in settings_table(found).rows}
     assert rows["max_length"] == ["256", "128", "–"]
     assert rows["packing"] == ["true", "false", "–"]
@@ -313,4 +359,4 @@ def test_every_setting_that_differs_is_shown_and_other_work_is_said(
     assert f"{said}come of that." in notes(found)
     assert main(["compare", str(first), str(second), "--output", str(tmp_path / "out")]) == 0
     assert "max_length" in capsys.readouterr().out
-    assert not any("same work" in note for note in notes(runs.read_runs([first, unknown])))
+    assert not any("same work" in note for note in notes(reading.read_runs([first, unknown])))

@@ -12,14 +12,105 @@ import pytest
 from matplotlib.figure import Figure
 
 from hf_galore.cli.main import main
-from hf_galore.compare import figures, runs, tables
-from tests.support.written_runs import NAN, Page, a_log, compared, numbers, png_size, write_run, write_state
+from hf_galore.compare import figures, notes, reading, tables
+from hf_galore.compare.page import page
+from hf_galore.compare.runs import Run
+from tests.support.written_runs import (
+    NAN,
+    Page,
+    a_log,
+    compared,
+    numbers,
+    png_size,
+    write_facts,
+    write_run,
+    write_state,
+)
 
 
 @pytest.fixture(autouse=True)
 def _coarse(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures of few pixels are drawn faster."""
     monkeypatch.setattr(figures, "_DPI", 50)
+
+
+LONG = "-and-what-it-was-told"
+
+
+def read_page(folder: Path) -> Page:
+    return Page((folder / "index.html").read_text(encoding="utf-8"))
+
+
+def twelve(folder: Path) -> list[Path]:
+    """Runs with names short and long, one of them broken, one interrupted, one by another program."""
+
+    def settings(place: int) -> dict[str, Any]:
+        args = f"rank={place + 1}"
+        return {"optim_args": args, "settings": {"max_length": 2**place, "optim_args": args, "seed": 1}}
+
+    names = [f"run{place}{LONG * (place % 4)}" for place in range(12)]
+    for place, name in enumerate(names):
+        write_run(folder / name, [5.0, 4.0, 3.0 + place], settings(place), held_out=[4.0, 3.0])
+    write_state(folder / names[3], a_log([5.0, NAN, NAN]), 3)
+    write_facts(folder / names[5], **settings(5), finished=False)
+    write_state(folder / names[5] / "checkpoint-2", a_log([5.0, 4.0], runtime=None), 2, 3)
+    (folder / names[7] / "hf_galore_run.json").unlink()
+    return [folder / name for name in names]
+
+
+@pytest.fixture(scope="module")
+def page_of_twelve(tmp_path_factory: pytest.TempPathFactory) -> str:
+    found: list[Run] = reading.read_runs(twelve(tmp_path_factory.mktemp("runs")))
+    return page(found, figures.pictures(found))
+
+
+def test_twelve_runs_have_a_line_each_settings_that_differ_first_and_one_legend(page_of_twelve: str) -> None:
+    text, page = page_of_twelve, Page(page_of_twelve)
+    marked = [f"run{place}{LONG * (place % 4)}" for place in range(12)]
+    marked[3] += " (broken)"
+    marked[5] += " (interrupted)"
+    differ, results = page.tables[:2]
+    assert differ[0][:2] == ["run", "method"]  # by their ranks
+    assert {"max_length", "rank"} <= set(differ[0])
+    assert not {"optim_args", "seed", "model", "device"} & set(differ[0])  # of GaLore's keys those that differ
+    assert [row[0] for row in differ[1:]] == marked
+    assert [row[differ[0].index("max_length")] for row in differ[1:]] == [
+        "–" if place == 7 else str(2**place) for place in range(12)
+    ]
+    assert [row[0] for row in results[1:]] == marked
+    assert [row[1] for row in results[1:]][:4] == ["3.0000", "4.0000", "5.0000", "NaN"]
+    assert "The same in all: model <b>org/model</b>" in text
+    assert text.count('type="checkbox"') == 12
+    assert "broken at step 2" in text
+    # Whatever is a run's can be hidden with it, and nothing else is.
+    for place in range(12):
+        assert f"body:has(#show-{place}:not(:checked)) .run-{place} {{ display: none; }}" in text
+        assert text.count(f'<tr class="run-{place}">') == 2
+        # Held-out loss and all else over three axes, and two bars with their numbers.
+        assert len(re.findall(rf'<g class="run-{place}"', text)) >= (10 if place in (3, 5, 7) else 19)
+
+
+def test_what_is_referred_to_in_pictures_is_there_once(page_of_twelve: str) -> None:
+    ids = re.findall(r'\bid="([^"]+)"', page_of_twelve)
+    assert len(ids) == len(set(ids))
+    referred = set(re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', page_of_twelve))
+    assert referred
+    assert {one or other for one, other in referred} <= set(ids)
+    # Colours are the page's, which are others where it is dark.
+    assert re.findall(r"(?:stroke|fill): #[0-9a-f]+", page_of_twelve.partition("</style>")[2]) == []
+
+
+def test_a_reader_chooses_what_curves_are_over(tmp_path: Path) -> None:
+    compared([write_run(tmp_path / "a"), write_run(tmp_path / "b")], tmp_path / "out", "--x", "hours")
+    text = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    assert re.findall(r'id="over-(\w+)" autocomplete="off"( checked)?', text) == [
+        ("steps", ""),
+        ("tokens", ""),
+        ("hours", " checked"),
+    ]
+    for axis in ("steps", "tokens", "hours"):
+        assert f"body:has(#over-{axis}:checked) div.axis.{axis} {{ display: block; }}" in text
+    assert text.count('<div class="axis hours chosen">') == text.count('<div class="axis steps">') == 4
 
 
 def test_the_page_has_the_numbers_and_needs_nothing_else(tmp_path: Path) -> None:
@@ -29,9 +120,9 @@ def test_the_page_has_the_numbers_and_needs_nothing_else(tmp_path: Path) -> None
     )
     compared([first, second], tmp_path / "out")
     text = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
-    assert re.search(r"https?:|url\(|@import|<script|<link", text) is None
+    assert re.search(r"https?:|url\((?!#)|@import|<script|<link|<img", text) is None
     page = Page(text)
-    assert [table[0] for table in page.tables] == [["run", "first", "second"]] * 3
+    assert [table[0] for table in page.tables] == [["run", "first", "second"]] * 4
     rows = page.rows()
     assert rows["training loss, mean of the last tenth"] == ["2.0000", "1.0000 (−50.0 %)"]
     assert rows["held-out loss, first"] == ["4.0000", "–"]
@@ -46,8 +137,10 @@ def test_the_page_has_the_numbers_and_needs_nothing_else(tmp_path: Path) -> None
     assert rows["steps"] == ["3", "3"]
     # Not where both are the same, and not of a number that only one has.
     assert page.best[:4] == ["1.0000 (−50.0 %)", "0.250 s (−50.0 %)", "256 (+100.0 %)", "1.00 MiB (−66.7 %)"]
+    # Over steps, tokens and hours; and bars.
+    curves = ["Training loss", "Held-out loss", "Learning rate", "Step time", "Speed"]
+    assert page.pictures == [title for title in curves for _ in range(3)] + ["Peak memory", "Optimizer state"]
     files = {file.name: file.read_bytes() for file in (tmp_path / "out").glob("*.png")}
-    assert sorted(files.values()) == sorted(page.pictures.values())
     assert set(files) == {
         f"{name}.png"
         for name in (
@@ -66,6 +159,7 @@ def test_names_are_text_on_the_page_and_in_the_pictures(tmp_path: Path, capsys: 
     page = Page((tmp_path / "out" / "index.html").read_text(encoding="utf-8"))
     assert "script" not in page.tags
     assert page.tables[0][0] == ["run", name]
+    assert name not in page.tags
     assert page.rows()["model"] == ['"><img src=x>']
 
 
@@ -78,7 +172,8 @@ def test_a_loss_that_is_not_a_number(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["compare", str(bad), str(good), "--output", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
     assert "bad is broken: the training loss is not finite, first at step 2." in " ".join(shown.split())
-    rows = Page((tmp_path / "out" / "index.html").read_text(encoding="utf-8")).rows()
+    assert "bad (broken)" in shown
+    rows = read_page(tmp_path / "out").rows()
     assert rows["held-out loss, last"] == ["NaN", "2.0000"]  # and no difference from it
     assert rows["training loss, mean of the last tenth"] == ["inf", "2.0000"]
 
@@ -88,13 +183,13 @@ def test_a_broken_run_is_best_at_nothing(tmp_path: Path) -> None:
     good = write_run(tmp_path / "good", [4.0, 3.0], held_out=[3.0, 2.0])
     bad = write_run(tmp_path / "bad")
     write_state(bad, [*a_log([4.0], held_out=[3.0]), *({**one, "step": 2} for one in a_log([0.0], grad_norm=NAN))], 2)
-    found = runs.read_runs([good, bad])
+    found = reading.read_runs([good, bad])
     assert [run.broken for run in found] == [None, ("grad_norm", 2)]
     rows = {row.label: row for row in tables.results_table(found).rows}
     loss = rows["training loss, mean of the last tenth"]
     assert (loss.cells[1], loss.best) == ("0.0000 (−100.0 %)", frozenset())
     assert rows["steps"].cells == ["2", "2, broken at 2"]
-    said = tables.notes(found)
+    said = notes.notes(found)
     assert "bad is broken: grad_norm is not finite, first at step 2. It is best at nothing." in said
 
 
@@ -115,7 +210,7 @@ def test_metrics_that_all_evaluated_runs_share(tmp_path: Path) -> None:
     found = compared(folders, tmp_path / "out")
     assert [found[name]["results"]["eval_accuracy"] for name in "abc"] == [0.5, 0.75, None]
     assert "eval_f1" not in found["a"]["results"]
-    rows = Page((tmp_path / "out" / "index.html").read_text(encoding="utf-8")).rows()
+    rows = read_page(tmp_path / "out").rows()
     assert rows["held-out accuracy, last"] == ["0.5000", "0.7500 (+50.0 %)", "–"]
     assert (tmp_path / "out" / "eval_accuracy.png").is_file()
 
@@ -159,7 +254,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def test_ten_runs_and_a_legend_that_covers_none(tmp_path: Path, drawn: dict[str, Any]) -> None:
     folders = [write_run(tmp_path / f"_run_{n}_$x$_{'long' * 9}", [4.0 + n, 3.0 + n]) for n in range(10)]
-    figures.pictures(runs.read_runs(folders))
+    figures.pictures(reading.read_runs(folders), for_page=False)
     figure = drawn["Training loss"]
     axes, legend = figure.axes[0], figure.legends[0]
     labels = [text.get_text() for text in legend.get_texts()]
@@ -177,11 +272,11 @@ def test_ten_runs_and_a_legend_that_covers_none(tmp_path: Path, drawn: dict[str,
 
 def test_axes_are_logarithmic_only_where_curves_lie_far_apart(tmp_path: Path, drawn: dict[str, Any]) -> None:
     near = [write_run(tmp_path / "a", [9.0, 5.0, 4.0]), write_run(tmp_path / "b", [8.0, 4.0, 3.0])]
-    figures.pictures(runs.read_runs(near))
+    figures.pictures(reading.read_runs(near), for_page=False)
     assert {figure.axes[0].get_yscale() for figure in drawn.values()} == {"linear"}
     drawn.clear()
     far = write_run(tmp_path / "c", [500.0, 400.0, 300.0])
-    figures.pictures(runs.read_runs([*near, far]))
+    figures.pictures(reading.read_runs([*near, far]), for_page=False)
     assert drawn["Training loss"].axes[0].get_yscale() == "log"
     assert drawn["Learning rate"].axes[0].get_yscale() == "linear"
 
@@ -191,7 +286,7 @@ def test_a_first_step_that_compiles_does_not_flatten_the_others(tmp_path: Path, 
     log = a_log([2.0] * 5)
     log[0]["step_seconds"] = 60.0
     write_state(folder, log, 5)
-    figures.pictures(runs.read_runs([folder]))
+    figures.pictures(reading.read_runs([folder]), for_page=False)
     (title,) = (title for title in drawn if title.startswith("Step time"))
     assert title == "Step time (highest 60.0, beyond the axis): run"
     bottom, top = drawn[title].axes[0].get_ylim()
@@ -202,7 +297,7 @@ def test_a_first_step_that_compiles_does_not_flatten_the_others(tmp_path: Path, 
 def test_a_noisy_curve_has_its_running_median(tmp_path: Path, drawn: dict[str, Any]) -> None:
     losses = [3.0] * 400
     losses[200] = 90.0
-    figures.pictures(runs.read_runs([write_run(tmp_path / "run", losses)]))
+    figures.pictures(reading.read_runs([write_run(tmp_path / "run", losses)]), for_page=False)
     (title,) = (title for title in drawn if title.startswith("Training loss"))
     assert title == "Training loss (thick: running median over a 40th of the log): run"
     raw, smooth = (line.get_ydata() for line in drawn[title].axes[0].lines)
@@ -214,12 +309,12 @@ def test_what_was_not_logged_by_step_is_one_level_or_a_bar(tmp_path: Path, drawn
     theirs = tmp_path / "theirs"
     write_state(theirs, a_log([4.0, 2.0], seconds=None, runtime=8.0), 2)
     ours = write_run(tmp_path / "ours")
-    figures.pictures(runs.read_runs([ours, theirs]))
+    figures.pictures(reading.read_runs([ours, theirs]), for_page=False)
     figure = drawn["Step time"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["ours", "theirs (mean of all its time)"]
     assert [list(line.get_ydata()) for line in figure.axes[0].lines] == [[0.5, 0.5, 0.5], [4.0, 4.0]]
     drawn.clear()
-    figures.pictures(runs.read_runs([theirs]))
+    figures.pictures(reading.read_runs([theirs]), for_page=False)
     (bar,) = drawn["Step time"].axes[0].patches
     assert bar.get_width() == 4.0
     assert "Peak memory" not in drawn

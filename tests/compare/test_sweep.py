@@ -239,7 +239,7 @@ def test_a_sweep_goes_on_where_it_was(
     assert second.folders == ["rank-16", "rank-32"]
     assert [option(command, "resume_from_checkpoint") for command in second.commands] == ["true", "false"]
     page = Page((tmp_path / "out" / "comparison" / "index.html").read_text(encoding="utf-8"))
-    assert page.tables[0][0] == ["run", "rank=4", "rank=8", "rank=16", "rank=32"]
+    assert [row[0] for row in page.tables[0]] == ["run", "rank=4", "rank=8", "rank=16", "rank=32"]
     # Without the option nothing is, unless what is there is to be removed.
     third = trained(monkeypatch)
     assert main(arguments) == 2

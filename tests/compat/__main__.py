@@ -33,6 +33,7 @@ DOCS = ROOT / "docs" / "versions.md"
 # A checkout, but for the package: tests would take that instead of the one that is installed.
 COPIED = (
     *("tests", "recipes", "docs", "notebooks", "hatch_build.py", "pyproject.toml", "constraints.txt", "Makefile"),
+    "mkdocs.yml",
     *("README.md", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "SECURITY.md", "LICENSE"),
 )
 # What runs the tests is everywhere what constraints.txt has: its versions say nothing of ours.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from jinja2 import TemplateError
 
 from hf_galore import GaLoreConfig
 from hf_galore.errors import UserError
@@ -36,3 +38,20 @@ def test_only_empty_folders_of_a_failed_run_are_removed(tmp_path: Path) -> None:
         with pytest.raises(UserError):
             fails()
         assert (tmp_path / "new").exists() == leaves_a_file
+
+
+def test_a_card_whose_memory_has_run_out_is_one_line(tmp_path: Path) -> None:
+    said = (
+        "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 23.52 GiB of which 2 MiB is "
+        "free. If reserved but unallocated memory is large try setting PYTORCH_CUDA_ALLOC_CONF=..."
+    )
+    with pytest.raises(UserError) as error, errors.reporting_errors(str(tmp_path / "out")):
+        raise torch.OutOfMemoryError(said)
+    assert "of which 2 MiB is free. Give a lower per_device_train_batch_size, max_length or rank; " in str(error.value)
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in str(error.value)
+
+
+def test_a_template_that_refuses_a_conversation_in_the_middle_of_the_data(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be put into the chat template: roles must alternate"):  # noqa: SIM117
+        with errors.reporting_errors(str(tmp_path / "out")):
+            raise TemplateError("roles must alternate")

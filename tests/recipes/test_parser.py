@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from trl import SFTConfig
 
 from hf_galore.config import GaLoreConfig
 from hf_galore.errors import UserError
@@ -206,6 +209,9 @@ def test_recipes_of_the_package_are_found_from_any_folder(
     [
         ({"config_name": "llama_60m"}, [], "pretrain"),
         ({"task_name": "rte"}, [], "glue"),
+        ({"beta": 0.1}, [], "dpo"),
+        ({"model_name_or_path": "m"}, ["--precompute-ref-log-probs"], "dpo"),
+        ({"config_name": "llama_60m", "packing": True}, [], "pretrain"),
         ({"model_name_or_path": "m"}, [], "sft"),
         ({}, ["--train-file=a.csv"], "glue"),
         ({"learning_rate": 1e-3}, ["--model_name_or_path", "m"], "sft"),
@@ -223,3 +229,25 @@ def test_a_recipes_keys_say_its_command(
 def test_the_quickstarts_recipe_is_its_own() -> None:
     assert kinds.command_of(recipes_folder() / kinds.QUICKSTART) == "quickstart"
     assert kinds.command_for(["--config", kinds.QUICKSTART, "--model_name_or_path", "m"]) == "sft"
+
+
+@pytest.mark.parametrize(
+    ("cuda", "sees", "words"),
+    [
+        (None, False, "is a build for CPUs, which sees none. Install the build"),
+        ("12.8", False, "bf16 needs a card, and torch sees none: nvidia-smi says whether the driver does."),
+        ("12.8", True, "bf16: a card has no arithmetic in bfloat16. Set bf16: false, and dtype: float32."),
+    ],
+)
+def test_bf16_without_a_card_that_has_it(
+    cuda: str | None, sees: bool, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Any) -> None:
+        raise ValueError("Your setup doesn't support bf16/gpu. You need to assign use_cpu if you want to train on CPU.")
+
+    monkeypatch.setattr(SFTConfig, "__post_init__", refuse)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: sees)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    with pytest.raises(UserError, match=re.escape(words)):
+        sft.parse(["--output_dir", str(tmp_path)], "hf-galore sft", "")

@@ -35,6 +35,7 @@ from hf_galore.recipes.folders import configs_folder, known_models, known_recipe
 from hf_galore.recipes.kinds import command_of
 from hf_galore.recipes.planning import plan_recipe
 from tests.support.commands import options
+from tests.support.pages import recipe_rows
 from tests.support.releases import needs_fused_head
 
 LLAMA2 = recipes_folder() / "llama2_7b_oasst2.yaml"
@@ -135,6 +136,11 @@ def test_a_recipe_takes_the_memory_that_its_header_says(name: str, small: Embedd
         assert found.tokens_per_step == tokens_per_step(name)
         assert found.breakdown["parameters"] > GIB / 16
         assert found.breakdown["moments"] > GIB / 16
+        # The row of docs/recipes.md.
+        row = recipe_rows()[name]
+        assert (row.card, row.tokens) == (f"{card[1]} GB", f"{tokens_per_step(name):,}")
+        assert float(row.peak) == pytest.approx(found.peak_bytes / GIB, rel=0.01)
+        assert float(row.needs) == pytest.approx(found.needed_bytes / GIB, rel=0.01)
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("glue/") and name not in GLUE])
@@ -147,11 +153,13 @@ def test_a_task_of_glue_takes_what_mrpc_takes(name: str) -> None:
 
 
 def tokens_per_step(name: str) -> int:
-    """In the guide's runs and those like them; in the paper's pretraining; in its fine-tuning, at most."""
+    """In the guide's runs and those like them; in the paper's pretraining; in its fine-tuning and of pairs, at most."""
     if name.startswith("pretrain/"):
         return 512 * 256
     if name.startswith("glue/"):
         return (32 if "cola" in name else 16) * 512
+    if name.startswith("dpo/"):
+        return 16 * 2 * 1024
     return 4096
 
 
@@ -236,7 +244,9 @@ PARAMETERS = {
     "meta-llama/Meta-Llama-3-8B": 8_030_261_248,
     "mistralai/Mistral-7B-v0.3": 7_248_023_552,
     "Qwen/Qwen3-8B-Base": 8_190_735_360,
-    "Qwen/Qwen3-4B-Base": 4_022_468_096,
+    **dict.fromkeys(("Qwen/Qwen3-4B", "Qwen/Qwen3-4B-Base"), 4_022_468_096),
+    **dict.fromkeys(("Qwen/Qwen3-1.7B", "Qwen/Qwen3-1.7B-Base"), 1_720_574_976),
+    **dict.fromkeys(("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B-Base"), 596_049_920),
     # With the masked language model's head, whose matrix is the embedding.
     "FacebookAI/roberta-base": 124_697_433,
     # As GaLore's, with T5's 32,100 tokens for 32,000: 200 rows more.
@@ -266,7 +276,9 @@ def test_a_recipe_is_right(name: str, small: Embedded) -> None:
     own = ["--model_name_or_path", str(small.model)] if name == "quickstart.yaml" else []
     parsed = any_recipe.parse(["--config", str(path), *own], "", "")  # raises where something is wrong
     command = command_of(path)
-    assert path.parent.name == {"pretrain": "pretrain", "glue": "glue"}.get(command, recipes_folder().name)
+    assert path.parent.name == {"pretrain": "pretrain", "glue": "glue", "dpo": "dpo"}.get(
+        command, recipes_folder().name
+    )
     commands = re.findall(r"^#   (hf-galore .*?)(?: +# .*)?$", text, flags=re.MULTILINE)
     assert commands, "the header has the command that runs it"
     assert any(line.startswith(f"hf-galore {command}") for line in commands)

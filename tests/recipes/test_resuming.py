@@ -13,6 +13,7 @@ import torch
 
 from hf_galore.cli.main import main
 from hf_galore.recipes.embedded_model import Embedded
+from hf_galore.recipes.resuming import optim_of
 from hf_galore.recipes.run_record import RUN_FILE, RunFacts
 from tests.support.commands import history, options, said_of_mistake, short_run, weights
 from tests.support.helpers import assert_identical
@@ -135,3 +136,39 @@ def test_what_has_no_effect_or_another_one_is_said(
     facts = RunFacts.read(out)
     assert facts is not None
     assert facts.learning_rate == 2e-5
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"optim": "adamw_torch"}, "settings of the optimizer: optim galore_adamw → adamw_torch."),
+        ({"optim": "galore_adafactor"}, "settings of the optimizer: optim galore_adamw → galore_adafactor."),
+    ],
+)
+def test_a_checkpoint_of_another_program_says_its_optimizer(
+    changes: dict[str, Any], words: str, run: tuple[dict[str, Any], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By its training arguments: there is no record of ours."""
+    settings, out = run
+    (out / RUN_FILE).unlink()
+    assert optim_of(out / "checkpoint-4") == "galore_adamw"
+    told = {key: value for key, value in settings.items() if "galore" in changes["optim"] or "optim_" not in key}
+    line = said_of_mistake("sft", [*options({**told, **changes, "max_steps": 6}), *RESUMED], capsys)
+    assert words in line
+
+
+def test_what_is_no_pickle_of_training_arguments_says_nothing(tmp_path: Path) -> None:
+    assert optim_of(tmp_path) is None
+    (tmp_path / "training_args.bin").write_bytes(b"old")
+    assert optim_of(tmp_path) is None
+    torch.save({"optim": 3}, tmp_path / "training_args.bin")
+    assert optim_of(tmp_path) is None
+
+
+def test_adapters_that_the_run_did_not_have(
+    run: tuple[dict[str, Any], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The Trainer would leave the checkpoint's weights out, with a warning."""
+    settings, _ = run
+    line = said_of_mistake("sft", [*options({**settings, "max_steps": 6, "use_peft": "true"}), *RESUMED], capsys)
+    assert "was written with other settings of the adapters: use_peft false → true. Give the run's own again" in line

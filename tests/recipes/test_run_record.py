@@ -9,9 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from torch import nn
 
 import hf_galore
@@ -193,7 +194,9 @@ def test_what_is_pushed_to_the_hub_says_galore_its_arguments_and_the_plan(
 ) -> None:
     hub = Hub()
     monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
-    values = {**settings, "push_to_hub": "true", "hub_model_id": "chat", "save_strategy": "no"}
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "whoami", lambda token: {"name": "me"})
+    values = {**settings, "push_to_hub": "true", "hub_model_id": "chat", "hub_token": "hf_mine", "save_strategy": "no"}
     assert main(["sft", *options(values)]) == 0
     card = ModelCard(hub.cards[-1])
     assert {"galore", "sft"} <= set(card.data.to_dict()["tags"])  # the second is TRL's own
@@ -228,5 +231,5 @@ def test_a_run_that_cannot_be_planned_is_pushed_without_a_plan(
     settings: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     given = {**settings, "push_to_hub": "true", "load_in_4bit": "true", "use_peft": "true"}
-    assert training.plan_for_card(sft.parse(options(given), "", "")) is None
+    assert training.plan_first(sft.parse(options(given), "", "")) is None
     assert "The model card will say nothing of memory: load_in_4bit" in caplog.text

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hf_galore.recipes import sft
-from hf_galore.recipes.checks import check_model, say_if_widened
+from hf_galore.recipes.checks import check_model, say_if_emulated, say_if_widened
 from hf_galore.recipes.embedded_model import Embedded
 from tests.support.commands import recipe_on_cpu
 from tests.support.devices import on, pretend_gpus, with_gpus
@@ -156,6 +156,39 @@ def test_what_was_saved_in_float32_or_is_not_transformers_own(
             config.architectures = architectures
             say_if_widened(parsed.model, parsed.training, config)
     assert [record.getMessage().count("saved in float16. With") for record in caplog.records] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("capability", "given", "dtype", "is_said"),
+    [
+        ((7, 5), {"bf16": True}, "float32", True),
+        ((7, 5), {"bf16": False}, "bfloat16", True),
+        ((7, 5), {"bf16": False}, torch.bfloat16, True),
+        ((7, 5), {"bf16": False}, "float32", False),
+        ((8, 0), {"bf16": True}, "bfloat16", False),
+    ],
+)
+def test_a_card_without_bfloat16_is_named(
+    capability: tuple[int, int],
+    given: dict[str, Any],
+    dtype: Any,
+    is_said: bool,
+    recipe: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """torch says of a T4 that it has bfloat16, counting its emulation."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    training = parse({**recipe, **given}, tmp_path).training
+    say_if_emulated(training, dtype)
+    assert caplog.records == []  # a CPU is another matter
+    say_if_emulated(on(training, "cuda:0"), dtype)
+    said = [record.getMessage() for record in caplog.records]
+    assert [line.startswith("Tesla T4 has no bfloat16, which torch emulates there, slowly. ") for line in said] == (
+        [True] if is_said else []
+    )
 
 
 def test_trl_loads_in_float32_where_no_dtype_is_given(recipe: dict[str, Any], tmp_path: Path) -> None:

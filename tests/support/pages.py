@@ -1,0 +1,149 @@
+"""What README and the docs have of the code and of each other: `python -m tests.support.pages` writes it into them.
+
+Between the two marks of a page lies what is made; a test compares.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from hf_galore.config import GaLoreConfig, keys
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+DOCS = ROOT / "docs"
+RECIPES_PAGE = DOCS / "recipes.md"
+ARGUMENTS_PAGE = DOCS / "arguments.md"
+BEGIN, END = "<!-- made by python -m tests.support.pages -->\n", "<!-- end -->\n"
+
+PEAK, NEEDS = "peak, GiB", "needs, GiB"
+"""Columns of the tables of docs/recipes.md."""
+
+# What a step was measured to take, and on what: docs/cards.md.
+MEASURED = {"llama2_7b_oasst2.yaml": "0.54 s on an H200"}
+
+
+def all_pages() -> list[Path]:
+    """README and the pages of the docs."""
+    return [README, *sorted(DOCS.glob("*.md"))]
+
+
+# ---- the recipes and what they take
+
+
+class Row(NamedTuple):
+    """What the table of docs/recipes.md says of a recipe."""
+
+    card: str
+    model: str
+    rank: str
+    tokens: str
+    peak: str
+    needs: str
+
+
+def recipe_rows() -> dict[str, Row]:
+    """The rows of docs/recipes.md that are of a recipe as it is, by its name."""
+    return dict(_rows(RECIPES_PAGE.read_text("utf-8")))
+
+
+def _rows(text: str) -> Iterator[tuple[str, Row]]:
+    columns: list[str] = []
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if not line.startswith("|"):
+            columns = []
+        elif not columns:
+            columns = cells
+        elif NEEDS in columns and (name := re.match(r"\[`([\w./]+\.yaml)`\]", cells[0])):
+            found = dict(zip(columns, cells, strict=True))
+            yield (
+                name[1],
+                Row(
+                    found["card"],
+                    found.get("model", ""),
+                    found.get("rank", ""),
+                    found["tokens a step"],
+                    found[PEAK],
+                    found[NEEDS],
+                ),
+            )
+
+
+def readme_table() -> str:
+    """README's rows: the fine-tunings of docs/recipes.md, the largest card first."""
+    chosen = {name: row for name, row in recipe_rows().items() if "/" not in name and row.rank}
+    rows = sorted(chosen.items(), key=lambda item: -int(item[1].card.split()[0]))
+    head = "| card | model, all weights | recipe | a card needs | a step |\n|---|---|---|---|---|\n"
+    for name, row in rows:
+        time = MEASURED.get(name, "not measured")
+        head += f"| {row.card} | {row.model} | [`{name}`](recipes/{name}) | {row.needs} GiB | {time} |\n"
+    return head
+
+
+# ---- GaLore's arguments
+
+
+def arguments_table() -> str:
+    """GaLore's arguments: what they may be, and what they mean by the docstring of `GaLoreConfig`."""
+    meanings = _meanings(inspect.getdoc(GaLoreConfig) or "")
+    lines = ["| key | values | default | meaning |\n", "|---|---|---|---|\n"]
+    for key in keys():
+        default = f"`{key.default}`" if key.is_set else key.default
+        lines.append(f"| `{key.name}` | {', '.join(key.values)} | {default} | {meanings[key.name]} |\n")
+    return "".join(lines)
+
+
+def _meanings(docstring: str) -> dict[str, str]:
+    """The texts of a docstring's arguments, each as one line."""
+    section = docstring.split("Args:\n")[1].split("\n\n")[0]
+    entries = re.findall(r"^    (\w+): (.*(?:\n        .*)*)", section, re.MULTILINE)
+    return {name: _sentence(" ".join(text.split())) for name, text in entries}
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:].removesuffix(".")
+
+
+# ---- writing
+
+
+def with_part(text: str, part: str) -> str:
+    """A page with what lies between its marks made anew.
+
+    Raises:
+        ValueError: it has not both marks, once.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"A page needs {BEGIN.strip()} once, and {END.strip()} once.")
+    before, _, rest = text.partition(BEGIN)
+    return f"{before}{BEGIN}{part}{END}{rest.partition(END)[2]}"
+
+
+def written() -> dict[Path, str]:
+    """What each page that has something made should be."""
+    parts = {README: readme_table(), ARGUMENTS_PAGE: arguments_table()}
+    return {path: with_part(path.read_text("utf-8"), part) for path, part in parts.items()}
+
+
+def drawn() -> dict[str, str]:
+    """The pictures of docs/pictures, by the names of their files, as their script draws them."""
+    spec = importlib.util.spec_from_file_location("docs_pictures_draw", DOCS / "pictures" / "draw.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found: dict[str, str] = module.pictures()
+    return found
+
+
+if __name__ == "__main__":
+    for page, text in written().items():
+        page.write_text(text, "utf-8")
+    for name, text in drawn().items():
+        (DOCS / "pictures" / name).write_text(text, "utf-8")
