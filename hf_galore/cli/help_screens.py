@@ -74,7 +74,7 @@ _SAVING = Option("save_steps", "from one checkpoint to the next", "500")
 _FOLDER = (
     Option("resume_from_checkpoint", "go on from the last whole checkpoint"),
     Option("overwrite_output_dir", "remove the run that output_dir holds"),
-    Option("dry_run", "check everything, plan the memory, and stop"),
+    Option("dry_run", "all checks and the plan of memory, then stop"),
 )
 
 SCREENS: dict[str, Screen] = {
@@ -116,6 +116,7 @@ SCREENS: dict[str, Screen] = {
             *_BATCH,
             _EPOCHS,
             Option("max_length", "tokens of a prompt and answer; cut", "1024"),
+            _CLIPPING,
             _EVALUATION,
             _SAVING,
             *_FOLDER,
