@@ -20,12 +20,14 @@ from hf_galore.optim.build import KINDS
 from hf_galore.recipes.folders import known_recipes, recipes_folder
 from tests.support.pages import (
     ARGUMENTS_PAGE,
+    CHOOSING_PAGE,
     DOCS,
     README,
     ROOT,
     all_pages,
     arguments_table,
     drawn,
+    quality_table,
     recipe_rows,
     with_part,
     written,
@@ -43,7 +45,7 @@ def test_readme_is_short() -> None:
 # ---- what is made
 
 
-@pytest.mark.parametrize("path", [README, ARGUMENTS_PAGE], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [README, ARGUMENTS_PAGE, CHOOSING_PAGE], ids=lambda path: path.name)
 def test_what_is_made_is_of_today(path: Path) -> None:
     assert path.read_text("utf-8") == written()[path], "run python -m tests.support.pages"
 
@@ -53,6 +55,12 @@ def test_the_table_of_arguments_is_the_codes() -> None:
     assert tuple(rows) == OPTIONS
     assert "| `128` | Columns r of a basis" in arguments_table()
     assert GaLoreConfig().rank == 128
+
+
+def test_the_table_of_qualities_has_each_optimizer_with_its_loss() -> None:
+    rows = re.findall(r"^\| (\w+).* \| (\d\.\d+) \| (\d+\.\d+) \|$", quality_table(), re.MULTILINE)
+    assert [name for name, _, _ in rows] == ["AdamW", "AdamW", "GaLore", "GaLore", "GaLore", "LoRA"]
+    assert all(3 < float(loss) < 8 for _, loss, _ in rows)
 
 
 def test_every_optimizer_has_its_row() -> None:
@@ -101,18 +109,14 @@ def test_the_picture_of_memory_has_the_plans_of_the_recipes() -> None:
             assert float(rows[name].needs) == pytest.approx(plan["needed_bytes"] / 2**30, abs=0.006)
 
 
-@pytest.mark.parametrize(
-    ("notebook", "heading"),
-    [("02_is_the_gradient_low_rank.ipynb", "| captured energy |"), ("04_quality.ipynb", "| | held-out loss |")],
-)
-def test_figures_of_notebooks_are_those_that_they_end_with(notebook: str, heading: str) -> None:
-    cells = json.loads((ROOT / "notebooks" / notebook).read_text("utf-8"))["cells"]
+def test_ranks_for_a_share_of_the_energy_are_those_that_the_notebook_ends_with() -> None:
+    cells = json.loads((ROOT / "notebooks" / "02_is_the_gradient_low_rank.ipynb").read_text("utf-8"))["cells"]
     outputs = [output.get("data", {}) for cell in cells for output in cell.get("outputs", [])]
     shown = "".join("".join(data.get("text/html", [])) for data in outputs)
     found = set(re.findall(r">\s*([\d.,]+)\s*</td>", shown))
-    table = (DOCS / "choosing.md").read_text("utf-8").split(f"\n{heading}")[1].split("\n\n")[0]
+    table = CHOOSING_PAGE.read_text("utf-8").split("\n| captured energy |")[1].split("\n\n")[0]
     figures = [cell.strip() for row in table.splitlines()[2:] for cell in row.strip("|").split("|")[1:]]
-    assert len(figures) >= 12
+    assert len(figures) == 20
     assert set(figures) <= found
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ README = ROOT / "README.md"
 DOCS = ROOT / "docs"
 RECIPES_PAGE = DOCS / "recipes.md"
 ARGUMENTS_PAGE = DOCS / "arguments.md"
+CHOOSING_PAGE = DOCS / "choosing.md"
+QUALITY = ROOT / "notebooks" / "04_quality.ipynb"
 BEGIN, END = "<!-- made by python -m tests.support.pages -->\n", "<!-- end -->\n"
 
 PEAK, NEEDS = "peak, GiB", "needs, GiB"
@@ -111,6 +114,22 @@ def _sentence(text: str) -> str:
     return text[0].upper() + text[1:].removesuffix(".")
 
 
+# ---- figures of a notebook
+
+
+def quality_table() -> str:
+    """The table of optimizers that the notebook on quality ends with, without the rates."""
+    cells = json.loads(QUALITY.read_text("utf-8"))["cells"]
+    outputs = [output.get("data", {}) for cell in cells for output in cell.get("outputs", [])]
+    (table,) = (text for data in outputs if "held-out loss" in (text := "".join(data.get("text/html", []))))
+    body = table.partition("<tbody>")[2]
+    lines = ["| | held-out loss | optimizer state, MiB |\n", "|---|---|---|\n"]
+    for row in body.split("<tr>")[1:]:
+        name, *_, state, loss = (text.strip() for text in re.findall(r">([^<]*)</t[hd]>", row))
+        lines.append(f"| {name} | {loss} | {state} |\n")
+    return "".join(lines)
+
+
 # ---- writing
 
 
@@ -128,7 +147,7 @@ def with_part(text: str, part: str) -> str:
 
 def written() -> dict[Path, str]:
     """What each page that has something made should be."""
-    parts = {README: readme_table(), ARGUMENTS_PAGE: arguments_table()}
+    parts = {README: readme_table(), ARGUMENTS_PAGE: arguments_table(), CHOOSING_PAGE: quality_table()}
     return {path: with_part(path.read_text("utf-8"), part) for path, part in parts.items()}
 
 
