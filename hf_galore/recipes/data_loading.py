@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,9 +68,32 @@ def load_named(given: str, name: str, *, config: str | None = None, streaming: b
     if ending(path) in READERS and not path.exists():
         raise UserError(f"{given}: there is no such file.")
     if not path.is_dir():
-        return load_dataset(given, name, name=config, streaming=streaming)
+        found = load_dataset(given, name, name=config, streaming=streaming)
+        if not streaming:
+            _check_no_folders_copy(given, found)
+        return found
     with _naming_the_line(given, visible_files(path)):
         return load_dataset(given, str(path), name=config, streaming=streaming)
+
+
+# The folder in its cache where `datasets` keeps what it has read from files has a hash of them as its name. What comes
+# from the Hub is kept by its commit, of 40 digits.
+_OF_FILES = re.compile("[0-9a-f]{16}")
+
+
+def _check_no_folders_copy(given: str, splits: Mapping[str, Any]) -> None:
+    """Check that data of a name come from the Hub: without it, `datasets` takes what a folder of that name once held.
+
+    Raises:
+        UserError: they do not.
+    """
+    kept = {Path(file["filename"]).parent for split in splits.values() for file in getattr(split, "cache_files", ())}
+    copies = sorted(str(folder) for folder in kept if _OF_FILES.fullmatch(folder.name))
+    if copies:
+        raise UserError(
+            f"{given}: there is no such folder here, and the Hub cannot be reached. What {copies[0]} has are files of "
+            "a folder of that name that were read before, here or elsewhere. Give a folder that is there, or go online."
+        )
 
 
 def load_files(given: str, reader: str, files: Mapping[str, Sequence[str]], **options: Any) -> Any:

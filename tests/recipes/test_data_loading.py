@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hf_galore.errors import UserError
-from hf_galore.recipes.data_loading import load_dataset, split_of
+from hf_galore.recipes.data_loading import load_dataset, load_named, split_of
 
 
 def test_a_file_that_is_broken_is_named_with_what_is_wrong_in_it(tmp_path: Path) -> None:
@@ -26,3 +26,19 @@ def test_a_split_that_is_not_there(tmp_path: Path) -> None:
     assert split_of(splits, "train", "dataset_train_split")["text"][:] == ["a"]
     with pytest.raises(UserError, match=r"no split 'test'; it has train\. Set dataset_test_split to one of them"):
         split_of(splits, "test", "dataset_test_split")
+
+
+def test_a_folder_that_is_not_there_is_not_one_of_that_name_that_once_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the Hub `datasets` gives what its cache has under the name: files of a folder elsewhere."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    here.mkdir()
+    (elsewhere / "my_texts").mkdir(parents=True)
+    (elsewhere / "my_texts" / "train.jsonl").write_text('{"text": "of another time"}\n')
+    monkeypatch.chdir(elsewhere)
+    assert load_named("dataset_name my_texts", "my_texts")["train"]["text"][:] == ["of another time"]
+    monkeypatch.chdir(here)
+    with pytest.raises(UserError, match=r"my_texts( cannot be loaded)?: .*(there is no such folder here|the Hub)"):
+        load_named("dataset_name my_texts", "my_texts")
