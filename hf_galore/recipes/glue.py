@@ -33,9 +33,6 @@ from .templates import check_tokenizer_files
 DATACLASSES = (GlueArguments, TrainingArguments, ModelConfig, OutputArguments)
 """Their fields are the keys of a recipe."""
 
-DATACLASSES = (GlueArguments, TrainingArguments, ModelConfig, OutputArguments)
-"""Their fields are the keys of a recipe."""
-
 
 class Arguments(NamedTuple):
     """What a recipe and the command line say."""
