@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
+from collections.abc import Iterator
 
 logger = logging.getLogger("hf_galore")
 
@@ -15,6 +17,17 @@ class _Fallback(logging.StreamHandler):  # type: ignore[type-arg]
         if not logging.getLogger().handlers:
             self.setStream(sys.stderr)
             super().emit(record)
+
+
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """Say nothing of what is only tried: a plan, an optimizer that is made to see how large it is."""
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def and_others(count: int, what: str = "other(s)", link: str = " and ") -> str:

@@ -74,6 +74,7 @@ _SAVING = Option("save_steps", "from one checkpoint to the next", "500")
 _FOLDER = (
     Option("resume_from_checkpoint", "go on from the last whole checkpoint"),
     Option("overwrite_output_dir", "remove the run that output_dir holds"),
+    Option("dry_run", "all checks and the plan of memory, then stop"),
 )
 
 SCREENS: dict[str, Screen] = {

@@ -68,6 +68,8 @@ def _has_more_than_a_new_head(record: logging.LogRecord) -> bool:
 _FOR_DEVELOPERS = (
     # PEFT and TRL ask a model by the older of transformers' two names. Keys of recipes have other warnings.
     ("`is_gradient_checkpointing` is deprecated and will be removed in v6", FutureWarning),
+    # The same kernel of bitsandbytes', where the package that would load it is installed and the Hub is out of reach.
+    ("Skipping publisher trust check for 'kernels-community/quantization-bitsandbytes'", UserWarning),
     # Where the model of a plan, whose tensors are fakes, is copied: torch asks each of them for its place in memory.
     ("Accessing the data pointer of FakeTensor is deprecated", UserWarning),
     # TRL turns checkpointing off for each pass of DPO's reference, and on again.

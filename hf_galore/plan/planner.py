@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, get_args
@@ -21,7 +20,7 @@ from transformers import Trainer
 from transformers.utils import is_datasets_available
 
 from ..expandable_segments import in_use as expandable_in_use
-from ..log import logger
+from ..log import silenced
 from .cards import parse_size, present_card
 from .fakes import Target, fake_training, forget_tables
 from .needs import CONTEXT, OUTSIDE, OUTSIDE_BYTES, allocator_bytes
@@ -199,14 +198,12 @@ def _summary(record: Record, device: str, start: float, parameters: int) -> Memo
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence reports of libraries on a training that does not happen, and our own warnings about its numbers."""
-    level, verbosity = logger.level, transformers.utils.logging.get_verbosity()
-    logger.setLevel(logging.CRITICAL)
+    verbosity = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()
     try:
-        with _no_progress_bars():
+        with silenced(), _no_progress_bars():
             yield
     finally:
-        logger.setLevel(level)
         transformers.utils.logging.set_verbosity(verbosity)
 
 

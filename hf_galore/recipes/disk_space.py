@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from ..errors import UserError
 from ..integrations.trainer import KINDS, galore_cls_and_kwargs, optim_name
-from ..log import logger
+from ..log import logger, silenced
 
 GIB = 2**30
 _WORTH_SAYING = 3
@@ -107,7 +107,8 @@ def _optimizer_bytes(training: TrainingArguments, model: nn.Module) -> int:
     trained = [param for param in model.parameters() if param.requires_grad]
     if name in KINDS:
         cls, options = galore_cls_and_kwargs(training, model, say=False)
-        optimizer = cls(trained, **options)
+        with silenced():  # the run makes another, and says it all
+            optimizer = cls(trained, **options)
         try:
             states = [one.new_state_on_meta() for one in optimizer.trained_parameters()]
         finally:

@@ -18,6 +18,7 @@ import pytest
 from hf_galore.cli import noise
 from hf_galore.recipes.embedded_model import Embedded
 from tests.support.commands import ON_CPU, command_line, options, short_run
+from tests.support.releases import needs_newest
 
 NUMBER = re.compile(r"\d+(\.\d+)?([kKM]\b)?")
 GALORE = "GaLore projects # matrices (# parameters) at rank #; # tensors (# parameters) train full-rank."
@@ -47,6 +48,7 @@ def plain(small: Embedded, tmp_path: Path) -> dict[str, Any]:
     return {key: value for key, value in given.items() if key not in ("disable_tqdm", "report_to")}
 
 
+@needs_newest
 @pytest.mark.parametrize("beforehand", ["false", "true"])
 def test_all_that_a_run_of_dpo_says(beforehand: str, plain: dict[str, Any], tmp_path: Path) -> None:
     """Whose reference TRL asks with checkpointing off, by names that transformers warns of."""
@@ -69,6 +71,7 @@ def test_all_that_a_run_of_dpo_says(beforehand: str, plain: dict[str, Any], tmp_
     ]
 
 
+@needs_newest
 def test_all_that_a_run_of_sft_says(plain: dict[str, Any], tmp_path: Path) -> None:
     """With an evaluation and a checkpoint; the steps before the second know of no pace yet."""
     given = {**plain, "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 64}
@@ -84,6 +87,7 @@ def test_all_that_a_run_of_sft_says(plain: dict[str, Any], tmp_path: Path) -> No
     ]
 
 
+@needs_newest
 def test_all_that_a_run_with_lora_says(plain: dict[str, Any], tmp_path: Path) -> None:
     """With checkpointing of activations, about which TRL and PEFT ask by an older name."""
     given = {key: value for key, value in plain.items() if not key.startswith("optim") and "checkpointing" not in key}
@@ -91,6 +95,7 @@ def test_all_that_a_run_with_lora_says(plain: dict[str, Any], tmp_path: Path) ->
     assert said("sft", given, tmp_path) == [LAST, STEP, STEP, LAST, MODEL]
 
 
+@needs_newest
 def test_all_that_a_run_of_glue_says(small: Embedded, tmp_path: Path) -> None:
     """Not that the classifier's head is new, which is what a classifier is trained from."""
     rows = [f"text {number},{'good' if number % 2 else 'bad'}" for number in range(8)]

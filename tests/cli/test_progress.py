@@ -27,6 +27,7 @@ from hf_galore.cli.progress import ProgressLine, duration, number
 from hf_galore.recipes.embedded_model import Embedded
 from hf_galore.recipes.training import with_callbacks
 from tests.support.commands import command_line, options, recorded_trainer, short_run
+from tests.support.releases import needs_newest
 
 LOG = {"loss": 1.934, "tokens_per_second": 3120.0, "peak_memory_gib": 21.94}
 
@@ -299,6 +300,7 @@ def test_it_asks_nothing_of_any_tensor(tmp_path: Path) -> None:
     assert "2/2 " in text_of(shown)
 
 
+@needs_newest
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="no pseudo-terminals here")
 def test_a_run_at_a_terminal(small: Embedded, tmp_path: Path) -> None:
     """In 80 columns: the model's line, one line that stays, and where the model is."""

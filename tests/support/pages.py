@@ -5,16 +5,15 @@ Between the two marks of a page lies what is made; a test compares.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import inspect
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from hf_galore.config import OPTIONS, GaLoreConfig, _option
+from hf_galore.config import GaLoreConfig, keys
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -96,18 +95,12 @@ def readme_table() -> str:
 def arguments_table() -> str:
     """GaLore's arguments: what they may be, and what they mean by the docstring of `GaLoreConfig`."""
     meanings = _meanings(inspect.getdoc(GaLoreConfig) or "")
-    defaults = {field.name: field.default for field in dataclasses.fields(GaLoreConfig)}
     lines = ["| key | values | default | meaning |\n", "|---|---|---|---|\n"]
-    for key in OPTIONS:
-        values = _option(key).allowed.removeprefix("one of ")
-        lines.append(f"| `{key}` | {values} | {_shown(key, defaults[key])} | {meanings[key]} |\n")
+    for key in keys():
+        values = ", ".join(key.values if len(key.values) == 1 else (f"`{value}`" for value in key.values))
+        default = f"`{key.default}`" if key.is_set else key.default
+        lines.append(f"| `{key.name}` | {values} | {default} | {meanings[key.name]} |\n")
     return "".join(lines)
-
-
-def _shown(key: str, default: Any) -> str:
-    if default is None:
-        return {"rule": "as `optim` says", "projected_backward": "true where layerwise"}[key]
-    return f"`{str(default).lower()}`"
 
 
 def _meanings(docstring: str) -> dict[str, str]:

@@ -21,6 +21,7 @@ HEAD_BY_TOKENS = parse("1.9") <= TRL < parse("1.15")
 # Before datasets 5, what a map makes of its last batch is lost where a stream goes on in the middle of it.
 LOSES_LAST_ROWS = parse("5") > parse(datasets.__version__)
 needs_fused_head = pytest.mark.skipif(not FUSED_HEAD, reason="TRL before 1.16 has another fused loss, or none")
+needs_newest = pytest.mark.skipif(not FUSED_HEAD, reason="older releases say other things, and we of them")
 needs_fast_all = pytest.mark.skipif(masks_ask_themselves(), reason="transformers here asks masks otherwise")
 
 
