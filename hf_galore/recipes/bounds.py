@@ -16,7 +16,7 @@ from ..errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """What a number has to be; `math.inf` and NaN never are."""
+    """What a number has to be; NaN never is, nor `math.inf` but where it has a meaning of its own."""
 
     least: float
     above: bool = False
@@ -58,7 +58,7 @@ BOUNDS: dict[str, Bounds] = {
     "adam_beta1": _PART,
     "adam_beta2": _PART,
     "adam_epsilon": _NOT_NEGATIVE,
-    "max_grad_norm": Bounds(0, advice=" 0 is no clipping."),
+    "max_grad_norm": Bounds(0, also=math.inf, advice=" 0 is no clipping."),
     "label_smoothing_factor": _PART,
     "neftune_noise_alpha": _NOT_NEGATIVE,
     "warmup_steps": _NOT_NEGATIVE,

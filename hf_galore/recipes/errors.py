@@ -69,12 +69,15 @@ def reporting_complaints() -> Iterator[None]:
 # The libraries that read a recipe's values, or those of another library's configuration.
 _CHECKING = ("hf_galore", "trl", "transformers", "datasets", "peft", "axolotl", "huggingface_hub")
 
+_JINJA = {"__jinja_template__", "__jinja_exception__"}  # what the global names of a template's frames are told by
+
 
 def _is_of_template(error: Exception) -> bool:
-    """Whether a chat template refused what it was given: it may do so in the middle of the data."""
+    """Whether a chat template failed on what it was given: it may do so in the middle of the data."""
     from jinja2 import TemplateError
 
-    return isinstance(error, TemplateError)
+    frames = traceback.walk_tb(error.__traceback__)
+    return isinstance(error, TemplateError) or any(not _JINJA.isdisjoint(frame.f_globals) for frame, _ in frames)
 
 
 def _is_about_arguments(error: Exception) -> bool:

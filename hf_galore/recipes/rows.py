@@ -19,6 +19,8 @@ ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "as
 """Names that roles have in the data of others, and those that chat templates know."""
 
 _CONVERSATIONS = ("messages", "prompt", "completion")
+_INSTEAD_OF_CONTENT = ("tool_calls", "function_call", "thinking", "reasoning", "reasoning_content")
+"""What a message may say without content."""
 
 
 def prepare_rows(
@@ -72,6 +74,10 @@ def prepare_rows(
         return row_problem(row, text_field, assistant_only=assistant_only, renamed=renamed)
 
     columns = [key for key in (*_CONVERSATIONS, text_field) if key in first]
+    if text_field in first and not isinstance(
+        first.get("messages"), list
+    ):  # TRL goes by the first row, and takes texts
+        columns = [key for key in columns if key != "messages"]
     split, roles = _checked(split, where, columns, problem)
     others = [old for old in renamed if old in roles]
     if others:
@@ -152,7 +158,7 @@ def _message_problem(message: Any) -> str | None:
     if not isinstance(message.get("role"), str):
         known = ", ".join(key for key, value in message.items() if value is not None)
         return f"without role (it has {known or 'nothing'})"
-    if message.get("content") is None and not message.get("tool_calls"):
+    if message.get("content") is None and not any(message.get(key) for key in _INSTEAD_OF_CONTENT):
         return "without content (it is missing or null)"
     return None
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import trl
 from jinja2 import TemplateError
-from transformers import AutoProcessor, AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer, ProcessorMixin
 from trl import SFTConfig
 
 from ..errors import UserError
@@ -109,6 +110,8 @@ def check_conversations(training: SFTConfig, processing_class: Any, template: st
         )
     filled = copy.copy(processing_class)
     filled.chat_template = template
+    if isinstance(filled, ProcessorMixin):  # as TRL does: templates of models that see take no bare text
+        messages = list(map(_in_parts, messages))
     if training.assistant_only_loss and _MARK.search(template) is None:
         # TRL's puts the mark into templates that it knows.
         patch: Any = getattr(trl, "get_training_chat_template", None)
@@ -122,9 +125,31 @@ def check_conversations(training: SFTConfig, processing_class: Any, template: st
                 f"and that of {whose} does not. Set {_OWN}, or leave out assistant_only_loss."
             )
     try:
-        filled.apply_chat_template(messages, tokenize=False, tools=None)
-    except TemplateError as error:
+        filled.apply_chat_template(
+            messages, tokenize=False, tools=_tools_of(row), **(row.get("chat_template_kwargs") or {})
+        )
+    except (TemplateError, TypeError) as error:
         raise UserError(f"The chat template of {whose} refuses the first conversation: {error}") from error
+
+
+def _tools_of(row: Any) -> Any:
+    """The tools that a row of data has, which may be JSON; `None` where it has none.
+
+    Raises:
+        UserError: they are text that is no JSON.
+    """
+    tools = row.get("tools")
+    if not isinstance(tools, str):
+        return tools
+    try:
+        return json.loads(tools)
+    except ValueError as error:
+        raise UserError(f"The data's first row has text as tools that is no JSON: {error}.") from error
+
+
+def _in_parts(message: Any) -> Any:
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 
 def _check_token(key: str, token: str | None, vocabulary: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ def test_numbers_at_the_ends_of_ranges_and_what_is_no_number() -> None:
         "warmup_steps": 0,
     }
     check_bounds({**ends, "max_length": None, "save_total_limit": 1, "max_grad_norm": "0", "num_train_epochs": "1e-3"})
+    check_bounds({"max_grad_norm": math.inf})  # no clipping, and the norm in the log
     check_bounds({"max_steps": "many", "seed": [1], "eval_steps": True, "anything": -1})  # the parser has its say
 
 
