@@ -37,8 +37,13 @@ def check_arguments(training_args: TrainingArguments) -> None:
     check_folders(training_args)
 
 
-def check_model(model_args: ModelConfig, *, trust_remote_code: bool = False) -> Any:
+def check_model(model_args: ModelConfig, *, trust_remote_code: bool = False, variant: str | None = None) -> Any:
     """Look for the model, and name it where there is none: transformers' error may not.
+
+    Args:
+        model_args: its name.
+        trust_remote_code: whether code that comes with it may run.
+        variant: of the weights, where another is to be loaded; see `check_weight_files`.
 
     Returns:
         Its config.
@@ -57,7 +62,7 @@ def check_model(model_args: ModelConfig, *, trust_remote_code: bool = False) -> 
         )
     except (OSError, ValueError) as error:
         raise UserError(f"model_name_or_path {name} cannot be loaded: {error}") from error
-    check_weight_files(name)
+    check_weight_files(name, variant)
     return config
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import lzma
 import re
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ READERS = {
 """Of one file, by the end of its name, that of `datasets`."""
 
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+_CUT_OFF = (EOFError, zlib.error, lzma.LZMAError)
+"""Raised of a compressed file that is not whole."""
 
 
 def load_dataset(given: str, *args: Any, **options: Any) -> Any:
@@ -128,17 +132,19 @@ def visible_files(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def _naming_the_line(given: str, files: list[Path]) -> Iterator[None]:
-    """Say which line of which file it is that cannot be read; `datasets` says the place in a block, or nothing.
+    """Say which file is empty, or which line of which file cannot be read; `datasets` says the place in a block.
+
+    An empty file beside others may be one that it does not read, or takes for no rows.
 
     Raises:
-        UserError: a file is empty, or has such a line.
+        UserError: what is within cannot load them; the message says why.
     """
-    for path in files:  # `datasets` fails on nothing
-        if ending(path) in READERS and path.stat().st_size == 0:
-            raise UserError(f"{given} cannot be loaded: {path} is empty. Give it rows, or remove it.")
     try:
         yield
     except UserError:
+        for path in files:
+            if ending(path) in READERS and path.stat().st_size == 0:
+                raise UserError(f"{given} cannot be loaded: {path} is empty. Give it rows, or remove it.") from None
         reason = next((found for path in files if (found := _flaw(path)) is not None), None)
         if reason is None:
             raise
@@ -187,7 +193,7 @@ def reporting_unreadable(given: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, datasets.exceptions.DatasetsError, StopIteration) as error:
+    except (OSError, ValueError, datasets.exceptions.DatasetsError, StopIteration, *_CUT_OFF) as error:
         raise UserError(f"{given} cannot be loaded: {_reason(error)}") from error
     finally:
         said.setLevel(level)
@@ -200,6 +206,8 @@ def _reason(error: Exception) -> str:
             return f"it holds a file that is not text in UTF-8 ({one}). Save it in that encoding"
     if isinstance(error, StopIteration):
         return "it holds a file without rows"
+    if isinstance(error, _CUT_OFF) or isinstance(cause, _CUT_OFF):
+        return f"it holds a compressed file that is not whole ({error}). Copy or make it again"
     # This one says that something went wrong; what that was says its cause.
     says_nothing = type(error) is datasets.exceptions.DatasetGenerationError
     return str(cause if says_nothing and cause is not None else error)

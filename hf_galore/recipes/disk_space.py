@@ -53,7 +53,10 @@ def check_space(training: TrainingArguments, sizes: Sizes, *, overwrites: bool =
         return
     folder = Path(training.output_dir)
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(nearest).free
+    disk = shutil.disk_usage(nearest)
+    if not any(disk):  # some disks of other machines do not say
+        return
+    free = disk.free
     if overwrites:
         free += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     saves = str(getattr(training.save_strategy, "value", training.save_strategy)) != "no"

@@ -41,8 +41,12 @@ def model_on_meta(config: Any, auto_class: Any = None, dtype: torch.dtype | None
     return model if dtype is None else model.to(dtype)
 
 
-def check_weight_files(name: str) -> None:
+def check_weight_files(name: str, variant: str | None = None) -> None:
     """Check a folder with a model: that it has weights, and that none of their files is cut off.
+
+    Args:
+        name: the folder, or a name on the Hub, which is not looked at.
+        variant: of the weights, where another is to be loaded: `fp16` for `model.fp16.safetensors`.
 
     Raises:
         UserError: it has no weights, or not all of them, or they are cut off.
@@ -50,9 +54,10 @@ def check_weight_files(name: str) -> None:
     folder = Path(name)
     if not folder.is_dir() or any(folder.glob("*.gguf")):  # of which transformers takes the one that it is told
         return
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+    files = sorted(path for path in folder.iterdir() if path.match("*model*.safetensors") or path.match("*model*.bin"))
     broken = next((f"{path.name} is cut off ({reason})" for path in files if (reason := cut_off(path))), None)
-    missing = missing_weights(folder, {path.name for path in folder.iterdir()})
+    # Those of a variant have names of their own, which transformers names where they are missing.
+    missing = missing_weights(folder, {path.name for path in folder.iterdir()}) if variant is None else []
     if broken is None and missing:
         broken = f"it holds no {missing[0]}"
     if broken is not None:

@@ -85,7 +85,12 @@ def check_without_data(parsed: TrlRecipe[Any]) -> Any:
     training, model = parsed.training, parsed.model
     given = training.model_init_kwargs or {}
     check_arguments(training)
-    config = check_model(model, trust_remote_code=training.trust_remote_code)
+    config = check_model(model, trust_remote_code=training.trust_remote_code, variant=given.get("variant"))
+    if not config.architectures:
+        raise UserError(
+            f"The config of model_name_or_path {parsed.model_name} names no architectures, which TRL loads it by. "
+            'Add them to its config.json, as in "architectures": ["LlamaForCausalLM"].'
+        )
     keep_to_one_gpu(training, say="device_map" not in given)
     say_if_widened(model, training, config, given=given)
     dtype = given.get("dtype", model.dtype) or "float32"  # TRL's choice

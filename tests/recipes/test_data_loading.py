@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import lzma
 from pathlib import Path
 
 import pytest
@@ -42,3 +44,20 @@ def test_a_folder_that_is_not_there_is_not_one_of_that_name_that_once_was(
     monkeypatch.chdir(here)
     with pytest.raises(UserError, match=r"my_texts( cannot be loaded)?: .*(there is no such folder here|the Hub)"):
         load_named("dataset_name my_texts", "my_texts")
+
+
+@pytest.mark.parametrize("beside", ["notes.txt", "x.csv", "train-1.jsonl"])
+def test_an_empty_file_beside_others_is_no_mistake(beside: str, tmp_path: Path) -> None:
+    (tmp_path / "train-0.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    (tmp_path / beside).touch()
+    assert load_named("dataset_name d", str(tmp_path))["train"]["text"][:] == ["a", "b"]
+
+
+@pytest.mark.parametrize("ending", ["gz", "xz"])
+def test_a_compressed_file_that_is_cut_off_is_one_line(ending: str, tmp_path: Path) -> None:
+    text = "".join(f'{{"text": "{number}"}}\n' for number in range(100)).encode()
+    whole = gzip.compress(text) if ending == "gz" else lzma.compress(text)
+    path = tmp_path / f"mine.jsonl.{ending}"
+    path.write_bytes(whole[:-20])
+    with pytest.raises(UserError, match="holds a compressed file that is not whole"):
+        load_named(f"dataset_name {path}", str(path))

@@ -113,6 +113,15 @@ def test_a_run_that_is_overwritten_makes_room(tmp_path: Path, monkeypatch: pytes
     check_space(arguments(tmp_path, save_steps=1, max_steps=1), sizes, overwrites=True)
 
 
+def test_a_disk_that_says_nothing_of_itself_is_no_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Disks of other machines may be mounted so."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 0))
+    check_space(arguments(tmp_path), Sizes(100, 200))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1, 1, 0))
+    with pytest.raises(UserError):
+        check_space(arguments(tmp_path), Sizes(100, 200))
+
+
 # ---- full
 
 

@@ -143,6 +143,12 @@ def cut(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:1000])
 
 
+def without_architectures(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    del config["architectures"]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def without_template(folder: Path) -> None:
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     config = json.loads((folder / "tokenizer_config.json").read_text())
@@ -170,6 +176,7 @@ MODELS: dict[str, tuple[Callable[[Path], None], dict[str, Any], str]] = {
         "cannot be loaded: it holds no model.safetensors. Copy or download",
     ),
     "half of the weights": (cut, {}, "cannot be loaded: model.safetensors is cut off ("),
+    "a config without a class": (without_architectures, {}, "names no architectures, which TRL loads it by."),
     "a base model": (
         without_template,
         {},

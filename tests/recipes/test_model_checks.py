@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -19,7 +21,7 @@ from transformers import (
 )
 
 from hf_galore.errors import UserError
-from hf_galore.recipes.model_checks import check_length, model_on_meta
+from hf_galore.recipes.model_checks import check_length, check_weight_files, model_on_meta
 
 SMALL: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
 
@@ -74,3 +76,19 @@ def test_a_model_is_made_without_numbers_and_only_by_those_who_can() -> None:
     assert model_on_meta(LlamaConfig(architectures=["SomebodysForCausalLM"])) is None
     assert model_on_meta(RobertaConfig(**SMALL, architectures=["RobertaForMaskedLM"])) is not None
     assert model_on_meta(OPTConfig(**SMALL), AutoModelForSequenceClassification) is not None
+
+
+def test_files_beside_the_weights_are_nobodys_business(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
+    (tmp_path / "optimizer.bin").touch()
+    check_weight_files(str(tmp_path))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(UserError, match=r"pytorch_model\.bin is cut off"):
+        check_weight_files(str(tmp_path))
+
+
+def test_weights_of_a_variant(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.fp16.safetensors")
+    check_weight_files(str(tmp_path), "fp16")
+    with pytest.raises(UserError, match=r"holds no model\.safetensors"):
+        check_weight_files(str(tmp_path))
