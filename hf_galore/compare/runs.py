@@ -187,7 +187,10 @@ def optimizer_words(optim: str, optim_args: str | None) -> str:
     kind = KINDS.get(optim)
     if kind is not None:
         algorithm = "GaLore Adafactor" if "adafactor" in optim else "GaLore"
-        words = [f"{algorithm} r={GaLoreConfig.from_optim_args(optim_args).rank}"]
+        try:
+            words = [f"{algorithm} r={GaLoreConfig.from_optim_args(optim_args).rank}"]
+        except ValueError:  # of a version that had other options
+            words = [algorithm]
     elif "adamw" in optim and optim.startswith(("adamw_", "paged_adamw")):
         words = ["AdamW"]
     else:

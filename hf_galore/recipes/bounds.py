@@ -74,6 +74,8 @@ BOUNDS: dict[str, Bounds] = {
     "torch_empty_cache_steps": _COUNT,
     "seed": _SEED,
     "data_seed": _SEED,
+    "ref_model_sync_steps": _COUNT,
+    "precompute_ref_batch_size": _COUNT,
     "lora_r": _COUNT,
     "lora_alpha": _COUNT,
     "lora_dropout": _PART,

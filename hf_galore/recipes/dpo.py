@@ -21,7 +21,7 @@ from ..errors import UserError
 from .data_loading import reporting_unreadable, split_of
 from .output_folder import OutputArguments
 from .parser import parse_into
-from .rows import numbered_rows
+from .rows import message_problem, numbered_rows
 from .run_record import RecordedTrainer
 from .trl_recipe import Checked, TrlRecipe, check_without_data, load_splits, set_model_options
 
@@ -216,10 +216,6 @@ def check_pair(row: Mapping[str, Any], where: str, number: int = 1) -> None:
 def _kind(value: Any) -> str | None:
     if isinstance(value, str):
         return "a text"
-    if (
-        isinstance(value, list)
-        and value
-        and all(isinstance(one, dict) and {"role", "content"} <= set(one) for one in value)
-    ):
+    if isinstance(value, list) and value and all(message_problem(one) is None for one in value):
         return "a conversation"
     return None

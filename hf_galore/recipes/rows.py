@@ -146,13 +146,14 @@ def _value_problem(column: str, value: Any, *, of_text: bool = False) -> str | N
     if not value:
         return f"has no {column} (the list is empty)"
     for number, message in enumerate(value, start=1):
-        reason = _message_problem(message)
+        reason = message_problem(message)
         if reason is not None:
             return f"has a message {reason}: number {number} of its {column}"
     return None
 
 
-def _message_problem(message: Any) -> str | None:
+def message_problem(message: Any) -> str | None:
+    """Why something is no message of a conversation, to follow "a message"; `None` where it is one."""
     if not isinstance(message, dict):
         return f"that is no mapping of role and content, but {shortened(message)}"
     if not isinstance(message.get("role"), str):

@@ -360,3 +360,8 @@ def test_every_setting_that_differs_is_shown_and_other_work_is_said(
     assert main(["compare", str(first), str(second), "--output", str(tmp_path / "out")]) == 0
     assert "max_length" in capsys.readouterr().out
     assert not any("same work" in note for note in notes(reading.read_runs([first, unknown])))
+
+
+def test_a_run_of_a_version_that_had_other_options(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "run"), write_run(tmp_path / "old", facts={"optim_args": "rang=8"})]
+    assert compared(runs, tmp_path / "out")["old"]["method"] == "GaLore, 8-bit, layerwise"

@@ -10,7 +10,7 @@ import pytest
 from trl import DPOConfig, ModelConfig, SFTConfig
 
 from hf_galore.errors import UserError
-from hf_galore.recipes import sft
+from hf_galore.recipes import dpo, sft
 from hf_galore.recipes.bounds import BOUNDS, check_bounds
 from tests.support.commands import recipe_on_cpu
 
@@ -50,6 +50,13 @@ def test_a_number_out_of_range_is_named_with_its_range(given: dict[str, Any], wo
         with pytest.raises(UserError) as error:
             sft.parse(arguments, "hf-galore sft", "")
         assert str(error.value).startswith(words)
+
+
+def test_numbers_of_dpo(tmp_path: Path) -> None:
+    """TRL divides by the first at the first step."""
+    recipe = recipe_on_cpu(tmp_path, sync_ref_model=True, ref_model_sync_steps=0)
+    with pytest.raises(UserError, match=r"^ref_model_sync_steps has to be at least 1, but is 0"):
+        dpo.parse(["--config", recipe], "hf-galore dpo", "")
 
 
 def test_what_the_command_line_says_counts(tmp_path: Path) -> None:

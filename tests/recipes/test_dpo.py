@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 from hf_galore.cli.main import main
+from hf_galore.errors import UserError
 from hf_galore.recipes import dpo
 from hf_galore.recipes.embedded_model import Embedded
 from hf_galore.recipes.kinds import command_of
@@ -224,6 +225,19 @@ def test_data_of_another_form_are_refused_before_the_weights_are_loaded(
     settings = settings_of(small, data, tmp_path / "out", eval_strategy="no")
     assert said_of_mistake("dpo", options(settings), capsys) == f"hf-galore dpo: The dataset's split 'train'{told}"
     assert not (tmp_path / "out").exists()
+
+
+def test_an_answer_may_be_a_call_of_a_tool_without_content() -> None:
+    call = [{"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": {}}}]}]
+    dpo.check_pair({"prompt": CONVERSATION, "chosen": call, "rejected": OTHER}, "data")
+
+
+@pytest.mark.parametrize("message", [{"role": "assistant", "content": None}, {"role": None, "content": "a"}])
+def test_a_message_that_says_nothing_is_found_before_the_weights_are_loaded(message: dict[str, Any]) -> None:
+    with pytest.raises(
+        UserError, match=r"^data has a row, number 2, of which chosen is a conversation, rejected is of"
+    ):
+        dpo.check_pair({"chosen": CONVERSATION, "rejected": [message]}, "data", 2)
 
 
 def test_conversations_need_a_template(
