@@ -6,7 +6,7 @@ import argparse
 import json
 import re
 from collections.abc import Iterable
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from trl import TrlParser
 
@@ -73,7 +73,8 @@ class ListParser(TrlParser):
         One name instead of a list of names, which the libraries would take apart by its letters; and a mapping where
         the command line has `key=value, key=value`.
         """
-        kinds = set(get_args(self.hints.get(key))) or {self.hints.get(key)}
+        hint = self.hints.get(key)
+        kinds = {hint} if get_origin(hint) is list else set(get_args(hint))
         if isinstance(value, str) and list[str] in kinds and str not in kinds:
             return [value]
         if key == "optim_args" and isinstance(value, dict) and not any(map(_is_nested, value.values())):

@@ -240,6 +240,12 @@ def test_a_message_that_says_nothing_is_found_before_the_weights_are_loaded(mess
         dpo.check_pair({"chosen": CONVERSATION, "rejected": [message]}, "data", 2)
 
 
+def test_one_loss_needs_no_list(tmp_path: Path) -> None:
+    for losses in ("ipo", ["ipo"]):
+        recipe = write_recipe(tmp_path, {"loss_type": losses, "use_cpu": True, "bf16": False})
+        assert dpo.parse(["--config", recipe], "hf-galore dpo", "").training.loss_type == ["ipo"]
+
+
 def test_conversations_need_a_template(
     small: Embedded, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
