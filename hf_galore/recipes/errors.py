@@ -90,4 +90,5 @@ def _is_about_arguments(error: Exception) -> bool:
         return False
     frame, line = list(traceback.walk_tb(error.__traceback__))[-1]
     raised = linecache.getline(frame.f_code.co_filename, line).lstrip().startswith("raise ")
-    return raised and str(frame.f_globals.get("__name__")).partition(".")[0] in _CHECKING
+    module = str(frame.f_globals.get("__name__"))
+    return raised and (module.partition(".")[0] in _CHECKING or module.startswith("torch.optim."))

@@ -24,6 +24,13 @@ def test_a_bug_keeps_its_traceback(tmp_path: Path) -> None:
         GaLoreConfig(rank=0)
 
 
+def test_numbers_that_an_optimizer_refuses_are_one_line(tmp_path: Path) -> None:
+    """As with `adam_beta1: 0`, which YAML reads as an integer."""
+    with pytest.raises(UserError, match="betas must be either both floats"):  # noqa: SIM117
+        with errors.reporting_errors(str(tmp_path / "out")):
+            torch.optim.AdamW([torch.zeros(1)], betas=(0, 0.9))
+
+
 def test_only_empty_folders_of_a_failed_run_are_removed(tmp_path: Path) -> None:
     for leaves_a_file in (False, True):
         out = tmp_path / "new" / "out"
