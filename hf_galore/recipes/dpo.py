@@ -12,8 +12,6 @@ from trl import (
     DPOTrainer,
     ModelConfig,
     ScriptArguments,
-    get_peft_config,
-    get_quantization_config,
 )
 
 from ..config import nearest
@@ -23,7 +21,7 @@ from .output_folder import OutputArguments
 from .parser import parse_into
 from .rows import message_problem, numbered_rows
 from .run_record import RecordedTrainer
-from .trl_recipe import Checked, TrlRecipe, check_without_data, load_splits, set_model_options
+from .trl_recipe import Checked, TrlRecipe, check_without_data, load_splits, load_trainer
 
 DATACLASSES = (ScriptArguments, DPOConfig, ModelConfig, DatasetMixtureConfig, OutputArguments)
 """Their fields are the keys of a recipe, as of `trl dpo`, but for the last one's."""
@@ -91,6 +89,9 @@ def check(parsed: Arguments) -> Checked:
 def make_trainer(parsed: Arguments, checked: Checked | None = None) -> RecordedDPOTrainer:
     """Check a recipe, load the model, and make the Trainer.
 
+    The reference is the model as it is loaded: a copy of it in memory, or with `precompute_ref_log_probs` what it says
+    of the data, computed before the first step. A model of which adapters are trained is its own reference.
+
     Args:
         parsed: the recipe.
         checked: what checking it has loaded, where that is done.
@@ -98,39 +99,8 @@ def make_trainer(parsed: Arguments, checked: Checked | None = None) -> RecordedD
     Raises:
         UserError: something in the arguments or in the data is wrong.
     """
-    checked = checked or check(parsed)
-    return make_dpo_trainer(
-        str(parsed.model_name),
-        parsed.training,
-        parsed.model,
-        checked.train,
-        checked.evaluated,
-        checked.processing_class,
-    )
-
-
-def make_dpo_trainer(
-    model: str,
-    training_args: DPOConfig,
-    model_args: ModelConfig,
-    train_dataset: Any,
-    eval_dataset: Any,
-    processing_class: Any = None,
-) -> RecordedDPOTrainer:
-    """Make the Trainer of a recipe for a model, by name or folder, and data that have been loaded.
-
-    The reference is the model as it is loaded: a copy of it in memory, or with `precompute_ref_log_probs` what it says
-    of the data, computed before the first step. A model of which adapters are trained is its own reference.
-    """
-    set_model_options(training_args, model_args)
-    return RecordedDPOTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=processing_class,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
+    return load_trainer(
+        RecordedDPOTrainer, str(parsed.model_name), parsed.training, parsed.model, checked or check(parsed)
     )
 
 

@@ -12,8 +12,6 @@ from trl import (
     ScriptArguments,
     SFTConfig,
     SFTTrainer,
-    get_peft_config,
-    get_quantization_config,
 )
 
 from .data_loading import split_of
@@ -23,7 +21,7 @@ from .parser import parse_into
 from .rows import prepare_rows
 from .run_record import RecordedTrainer
 from .templates import check_conversations, template_of
-from .trl_recipe import Checked, TrlRecipe, check_without_data, load_splits, set_model_options
+from .trl_recipe import Checked, TrlRecipe, check_without_data, load_splits, load_trainer
 
 DATACLASSES = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, OutputArguments)
 """Their fields are the keys of a recipe, as of `trl sft`, but for the last one's."""
@@ -122,36 +120,6 @@ def make_trainer(parsed: Arguments, checked: Checked | None = None) -> RecordedS
     Raises:
         UserError: something in the arguments or in the data is wrong.
     """
-    checked = checked or check(parsed)
-    return make_sft_trainer(
-        str(parsed.model_name),
-        parsed.training,
-        parsed.model,
-        checked.train,
-        checked.evaluated,
-        checked.processing_class,
-    )
-
-
-def make_sft_trainer(
-    model: str,
-    training_args: SFTConfig,
-    model_args: ModelConfig,
-    train_dataset: Any,
-    eval_dataset: Any,
-    processing_class: Any = None,
-) -> RecordedSFTTrainer:
-    """Make the Trainer of a recipe for a model, by name or folder, and data that have been loaded.
-
-    It trains on one device, unless `model_init_kwargs` have a `device_map` or a launcher has started several processes.
-    """
-    set_model_options(training_args, model_args)
-    return RecordedSFTTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=processing_class,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
+    return load_trainer(
+        RecordedSFTTrainer, str(parsed.model_name), parsed.training, parsed.model, checked or check(parsed)
     )

@@ -25,6 +25,7 @@ from .embedded_model import embedded
 from .folders import configs_folder, known_models
 from .glue_tasks import REGRESSION, TASKS
 from .kinds import is_quickstart_recipe
+from .trl_recipe import Checked, load_trainer
 
 
 class Prepared(NamedTuple):
@@ -92,13 +93,14 @@ def _language_model_maker(
     training = arguments.training
     packing = training.packing if training.eval_packing is None else training.eval_packing
     train, evaluated = _rows(sizes[0], length, training.packing), _rows(sizes[1], length, packing) if sizes[1] else None
+    data = Checked(train, evaluated, model.tokenizer)
 
     def make_trainer() -> Trainer:
         if isinstance(arguments, pretrain.Arguments):
             config = copy.deepcopy(model.config) if layers is None else _cut(model.config, layers)
             return pretrain.make_pretraining_trainer(config, model.tokenizer, arguments, train, evaluated)
         with _folder_of(model, layers) as name:
-            return sft.make_sft_trainer(name, arguments.training, arguments.model, train, evaluated, model.tokenizer)
+            return load_trainer(sft.RecordedSFTTrainer, name, arguments.training, arguments.model, data)
 
     return make_trainer
 
@@ -114,10 +116,11 @@ def _preference_maker(
         {"prompt_ids": [[1]], "chosen_ids": [[1] * (length - 1)], "rejected_ids": [[1] * (length - 1)]}
     )
     train, evaluated = pairs.select([0] * sizes[0]), pairs.select([0] * sizes[1]) if sizes[1] else None
+    data = Checked(train, evaluated, model.tokenizer)
 
     def make_trainer() -> Trainer:
         with _folder_of(model, layers) as name, prepared_data():
-            return dpo.make_dpo_trainer(name, training, arguments.model, train, evaluated, model.tokenizer)
+            return load_trainer(dpo.RecordedDPOTrainer, name, training, arguments.model, data)
 
     return make_trainer
 

@@ -8,16 +8,25 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from transformers import TrainingArguments, set_seed
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, get_dataset
+from trl import (
+    DatasetMixtureConfig,
+    ModelConfig,
+    ScriptArguments,
+    get_dataset,
+    get_peft_config,
+    get_quantization_config,
+)
 
 from ..errors import UserError
 from ..integrations.devices import keep_to_one_gpu, one_device_map
 from .checks import check_arguments, check_model, check_training, say_if_emulated, say_if_widened
 from .data_loading import load_named, reporting_unreadable
 from .output_folder import OutputArguments
+from .run_record import RecordedTrainer
 from .templates import load_processing_class
 
 Config = TypeVar("Config", bound=TrainingArguments)
+_Trainer = TypeVar("_Trainer", bound=RecordedTrainer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,11 +119,20 @@ def check_without_data(parsed: TrlRecipe[Any]) -> Any:
     )
 
 
-def set_model_options(training_args: Any, model_args: ModelConfig) -> None:
-    """Set the keywords that TRL's trainer loads the model with, from both places where recipes have them.
+def load_trainer(
+    kind: type[_Trainer], model: str, training_args: Any, model_args: ModelConfig, loaded: Checked
+) -> _Trainer:
+    """Load a model, and make the Trainer of a recipe.
 
     The model is on one device, unless `model_init_kwargs` have a `device_map` or a launcher has started several
     processes.
+
+    Args:
+        kind: the Trainer's class.
+        model: the model's name or folder.
+        training_args: the Trainer's arguments. Their `model_init_kwargs` get what recipes say of it elsewhere.
+        model_args: how it is loaded.
+        loaded: the data and the tokenizer; without one TRL loads the model's.
     """
     given = training_args.model_init_kwargs or {}
     keep_to_one_gpu(training_args, say="device_map" not in given)
@@ -127,6 +145,15 @@ def set_model_options(training_args: Any, model_args: ModelConfig) -> None:
         **({} if device_map is None else {"device_map": device_map}),
         **given,
     }
+    return kind(
+        model=model,
+        args=training_args,
+        train_dataset=loaded.train,
+        eval_dataset=loaded.evaluated,
+        processing_class=loaded.processing_class,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
 
 
 def load_splits(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig, seed: int) -> Any:

@@ -220,7 +220,7 @@ def test_data_of_another_form_are_refused_before_the_weights_are_loaded(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(dpo, "make_dpo_trainer", lambda *args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(dpo, "load_trainer", lambda *args: pytest.fail("the model was loaded"))
     data = write_rows(tmp_path / "data", [row])
     settings = settings_of(small, data, tmp_path / "out", eval_strategy="no")
     assert said_of_mistake("dpo", options(settings), capsys) == f"hf-galore dpo: The dataset's split 'train'{told}"
@@ -249,7 +249,7 @@ def test_one_loss_needs_no_list(tmp_path: Path) -> None:
 def test_conversations_need_a_template(
     small: Embedded, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(dpo, "make_dpo_trainer", lambda *args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(dpo, "load_trainer", lambda *args: pytest.fail("the model was loaded"))
     base = tmp_path / "base"
     shutil.copytree(small.model, base, ignore=shutil.ignore_patterns("chat_template*"))
     config = json.loads((base / "tokenizer_config.json").read_text(encoding="utf-8"))

@@ -104,7 +104,7 @@ def test_another_optimizer_is_refused_before_the_model_is_loaded(
 ) -> None:
     settings, out = run
     given = {key: value for key, value in {**settings, "max_steps": 6, **changes}.items() if value not in ("", [])}
-    monkeypatch.setattr("hf_galore.recipes.sft.make_sft_trainer", lambda *args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("hf_galore.recipes.sft.load_trainer", lambda *args: pytest.fail("the model was loaded"))
     assert said_of_mistake("sft", [*options(given), *RESUMED], capsys) == (
         f"hf-galore sft: {out / 'checkpoint-4'} was written with other settings of the optimizer: {told}. Give the "
         "run's own again, or begin anew: another --output_dir, without --resume_from_checkpoint."

@@ -15,6 +15,7 @@ import torch
 from hf_galore.recipes import sft
 from hf_galore.recipes.checks import check_model, say_if_emulated, say_if_widened
 from hf_galore.recipes.embedded_model import Embedded
+from hf_galore.recipes.trl_recipe import Checked
 from tests.support.commands import recipe_on_cpu
 from tests.support.devices import on, pretend_gpus, with_gpus
 
@@ -49,7 +50,7 @@ def loaded_with(parsed: sft.Arguments, monkeypatch: pytest.MonkeyPatch) -> dict[
         found.update(args.model_init_kwargs)
 
     monkeypatch.setattr(sft, "RecordedSFTTrainer", trainer)
-    sft.make_sft_trainer("somewhere", parsed.training, parsed.model, None, None)
+    sft.make_trainer(parsed, Checked(None, None, None))
     return found
 
 
