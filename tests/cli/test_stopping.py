@@ -21,7 +21,7 @@ from hf_galore.recipes.embedded_model import Embedded
 from tests.support.commands import history, options, short_run, weights
 from tests.support.helpers import assert_identical
 
-STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, **({signal.SIGHUP: 129} if hasattr(signal, "SIGHUP") else {})}
 OPTIM = {
     "optim": "galore_adamw_8bit_layerwise",
     "optim_args": "rank=16, update_proj_gap=2, scale=1",
@@ -148,6 +148,16 @@ def test_a_terminal_and_a_watcher_ask_once_each(
 ) -> None:
     sends(monkeypatch, "training_step", 2, signal.SIGINT, signal.SIGTERM)
     assert main(["sft", *options(settings)]) == 130
+    assert last_checkpoint(tmp_path / "out") == tmp_path / "out" / "checkpoint-3"
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_a_closed_terminal_and_its_shell_say_the_same(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell passes on what the terminal has told all of its programs: nobody insists."""
+    sends(monkeypatch, "training_step", 2, signal.SIGHUP, signal.SIGHUP)
+    assert main(["sft", *options(settings)]) == 129
     assert last_checkpoint(tmp_path / "out") == tmp_path / "out" / "checkpoint-3"
 
 
