@@ -51,7 +51,8 @@ def stoppable(message: Callable[[], str]) -> Iterator[None]:
 def finishing_the_step(callback: StopAfterStep, prog: str, message: Callable[[], str]) -> Iterator[None]:
     """Let a training finish its step, and write a checkpoint, where a signal asks it to stop.
 
-    Before a training begins and after it has ended, and where the same is asked again, all stops at once.
+    One that has ended saves its model first: all was done for that. Before a training begins, and where the same is
+    asked again, all stops at once.
 
     Args:
         callback: the one that the Trainer has.
@@ -69,10 +70,12 @@ def finishing_the_step(callback: StopAfterStep, prog: str, message: Callable[[],
         if again and number == SIGHUP:  # of the terminal, and of its shell, which passes it on: nobody insists
             return
         asked.add(number)
-        if again or not callback.waits:
-            callback.waits = False
+        if again or not (callback.waits or callback.ended):
+            callback.waits = callback.ended = False
             raise Interrupted(number)
-        if len(asked) == 1:
+        if callback.ended:
+            _say(f"\n{prog}: the training has ended, and its model is saved first. Ctrl-C once more stops at once.\n")
+        elif len(asked) == 1:
             callback.ask(number)
             _say(f"\n{prog}: stopping after this step, with a checkpoint. Ctrl-C once more stops at once.\n")
 

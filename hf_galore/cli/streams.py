@@ -76,6 +76,8 @@ def outlasting() -> Iterator[tuple[Outlasting, Outlasting]]:
     with contextlib.ExitStack() as opened:
         if sys.stdin is None:
             sys.stdin = opened.enter_context(open(os.devnull, encoding="utf-8"))
+        elif hasattr(sys.stdin, "reconfigure"):
+            sys.stdin.reconfigure(errors="replace")  # what is no text in its encoding, a tokenizer cannot take
         wrapped = []
         for name in ("stdout", "stderr"):
             stream = getattr(sys, name)

@@ -24,6 +24,8 @@ class StopAfterStep(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def __init__(self) -> None:
         self.waits = False
         """Whether a training is on, so that there is a step to be finished."""
+        self.ended = False
+        """Whether one has ended, so that there is a model to be saved."""
         self._asked: int | None = None
         self._ending = self._saved = False
         self._group: Any = None
@@ -39,7 +41,7 @@ class StopAfterStep(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._asked, self._ending, self._saved = None, False, False
+        self._asked, self._ending, self._saved, self.ended = None, False, False, False
         if args.world_size > 1 and distributed.is_initialized():
             # By the CPU: nothing waits for a device to find that nobody asked.
             self._group = distributed.new_group(backend="gloo")
@@ -77,6 +79,7 @@ class StopAfterStep(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self.waits = False
         if self._saved and self._asked is not None:
             raise Interrupted(self._asked)
+        self.ended = True
 
     def _end(self, control: TrainerControl) -> None:
         self._ending = control.should_save = control.should_training_stop = True

@@ -170,6 +170,24 @@ def test_in_its_last_step_a_run_ends_as_ever(
     assert last_checkpoint(tmp_path / "out") is None
 
 
+def test_what_was_trained_is_saved_first(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Where no checkpoint is written, all of the training would be lost."""
+    sends(monkeypatch, "_save", 6, signal.SIGINT)
+    assert main(["sft", *options(settings)]) == 0
+    assert weights(tmp_path / "out")
+    assert "the training has ended, and its model is saved first. Ctrl-C once more" in capfd.readouterr().err
+
+
+def test_asked_twice_nothing_is_saved(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sends(monkeypatch, "_save", 6, signal.SIGINT, signal.SIGINT)
+    assert main(["sft", *options(settings)]) == 130
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("number", STATUS, ids=lambda number: number.name)
 def test_before_training_there_is_no_step_to_finish(
     number: signal.Signals,

@@ -1,4 +1,4 @@
-"""What is printed to where nobody reads: a training goes on, and other commands end as quietly as programs in a pipe."""
+"""What is printed to where nobody reads: a training goes on, and other commands end as others in a pipe do."""
 
 from __future__ import annotations
 
