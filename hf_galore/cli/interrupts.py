@@ -74,6 +74,7 @@ def finishing_the_step(callback: StopAfterStep, prog: str, message: Callable[[],
             callback.waits = callback.ended = False
             raise Interrupted(number)
         if callback.ended:
+            callback.ask(number)
             _say(f"\n{prog}: the training has ended, and its model is saved first. Ctrl-C once more stops at once.\n")
         elif len(asked) == 1:
             callback.ask(number)

@@ -86,7 +86,7 @@ def outlasting() -> Iterator[tuple[Outlasting, Outlasting]]:
             elif getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")
             wrapped.append(Outlasting(stream, name))
-        sys.stdout, sys.stderr = wrapped  # type: ignore[assignment]
+        sys.stdout, sys.stderr = wrapped
         try:
             yield wrapped[0], wrapped[1]
         finally:
