@@ -38,16 +38,17 @@ def run(arguments: Sequence[str]) -> int:
     if every[0].output.dry_run:
         return max(dry_run(PROG, parsed) for parsed in every)
     scores: dict[str, list[Score]] = {}
-    for parsed in every:
-        for one, known in glue.runs_of(parsed):
-            scores.setdefault(parsed.data_name, []).append(known or _train(one, arguments))
+    runs = glue.runs_of(every)
+    for index, (one, known) in enumerate(runs):
+        score = known or _train(one, arguments, others=index > 0, further=index < len(runs) - 1)
+        scores.setdefault(one.data_name, []).append(score)
     published = all(parsed.glue.task_name and parsed.glue.train_file is None for parsed in every)
     Console(highlight=False).print(score_table(scores, published=published))
     return 0
 
 
-def _train(parsed: Arguments, arguments: Sequence[str]) -> Score:
-    trainer = train(PROG, arguments, parsed)
+def _train(parsed: Arguments, arguments: Sequence[str], *, others: bool, further: bool) -> Score:
+    trainer = train(PROG, arguments, parsed, others=others, further=further)
     end(trainer)
     return glue.score_of(trainer.state.log_history, parsed)
 

@@ -1,4 +1,7 @@
-"""How a command is stopped, by Ctrl-C or SIGTERM, which Slurm and spot machines send: one line says how to go on."""
+"""How a command is stopped, and that one line says how to go on.
+
+By Ctrl-C, by SIGTERM, which Slurm and spot machines send, or by SIGHUP, which a lost connection or a closed window is.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,12 @@ if TYPE_CHECKING:  # which brings torch
 
 INTERRUPTED = 128 + signal.SIGINT
 """The exit status of what Ctrl-C has ended, as shells have it."""
+
+
+SIGHUP: signal.Signals | None = getattr(signal, "SIGHUP", None)
+"""None on Windows."""
+STOPPING = [signal.SIGINT, signal.SIGTERM, *([SIGHUP] if SIGHUP else [])]
+"""The signals that stop a command."""
 
 
 class Stopped(Exception):  # noqa: N818 - not an error: somebody wanted it
@@ -40,9 +49,10 @@ def stoppable(message: Callable[[], str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def finishing_the_step(callback: StopAfterStep, prog: str, message: Callable[[], str]) -> Iterator[None]:
-    """Let a training finish its step, and write a checkpoint, where Ctrl-C or SIGTERM asks it to stop.
+    """Let a training finish its step, and write a checkpoint, where a signal asks it to stop.
 
-    Before a training begins and after it has ended, and where the same is asked again, all stops at once.
+    One that has ended saves its model first: all was done for that. Before a training begins, and where the same is
+    asked again, all stops at once.
 
     Args:
         callback: the one that the Trainer has.
@@ -57,11 +67,16 @@ def finishing_the_step(callback: StopAfterStep, prog: str, message: Callable[[],
     def handle(number: int, frame: FrameType | None) -> None:
         # The same: a terminal and a program that watches may each send one of their own.
         again = number in asked
+        if again and number == SIGHUP:  # of the terminal, and of its shell, which passes it on: nobody insists
+            return
         asked.add(number)
-        if again or not callback.waits:
-            callback.waits = False
+        if again or not (callback.waits or callback.ended):
+            callback.waits = callback.ended = False
             raise Interrupted(number)
-        if len(asked) == 1:
+        if callback.ended:
+            callback.ask(number)
+            _say(f"\n{prog}: the training has ended, and its model is saved first. Ctrl-C once more stops at once.\n")
+        elif len(asked) == 1:
             callback.ask(number)
             _say(f"\n{prog}: stopping after this step, with a checkpoint. Ctrl-C once more stops at once.\n")
 
@@ -71,13 +86,11 @@ def finishing_the_step(callback: StopAfterStep, prog: str, message: Callable[[],
 
 @contextlib.contextmanager
 def handled(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Call a function for Ctrl-C and SIGTERM, but for what the process was started to ignore, as `nohup` does."""
+    """Call a function for what stops a command, but for what the process was started to ignore, as `nohup` does."""
     if threading.current_thread() is not threading.main_thread():  # no other thread may
         yield
         return
-    numbers = [
-        number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) not in (signal.SIG_IGN, None)
-    ]
+    numbers = [number for number in STOPPING if signal.getsignal(number) not in (signal.SIG_IGN, None)]
     before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield

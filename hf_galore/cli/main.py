@@ -18,6 +18,7 @@ from .first_seconds import leaving_at_once
 from .help_screens import SCREENS
 from .interrupts import INTERRUPTED, Stopped
 from .noise import quieten
+from .streams import Outlasting, outlasting
 
 # Each is a module of this package with `run(arguments) -> exit status`; imported only when it is asked for.
 COMMANDS = {
@@ -41,6 +42,9 @@ EXTRAS |= dict.fromkeys(("recipes", "doctor"), "")
 
 # What they start or do makes no use of a card. (The doctor says itself what commands would have of its allocator.)
 WITHOUT_CARD = ("plan", "recipes", "doctor", "completion")
+
+# What they do is worth more than what they print of it.
+LASTING = ("quickstart", "sft", "dpo", "pretrain", "glue", "compare", "bench")
 
 USER_ERROR = 2
 
@@ -106,9 +110,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: help or the version has been shown.
     """
+    with outlasting() as streams:
+        quieten()
+        try:
+            status = _main(sys.argv[1:] if argv is None else list(argv), streams)
+            streams[0].flush()
+        except UserError as error:  # stdout cannot be written to
+            print(f"hf-galore: {error}", file=sys.stderr)
+            return USER_ERROR
+        except SystemExit:
+            streams[0].flush()
+            raise
+        return status
+
+
+def _main(given: Sequence[str], streams: Sequence[Outlasting]) -> int:
     prog = "hf-galore"
-    quieten()
-    given = sys.argv[1:] if argv is None else list(argv)
     if not given:
         _parser().print_help(sys.stderr)
         return USER_ERROR
@@ -117,6 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check_command(chosen.command)
         prog = f"hf-galore {chosen.command}"
         arguments = _show_help(chosen.command, chosen.arguments)
+        for stream in streams:
+            stream.lasts = chosen.command in LASTING
         with leaving_at_once(f"{prog}: {NOTHING_BEGUN}"):
             if EXTRAS[chosen.command]:
                 require(EXTRAS[chosen.command], "The command")

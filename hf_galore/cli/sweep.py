@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,11 +17,11 @@ from ..recipes.errors import remove_empty
 from ..recipes.output_folder import check_unused
 from ..recipes.whole_files import write_whole
 from ..recipes.writable import unwritable_folder
-from .interrupts import Stopped, handled
+from .interrupts import SIGHUP, STOPPING, Stopped, handled
 from .training_command import to_go_on
 
 _PATIENCE = 10  # seconds that a run has that is told to stop at once
-_STOPPED = tuple(128 + number for number in (signal.SIGINT, signal.SIGTERM))
+_STOPPED = tuple(128 + number for number in STOPPING)
 
 
 def run_sweep(sweep: Sweep, prog: str, arguments: Sequence[str], *, to_stderr: bool = False) -> int:
@@ -84,7 +83,12 @@ def _run(trial: Trial, command: Sequence[str], to_stderr: bool) -> int:
 
 
 def _wait(command: Sequence[str], to_stderr: bool) -> int:
+    asked = set[int]()
+
     def interrupt(number: int, frame: FrameType | None) -> None:
+        if number == SIGHUP and number in asked:  # of the terminal, and of its shell: nobody insists
+            return
+        asked.add(number)
         raise Interrupted(number)
 
     with handled(interrupt):

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ..errors import Interrupted
 from ..integrations.older import end
 from ..recipes import training
 from ..recipes.any_recipe import Arguments
@@ -21,13 +22,17 @@ from .plan import DOES_NOT_FIT, FITS, show, shown_progress
 from .progress import ProgressLine
 
 
-def train(prog: str, arguments: Sequence[str], parsed: Arguments) -> RecordedTrainer:
+def train(
+    prog: str, arguments: Sequence[str], parsed: Arguments, *, others: bool = False, further: bool = False
+) -> RecordedTrainer:
     """Run a recipe for a command.
 
     Args:
         prog: the command, to say how to go on.
         arguments: what it was given, to say how to go on.
         parsed: what was parsed from those.
+        others: whether the command has finished other runs before this one.
+        further: whether it would begin another, which it does not where it was asked to stop.
 
     Returns:
         The trainer after training; call its `end()` when nothing else needs the other processes.
@@ -38,9 +43,16 @@ def train(prog: str, arguments: Sequence[str], parsed: Arguments) -> RecordedTra
     """
     resumes = str(parsed.training.resume_from_checkpoint or False).lower() != "false"
     since, output_dir, stop = None if resumes else time.time(), parsed.training.output_dir, StopAfterStep()
-    stopping = finishing_the_step(stop, prog, lambda: how_to_go_on(prog, arguments, output_dir, since=since))
+
+    def message() -> str:
+        return how_to_go_on(prog, arguments, output_dir, since=since, others=others or stop.ended)
+
+    stopping = finishing_the_step(stop, prog, message)
     with stopping, contextlib.closing(ProgressLine(parsed.metrics)) as line:
-        return training.run(parsed, callbacks=[line, stop])
+        trainer = training.run(parsed, callbacks=[line, stop])
+        if further and stop.asked is not None:
+            raise Interrupted(stop.asked)
+    return trainer
 
 
 def train_and_say(
@@ -79,7 +91,9 @@ def dry_run(prog: str, parsed: Arguments) -> int:
     return DOES_NOT_FIT if found.fits is False else FITS
 
 
-def how_to_go_on(prog: str, arguments: Sequence[str], output_dir: str, *, since: float | None) -> str:
+def how_to_go_on(
+    prog: str, arguments: Sequence[str], output_dir: str, *, since: float | None, others: bool = False
+) -> str:
     """What to say after Ctrl-C: the command that goes on from the last whole checkpoint, if there is one.
 
     Args:
@@ -87,14 +101,17 @@ def how_to_go_on(prog: str, arguments: Sequence[str], output_dir: str, *, since:
         arguments: what it was given.
         output_dir: the run's folder.
         since: when the run began, in seconds as of `time.time`, where it is new: older checkpoints are another run's.
+        others: whether there are finished runs of the same command, which are not run again by one that goes on.
     """
-    last = last_checkpoint(Path(output_dir))
+    last, again = last_checkpoint(Path(output_dir)), shlex.join([*prog.split(), *to_go_on(arguments)])
     if last is None or (since is not None and last.stat().st_mtime < since):
+        if others:
+            return f"interrupted; what is finished is kept, so go on with: {again}"
         return (
             f"interrupted; {output_dir} holds no checkpoint yet, so run the same command again. save_steps says how "
             "often one is written."
         )
-    return f"interrupted; go on from {last} with: {shlex.join([*prog.split(), *to_go_on(arguments)])}"
+    return f"interrupted; go on from {last} with: {again}"
 
 
 def to_go_on(arguments: Sequence[str]) -> list[str]:

@@ -102,6 +102,8 @@ def find(name: str) -> Path:
         UserError: none is called so.
     """
     names = [*known_recipes(), *(recipe.name for recipe in of_others())]
+    if not name.strip():
+        raise UserError("give a recipe's name: hf-galore recipes lists them.")
     wanted = name.strip().removeprefix("./").removeprefix("recipes/")
     wanted = wanted if wanted.endswith((".yaml", ".yml")) else f"{wanted}.yaml"
     matching = [known for known in names if wanted in (known, Path(known).name)]

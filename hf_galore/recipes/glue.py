@@ -96,8 +96,11 @@ def parse(arguments: Sequence[str], prog: str, about: str) -> Arguments:
     return Arguments(glue, training, model, path, output, given)
 
 
-def runs_of(parsed: Arguments) -> list[tuple[Arguments, Score | None]]:
-    """Return one run for each seed, each in a folder of its own where there are several.
+def runs_of(every: Sequence[Arguments]) -> list[tuple[Arguments, Score | None]]:
+    """Return one run for each recipe and seed, each in a folder of its own where there are several seeds.
+
+    Args:
+        every: the recipes. If they are to be resumed, those that have not begun begin.
 
     Returns:
         The arguments of each run; and its score, where it is finished and the recipe is to be resumed.
@@ -105,6 +108,14 @@ def runs_of(parsed: Arguments) -> list[tuple[Arguments, Score | None]]:
     Raises:
         UserError: `resume_from_checkpoint` is a folder although there are several seeds, or nothing can be resumed.
     """
+    runs = [run for parsed in every for run in _runs_of_one(parsed)]
+    resumes = str(every[0].training.resume_from_checkpoint or "false").lower() == "true"
+    if resumes and not any(known or one.training.resume_from_checkpoint for one, known in runs):
+        raise no_checkpoint(every[0].training.output_dir)
+    return runs
+
+
+def _runs_of_one(parsed: Arguments) -> list[tuple[Arguments, Score | None]]:
     seeds = parsed.glue.seeds or [parsed.training.seed]
     wanted = str(parsed.training.resume_from_checkpoint or "false")
     resumes = wanted.lower() == "true"
@@ -127,8 +138,6 @@ def runs_of(parsed: Arguments) -> list[tuple[Arguments, Score | None]]:
             last = last_checkpoint(Path(training.output_dir))
             training.resume_from_checkpoint = None if last is None else str(last)  # or else this one has not begun
         runs.append((one, known))
-    if resumes and not any(known or one.training.resume_from_checkpoint for one, known in runs):
-        raise no_checkpoint(parsed.training.output_dir)
     return runs
 
 

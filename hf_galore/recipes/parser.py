@@ -63,6 +63,8 @@ def parse_into(dataclass_types: Sequence[type], arguments: Sequence[str], prog: 
         raise UserError(_explain_unknown(unknown[0], rest, parser))
     over = {key: getattr(spoken, parser.renamed.get(key, key)) for key in given}
     check_bounds({**config, **over})
+    if {**config, **over}.get("output_dir") == "":  # as of "$OUT" that is not set
+        raise UserError("output_dir is empty: give the folder that the run is to be in.")
     try:
         parsed = parser.parse_args_and_config([*(["--config", str(path)] if path else []), *rest])
     except (ValueError, TypeError, ImportError) as error:  # the dataclasses check values of their own

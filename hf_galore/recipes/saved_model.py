@@ -24,6 +24,8 @@ from .errors import reporting_complaints
 from .whole_files import cut_off
 
 LATEST = "latest"
+_TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
+"""What the files of tokenizers are called."""
 _ADAPTERS = (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME)
 
 
@@ -109,6 +111,7 @@ def load(saved: Saved, device: str | None = None) -> tuple[Any, Any]:
         warnings.simplefilter("ignore", FutureWarning)  # of libraries, about each other
         if not saved.adapter:
             _check_writes_text(saved.folder)
+        _check_tokenizer(saved.folder)
         tokenizer = AutoTokenizer.from_pretrained(saved.folder)
         how: dict[str, Any] = {"dtype": "auto", "device_map": {"": device}}
         if saved.adapter:
@@ -196,3 +199,11 @@ def _check_writes_text(folder: Path) -> None:
     other = [name for name in architectures if name.endswith(kinds)]
     if other:
         raise UserError(f"{folder} holds a {other[0]}, which writes no text: there is nothing to talk to.")
+
+
+def _check_tokenizer(folder: Path) -> None:
+    if not any(path.is_file() for pattern in _TOKENIZERS for path in folder.glob(pattern)):
+        raise UserError(
+            f"{folder} holds a model without its tokenizer: copy tokenizer.json and tokenizer_config.json there, from "
+            "the model that it was trained from."
+        )

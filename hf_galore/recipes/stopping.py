@@ -24,7 +24,10 @@ class StopAfterStep(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def __init__(self) -> None:
         self.waits = False
         """Whether a training is on, so that there is a step to be finished."""
-        self._asked: int | None = None
+        self.ended = False
+        """Whether one has ended, so that there is a model to be saved."""
+        self.asked: int | None = None
+        """The number of the signal that has asked it to stop."""
         self._ending = self._saved = False
         self._group: Any = None
 
@@ -34,20 +37,20 @@ class StopAfterStep(TrainerCallback):  # type: ignore[misc, unused-ignore]
         Args:
             number: the signal's.
         """
-        self._asked = number
+        self.asked = number
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._asked, self._ending, self._saved = None, False, False
+        self.asked, self._ending, self._saved, self.ended = None, False, False, False
         if args.world_size > 1 and distributed.is_initialized():
             # By the CPU: nothing waits for a device to find that nobody asked.
             self._group = distributed.new_group(backend="gloo")
         self.waits = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._asked = self._agreed()
-        if self._asked is None or state.global_step >= state.max_steps:
+        self.asked = self._agreed()
+        if self.asked is None or state.global_step >= state.max_steps:
             return
         if args.save_strategy == SaveStrategy.BEST:
             control.should_evaluate = False  # which would decide whether this step is saved
@@ -56,7 +59,7 @@ class StopAfterStep(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # One process asks by itself here; several agree at the next step.
-        ends = self._asked is not None and self._group is None and 0 < state.global_step < state.max_steps
+        ends = self.asked is not None and self._group is None and 0 < state.global_step < state.max_steps
         if ends and self.waits and args.save_strategy != SaveStrategy.BEST:
             self._end(control)
 
@@ -75,15 +78,16 @@ class StopAfterStep(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.waits = False
-        if self._saved and self._asked is not None:
-            raise Interrupted(self._asked)
+        if self._saved and self.asked is not None:
+            raise Interrupted(self.asked)
+        self.ended = True
 
     def _end(self, control: TrainerControl) -> None:
         self._ending = control.should_save = control.should_training_stop = True
 
     def _agreed(self) -> int | None:
         if self._group is None:
-            return self._asked
-        number = torch.tensor([self._asked or 0])
+            return self.asked
+        number = torch.tensor([self.asked or 0])
         distributed.all_reduce(number, distributed.ReduceOp.MAX, group=self._group)
         return int(number) or None

@@ -53,6 +53,21 @@ def test_without_a_chat_template_it_says_so(
     assert "It has no chat template, so it completes each text instead of answering it." in capsys.readouterr().err
 
 
+def test_a_model_without_its_tokenizer_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for file in (run / "checkpoint-8").glob("tokenizer*"):
+        file.unlink()
+    said = said_of_mistake("chat", [str(run)], capsys)
+    assert f"{run / 'checkpoint-8'} holds a model without its tokenizer: copy tokenizer.json" in said
+
+
+def test_what_is_no_text_is_read_as_far_as_it_is(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    piped = io.TextIOWrapper(io.BytesIO(b"\xff\xfe hello\n"), encoding="utf-8", errors="surrogateescape")
+    monkeypatch.setattr(sys, "stdin", piped)
+    assert main(["chat", str(run), "--max_new_tokens", "2"]) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Trainer
 from trl import SFTTrainer
 
 from hf_galore.cli.main import main
 from hf_galore.recipes.checkpoints import last_checkpoint
 from hf_galore.recipes.embedded_model import Embedded
-from tests.support.commands import history, options, short_run, weights
+from tests.support.commands import history, options, recipe_on_cpu, short_run, weights
 from tests.support.helpers import assert_identical
 
-STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, **({signal.SIGHUP: 129} if hasattr(signal, "SIGHUP") else {})}
 OPTIM = {
     "optim": "galore_adamw_8bit_layerwise",
     "optim_args": "rank=16, update_proj_gap=2, scale=1",
@@ -47,17 +48,19 @@ def settings(small: Embedded, tmp_path: Path) -> dict[str, Any]:
     return {**short_run(small.model, small.data, tmp_path / "out"), **OPTIM}
 
 
-def sends(monkeypatch: pytest.MonkeyPatch, method: str, step: int, *numbers: int) -> None:
+def sends(
+    monkeypatch: pytest.MonkeyPatch, method: str, step: int, *numbers: int, trainer: type[Trainer] = SFTTrainer
+) -> None:
     """Let this process get signals in the middle of a step, when `step` others are done, or of an evaluation."""
-    original: Callable[..., Any] = getattr(SFTTrainer, method)
+    original: Callable[..., Any] = getattr(trainer, method)
     left = list(numbers)
 
-    def sent(self: SFTTrainer, *args: Any, **kwargs: Any) -> Any:
+    def sent(self: Trainer, *args: Any, **kwargs: Any) -> Any:
         while left and self.state.global_step == step:
             os.kill(os.getpid(), left.pop(0))
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(SFTTrainer, method, sent)
+    monkeypatch.setattr(trainer, method, sent)
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:
@@ -151,6 +154,16 @@ def test_a_terminal_and_a_watcher_ask_once_each(
     assert last_checkpoint(tmp_path / "out") == tmp_path / "out" / "checkpoint-3"
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_a_closed_terminal_and_its_shell_say_the_same(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell passes on what the terminal has told all of its programs: nobody insists."""
+    sends(monkeypatch, "training_step", 2, signal.SIGHUP, signal.SIGHUP)
+    assert main(["sft", *options(settings)]) == 129
+    assert last_checkpoint(tmp_path / "out") == tmp_path / "out" / "checkpoint-3"
+
+
 def test_in_its_last_step_a_run_ends_as_ever(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,6 +171,24 @@ def test_in_its_last_step_a_run_ends_as_ever(
     assert main(["sft", *options(settings)]) == 0
     assert weights(tmp_path / "out")
     assert last_checkpoint(tmp_path / "out") is None
+
+
+def test_what_was_trained_is_saved_first(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Where no checkpoint is written, all of the training would be lost."""
+    sends(monkeypatch, "_save", 6, signal.SIGINT)
+    assert main(["sft", *options(settings)]) == 0
+    assert weights(tmp_path / "out")
+    assert "the training has ended, and its model is saved first. Ctrl-C once more" in capfd.readouterr().err
+
+
+def test_asked_twice_nothing_is_saved(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sends(monkeypatch, "_save", 6, signal.SIGINT, signal.SIGINT)
+    assert main(["sft", *options(settings)]) == 130
+    assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("number", STATUS, ids=lambda number: number.name)
@@ -178,6 +209,37 @@ def test_before_training_there_is_no_step_to_finish(
     assert main(["sft", *options(settings)]) == STATUS[number]
     assert sends_when_made == []
     assert re.search("hf-galore sft: interrupted; .* holds no checkpoint yet", capfd.readouterr().err)
+
+
+@pytest.mark.parametrize(("step", "kept"), [(1, "checkpoint-2"), (2, "trainer_state.json")], ids=("amid", "at its end"))
+def test_of_several_runs_no_further_is_begun(
+    step: int,
+    kept: str,
+    small: Embedded,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """And the line that says how to go on is right where the first of them is finished, or the last has not begun."""
+    texts = tmp_path / "texts.csv"
+    texts.write_text("text,label\n" + "good food,1\nbad food,0\n" * 8)
+    own = {"model_name_or_path": small.model, "train_file": texts, "validation_file": texts, "eval_strategy": "epoch"}
+    unlike = ("dataset_name", "activation_checkpointing", "save_steps", "output_dir")
+    short = {key: value for key, value in short_run(small.model, small.data, tmp_path).items() if key not in unlike}
+    recipes = [
+        recipe_on_cpu(tmp_path / name, **{key: str(value) if isinstance(value, Path) else value for key, value in run})
+        for name in ("first", "second")
+        for run in [({**short, **own, "max_steps": 3, "save_strategy": "no", "disable_tqdm": True}).items()]
+    ]
+    with monkeypatch.context() as patch:
+        sends(patch, "training_step", step, signal.SIGTERM, trainer=Trainer)
+        assert main(["glue", "--config", *recipes]) == 143
+    assert (tmp_path / "first" / "out" / kept).exists()
+    assert not (tmp_path / "second").joinpath("out").exists()
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert said.endswith(f"with: hf-galore glue --config {' '.join(recipes)} --resume_from_checkpoint")
+    assert main(["glue", "--config", *recipes, "--resume_from_checkpoint"]) == 0
+    assert all((tmp_path / name / "out" / "trainer_state.json").exists() for name in ("first", "second"))
 
 
 def test_several_processes_stop_after_the_same_step(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from trl import DPOConfig, ModelConfig, SFTConfig
 from hf_galore.errors import UserError
 from hf_galore.recipes import dpo, sft
 from hf_galore.recipes.bounds import BOUNDS, check_bounds
-from tests.support.commands import recipe_on_cpu
+from tests.support.commands import recipe_on_cpu, said_of_mistake
 
 OUT_OF_RANGE: dict[str, tuple[dict[str, Any], str]] = {
     "no batch": ({"per_device_train_batch_size": 0}, "per_device_train_batch_size has to be at least 1, but is 0."),
@@ -86,3 +86,10 @@ def test_every_key_is_one_of_a_recipe_and_every_default_is_in_range(tmp_path: Pa
         defaults.update({key: getattr(one, key) for key in BOUNDS if hasattr(one, key)})
         check_bounds({key: getattr(one, key) for key in BOUNDS if hasattr(one, key)})
     assert set(BOUNDS) - set(defaults) <= {"warmup_ratio"}  # of older transformers
+
+
+@pytest.mark.parametrize("given", [["--output_dir", ""], ["--output_dir="]], ids=" ".join)
+def test_an_empty_folder_is_none(given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a shell makes of "$OUT" that is not set."""
+    said = said_of_mistake("sft", ["--config", recipe_on_cpu(tmp_path), *given], capsys)
+    assert said == "hf-galore sft: output_dir is empty: give the folder that the run is to be in."
