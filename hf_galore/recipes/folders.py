@@ -55,8 +55,7 @@ def find_recipe(name: str) -> Path:
         below = path.relative_to("recipes") if path.parts[:1] == ("recipes",) else path
         if (packaged / below).is_file():
             return packaged / below
-    known = known_recipes()
     raise UserError(
-        f"--config {name}: there is no such file, and no such recipe comes with hf_galore "
-        f"({', '.join(known)}).{nearest(name, known)}"
+        f"--config {name}: there is no such file, and no such recipe comes with hf_galore."
+        f"{nearest(name, known_recipes())} hf-galore recipes lists them."
     )
