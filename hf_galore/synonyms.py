@@ -115,6 +115,16 @@ PHRASES = {
 }
 """What stands for no single key."""
 
+DTYPES = {
+    "bf16": "bfloat16",
+    "float": "float32",
+    "fp16": "float16",
+    "fp32": "float32",
+    "full": "float32",
+    "half": "float16",
+}
+"""Types of numbers by other names: spelling finds nothing near `fp32`."""
+
 
 def synonym(name: str, table: dict[str, str], known: Collection[str]) -> str | None:
     """What a name stands for, in a table, if that is among the known names."""
