@@ -85,6 +85,7 @@ def check_without_data(parsed: TrlRecipe[Any]) -> Any:
     training, model = parsed.training, parsed.model
     given = training.model_init_kwargs or {}
     check_arguments(training)
+    _check_adapters(model)
     config = check_model(model, trust_remote_code=training.trust_remote_code)
     keep_to_one_gpu(training, say="device_map" not in given)
     say_if_widened(model, training, config, given=given)
@@ -103,6 +104,19 @@ def check_without_data(parsed: TrlRecipe[Any]) -> Any:
         revision=given.get("revision", model.model_revision),
         trust_remote_code=training.trust_remote_code,
     )
+
+
+def _check_adapters(model: ModelConfig) -> None:
+    """Raise an error where something is said of adapters that nothing makes: all weights would be trained."""
+    if model.use_peft:
+        return
+    plain = ModelConfig()
+    for field in dataclasses.fields(model):
+        of_adapters = field.name.startswith("lora_") or field.name in ("use_rslora", "use_dora")
+        if of_adapters and getattr(model, field.name) != getattr(plain, field.name):
+            raise UserError(
+                f"{field.name} is of LoRA's adapters, and use_peft is not set: give use_peft: true, or leave it out."
+            )
 
 
 def set_model_options(training_args: Any, model_args: ModelConfig) -> None:
