@@ -122,6 +122,7 @@ PHRASES = {
     "logging_dir": "It is an environment variable today: env: {TENSORBOARD_LOGGING_DIR: folder}.",
     "save_safetensors": "Weights are saved as safetensors always.",
     "use_galore": "The optimizer's name says it: optim: galore_adamw_8bit_layerwise.",
+    "vram": "It is one of hf-galore plan.",
 }
 """What stands for no single key."""
 

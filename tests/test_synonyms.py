@@ -37,6 +37,7 @@ def said(*arguments: str) -> str:
         ("--logging_dir", " It is an environment variable today: env: {TENSORBOARD_LOGGING_DIR: folder}."),
         ("--save_safetensors", " Weights are saved as safetensors always."),
         ("--device_map", " A model is trained on one GPU, which CUDA_VISIBLE_DEVICES chooses."),
+        ("--vram", " It is one of hf-galore plan."),
         ("--learning_rat", " Did you mean '--learning_rate'?"),
         ("--layerwise", " Layerwise is a part of the optimizer's name: optim: galore_adamw_8bit_layerwise."),
         ("--xyzzy", ""),
