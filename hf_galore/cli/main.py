@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -43,6 +44,7 @@ EXTRAS |= dict.fromkeys(("recipes", "doctor"), "")
 WITHOUT_CARD = ("plan", "recipes", "doctor", "completion")
 
 USER_ERROR = 2
+NOBODY_READS = 141  # what a shell has for a program that SIGPIPE ends
 
 NOTHING_BEGUN = "interrupted before training began; run the same command again."
 
@@ -100,12 +102,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the command's name; those of the process where `None`.
 
     Returns:
-        0, 1 for a plan that does not fit, 2 for something wrong in what was given, 130 for Ctrl-C, 143 for SIGTERM.
-        Anything else that goes wrong is a bug and keeps its traceback.
+        0, 1 for a plan that does not fit, 2 for something wrong in what was given, 130 for Ctrl-C, 143 for SIGTERM, 141
+        where nobody reads on (`| head`). Anything else that goes wrong is a bug and keeps its traceback.
 
     Raises:
         SystemExit: help or the version has been shown.
     """
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()  # here, and not when Python ends, where nobody would catch it
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        return NOBODY_READS
+
+
+def _run(argv: Sequence[str] | None) -> int:
     prog = "hf-galore"
     quieten()
     given = sys.argv[1:] if argv is None else list(argv)

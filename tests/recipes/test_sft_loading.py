@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from hf_galore.errors import UserError
 from hf_galore.recipes import sft
 from hf_galore.recipes.checks import check_model, say_if_emulated, say_if_widened
 from hf_galore.recipes.embedded_model import Embedded
@@ -36,6 +37,31 @@ def recipe(small: Embedded, tmp_path: Path) -> dict[str, Any]:
 
 def parse(recipe: dict[str, Any], tmp_path: Path, *more: str) -> sft.Arguments:
     return sft.parse(["--config", recipe_on_cpu(tmp_path, **recipe), *more], "hf-galore sft", "")
+
+
+# ---- rows that teach nothing
+
+
+def test_rows_of_which_nothing_to_learn_is_left_are_said_to_be_left_out(
+    recipe: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """TRL leaves them out without a word; and of nothing at all torch's sampler says `num_samples=0`."""
+    data = tmp_path / "data"
+    data.mkdir()
+    long, short = ([{"role": "user", "content": "word " * n}, {"role": "assistant", "content": "b"}] for n in (200, 2))
+
+    def write(*conversations: Any) -> None:
+        (data / "train.jsonl").write_text("".join(json.dumps({"messages": one}) + "\n" for one in conversations))
+
+    settings = {**recipe, "dataset_name": str(data), "assistant_only_loss": True}
+    write(long, short, long)
+    trainer = parse(settings, tmp_path).make_trainer()
+    assert len(trainer.train_dataset) == 1
+    said = [message for message in caplog.messages if "left out" in message]
+    assert said == ["2 of 3 rows for training are left out: no token to learn is left within max_length 64."]
+    write(long, long)
+    with pytest.raises(UserError, match=r"^all 2 rows for training are left out: no token .* 64\. Give a larger one\."):
+        parse(settings, tmp_path).make_trainer()
 
 
 # ---- the device
