@@ -22,6 +22,7 @@ $(VENV)/pyvenv.cfg:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
+	@echo "Installing torch, transformers and what else is needed into $(VENV): minutes, in silence."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[quickstart]"
 	touch $@
 
@@ -31,6 +32,7 @@ $(VENV)/installed-dev: $(VENV)/installed
 
 quickstart: $(VENV)/installed
 	$(BIN)/hf-galore quickstart
+	@echo "To talk to it: $(BIN)/hf-galore chat hf-galore-quickstart"
 
 notebooks: $(VENV)/installed-dev
 	$(BIN)/python -m tests.support.notebooks

@@ -43,9 +43,11 @@ TRAINING = {
     "batch_size": "per_device_train_batch_size",
     "block_size": "max_length",
     "bsz": "per_device_train_batch_size",
+    "chat_template": "chat_template_path",
     "checkpoint_every": "save_steps",
     "clip": "max_grad_norm",
     "clip_grad": "max_grad_norm",
+    "completion_only": "assistant_only_loss",
     "cutoff_len": "max_length",
     "data": "dataset_name",
     "data_path": "dataset_name",
@@ -64,6 +66,7 @@ TRAINING = {
     "grad_clip": "max_grad_norm",
     "gradient_clip_val": "max_grad_norm",
     "gradient_clipping": "max_grad_norm",
+    "instruction_template": "assistant_only_loss",
     "learn_rate": "learning_rate",
     "log_every": "logging_steps",
     "log_interval": "logging_steps",
@@ -79,6 +82,7 @@ TRAINING = {
     "model_name": "model_name_or_path",
     "model_path": "model_name_or_path",
     "n_epochs": "num_train_epochs",
+    "no_cuda": "use_cpu",
     "num_epochs": "num_train_epochs",
     "num_steps": "max_steps",
     "optim_target": "optim_target_modules",
@@ -87,6 +91,7 @@ TRAINING = {
     "out_dir": "output_dir",
     "output": "output_dir",
     "pretrained_model_name_or_path": "model_name_or_path",
+    "response_template": "assistant_only_loss",
     "resume": "resume_from_checkpoint",
     "resume_from": "resume_from_checkpoint",
     "save_dir": "output_dir",
@@ -96,6 +101,7 @@ TRAINING = {
     "seq_length": "max_length",
     "sequence_len": "max_length",
     "sequence_length": "max_length",
+    "setup_chat_format": "chat_template_path",
     "steps": "max_steps",
     "target_modules": "optim_target_modules",
     "torch_dtype": "dtype",
@@ -108,12 +114,27 @@ TRAINING = {
 
 _LAYERWISE = "Layerwise is a part of the optimizer's name: optim: galore_adamw_8bit_layerwise."
 PHRASES = {
+    "device_map": "A model is trained on one GPU, which CUDA_VISIBLE_DEVICES chooses.",
     "galore": _LAYERWISE,
     "galore_layerwise": _LAYERWISE,
+    "group_by_length": "It is train_sampling_strategy: group_by_length today.",
     "layerwise": _LAYERWISE,
+    "logging_dir": "It is an environment variable today: env: {TENSORBOARD_LOGGING_DIR: folder}.",
+    "save_safetensors": "Weights are saved as safetensors always.",
     "use_galore": "The optimizer's name says it: optim: galore_adamw_8bit_layerwise.",
+    "vram": "It is one of hf-galore plan.",
 }
 """What stands for no single key."""
+
+DTYPES = {
+    "bf16": "bfloat16",
+    "float": "float32",
+    "fp16": "float16",
+    "fp32": "float32",
+    "full": "float32",
+    "half": "float16",
+}
+"""Types of numbers by other names: spelling finds nothing near `fp32`."""
 
 
 def synonym(name: str, table: dict[str, str], known: Collection[str]) -> str | None:

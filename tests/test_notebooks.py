@@ -15,7 +15,7 @@ import yaml
 from hf_galore import GaLoreConfig
 from hf_galore.recipes import configs_folder, recipes_folder
 from hf_galore.recipes.catalog import catalog
-from tests.support.installing import notebook_line
+from tests.support.installing import PUBLISHED, notebook_line
 from tests.support.notebooks import FOLDER, NAMES, execute, read
 
 BADGE = "https://colab.research.google.com/github/hf-galore/hf_galore/blob/main/notebooks/{name}"
@@ -128,6 +128,9 @@ def test_says_what_it_needs_and_looks_whether_that_is_there(name: str) -> None:
     """In words at its head, and by the doctor before transformers is imported, which a wrong torchvision breaks."""
     title, _, check = read(FOLDER / name).cells[:3]
     assert [f'`"{card}"`' in title.source for card in CARDS] == [True, True, True]
+    # Opened alone, a notebook has no folder above it to install.
+    cloned = all(words in title.source for words in ("`!git clone https:", "`%cd hf_galore/notebooks`"))
+    assert cloned != PUBLISHED
     for word in ("Runtime > Change runtime type > T4 GPU", "L4 or A100", "Restart session", "torchvision", "licence"):
         assert word in title.source, word
     modules = {node.module for node in ast.walk(parsed(check.source)) if isinstance(node, ast.ImportFrom)}

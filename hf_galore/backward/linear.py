@@ -120,7 +120,7 @@ def asked_for(node: Any, weight: Tensor) -> Literal["accumulated", "returned"] |
 def why_not_patchable(module: nn.Module) -> str | None:
     """Why `patch_linear` cannot serve a module, in words; `None` where it can."""
     if type(module) is not nn.Linear:
-        return f"it is a {type(module).__name__}, not a plain nn.Linear"
+        return f"it is of class {type(module).__name__}, and not a plain nn.Linear"
     attribute = forward_attribute(module)
     if attribute is not None and not _is_linears(module.__dict__[attribute], module):
         return "its forward has been replaced"

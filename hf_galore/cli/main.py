@@ -104,8 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the command's name; those of the process where `None`.
 
     Returns:
-        0, 1 for a plan that does not fit, 2 for something wrong in what was given, 130 for Ctrl-C, 143 for SIGTERM.
-        Anything else that goes wrong is a bug and keeps its traceback.
+        0, 1 for a plan that does not fit, 2 for something wrong in what was given, 130 for Ctrl-C, 143 for SIGTERM, 141
+        where nobody reads on (`| head`). Anything else that goes wrong is a bug and keeps its traceback.
 
     Raises:
         SystemExit: help or the version has been shown.

@@ -20,6 +20,8 @@ _BESIDE_THE_POINT = {
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
     # TRL advises to train the output head too, and in the next line does so itself.
     "trl.trainer.sft_trainer": "Cloning chat template added new tokens to the tokenizer, but 'lm_head' is not in",
+    # Two checkpoints within a second. Which is older, transformers then reads from their names.
+    "transformers.trainer_utils": "mtime may not be reliable on this filesystem, falling back to numerical ordering",
 }
 
 

@@ -139,15 +139,15 @@ def _doing(phase: str, step: int) -> str:
 # ---- what came of it
 
 
-def show(found: MemoryPlan, name: str) -> None:
-    """Print a plan, and the verdict on the card."""
+def show(found: MemoryPlan, name: str, no_card: str = NO_CARD) -> None:
+    """Print a plan, and the verdict on the card; `no_card` says how to get one where the card is not known."""
     console = Console(highlight=False)
     for note in found.notes:
         console.print(Text(note), soft_wrap=True)
     console.print(Text(f"{name}, at its peak ({found.phase}):"), soft_wrap=True)
     console.print(_table(found))
     console.print(Text(_further(found)), soft_wrap=True)
-    console.print(Text(_verdict(found, name)), soft_wrap=True)
+    console.print(Text(_verdict(found, name, no_card)), soft_wrap=True)
 
 
 def _table(found: MemoryPlan) -> Table:
@@ -180,10 +180,10 @@ def _further(found: MemoryPlan) -> str:
     return "\n".join(parts)
 
 
-def _verdict(found: MemoryPlan, name: str) -> str:
+def _verdict(found: MemoryPlan, name: str, no_card: str) -> str:
     needed, card, free = found.needed_bytes, found.vram_bytes, found.free_bytes
     if card is None:
-        return f"{name} needs a card of {_size_of(needed)}. Which card is not known: {NO_CARD}."
+        return f"{name} needs a card of {_size_of(needed)}. Which card is not known: {no_card}."
 
     def size(nbytes: int) -> str:
         return f"{gib(nbytes, card)} GiB"

@@ -86,7 +86,7 @@ def dry_run(prog: str, parsed: Arguments) -> int:
     with stoppable(lambda: "interrupted."), shown_progress() as progress:
         found = training.dry_run(parsed, progress)
     if parsed.training.process_index == 0:
-        show(found, name)
+        show(found, name, no_card="hf-galore plan has --vram 4090, or 24GB, for a verdict")
         print(f"{prog}: all checks passed. Nothing was trained or written.")
     return DOES_NOT_FIT if found.fits is False else FITS
 

@@ -50,6 +50,8 @@ def setting(key: str) -> Callable[[Run], str | None]:
         if not options or key not in options:
             return None
         value = options[key]
+        if isinstance(value, float) and value.is_integer() and abs(value) < 1e9:
+            value = int(value)  # a recipe's 3 epochs are those of `--num_train_epochs 3`, which is 3.0
         return value if isinstance(value, str) else json.dumps(value)
 
     return text

@@ -70,13 +70,15 @@ class ListParser(TrlParser):
     def as_typed(self, key: str, value: Any) -> Any:
         """A file's value in the type that its key has, where YAML has another way to write it.
 
-        One name instead of a list of names, which the libraries would take apart by its letters; and a mapping where
-        the command line has `key=value, key=value`.
+        One name instead of a list of names, which the libraries would take apart by its letters; `a, b` where a string
+        would be a regular expression, as on the command line; and a mapping where that has `key=value, key=value`.
         """
         hint = self.hints.get(key)
         kinds = {hint} if get_origin(hint) is list else set(get_args(hint))
         if isinstance(value, str) and list[str] in kinds and str not in kinds:
             return [value]
+        if isinstance(value, str) and {list[str], str} <= kinds:
+            return _listed(value) or value
         if key == "optim_args" and isinstance(value, dict) and not any(map(_is_nested, value.values())):
             return ", ".join(
                 f"{name}={str(one).lower() if isinstance(one, bool) else one}" for name, one in value.items()
@@ -115,25 +117,25 @@ class _OneOrMany(argparse.Action):
     def _decoded(self, values: list[str]) -> str | list[str]:
         text = " ".join(values)
         if text.lstrip().startswith("["):
-            found = self._bracketed(text)
-            if found is not None:
-                return found
-        names = text.replace(",", " ").split()
-        if len(names) > 1 and all(map(_PLAIN_NAME.fullmatch, names)):
-            return names
-        return values if len(values) > 1 else values[0]
+            try:
+                decoded = json.loads(text)
+            except json.JSONDecodeError:
+                pass
+            else:
+                if not all(isinstance(value, str) for value in decoded):
+                    raise argparse.ArgumentError(self, f"{text} is not a list of strings")
+                return list(decoded)
+        return _listed(text) or (values if len(values) > 1 else values[0])
 
-    def _bracketed(self, text: str) -> list[str] | None:
-        """The list in brackets, with its items in quotes or without; `None` for a regular expression that begins so."""
-        try:
-            decoded = json.loads(text)
-        except json.JSONDecodeError:
-            items = [item.strip().strip("'\"") for item in text.strip()[1:-1].split(",")]
-            whole = text.rstrip().endswith("]") and len(items) > 1 and all(map(_PLAIN_NAME.fullmatch, items))
-            return items if whole else None
-        if not all(isinstance(value, str) for value in decoded):
-            raise argparse.ArgumentError(self, f"{text} is not a list of strings")
-        return list(decoded)
+
+def _listed(text: str) -> list[str] | None:
+    """The names in `a, b`, `a b` and `[a, "b"]`; `None` for a regular expression, of which a single name is one too."""
+    text = text.strip()
+    if text.startswith("[") and text.endswith("]"):
+        names = [item.strip().strip("'\"") for item in text[1:-1].split(",")]
+    else:
+        names = text.replace(",", " ").split()
+    return names if len(names) > 1 and all(map(_PLAIN_NAME.fullmatch, names)) else None
 
 
 # Names of modules, and parts of them, which a comma cannot be in.

@@ -71,8 +71,8 @@ def _checkpoint(training_args: TrainingArguments) -> str | None:
 def no_checkpoint(output_dir: str) -> UserError:
     """The error that says that a folder holds no checkpoint to go on from."""
     return UserError(
-        f"resume_from_checkpoint: there is no complete checkpoint in {output_dir}. Leave it out to start from the "
-        "beginning, or give the output_dir of the run to continue."
+        f"resume_from_checkpoint: there is no complete checkpoint in {output_dir}. Give the output_dir of the run to "
+        "continue, or begin anew: without it, and with --overwrite_output_dir where there is a run in that folder."
     )
 
 

@@ -56,6 +56,9 @@ def check_model(model_args: ModelConfig, *, trust_remote_code: bool = False, var
         raise UserError("model_name_or_path is missing: give a model's name or folder.")
     if Path(name).is_file():
         raise UserError(f"model_name_or_path {name} is a file. Give the folder that it is in, or a model's name.")
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():  # no name on the Hub begins so
+        home = " Write the path in full: only a shell knows ~." if name.startswith("~") else ""
+        raise UserError(f"model_name_or_path {name}: there is no such folder.{home}")
     try:
         config = AutoConfig.from_pretrained(
             name, revision=model_args.model_revision, trust_remote_code=trust_remote_code

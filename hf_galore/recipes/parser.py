@@ -182,11 +182,18 @@ def _check_values(path: Path, config: dict[str, Any], parser: RecipeParser) -> N
                 raise UserError(f"{path}: env has to be a mapping of names to values, but is {shortened(value)}.")
             continue
         if key not in known:
-            owner = next((command for command, marks in MARKS.items() if key in marks), None)
-            advice = f" It is one of hf-galore {owner}." if owner else hint(str(key), known, OPTIONS)
-            raise UserError(f"{path}: there is no option {key!r}.{advice}")
+            raise UserError(f"{path}: there is no option {key!r}.{_advice_on_key(key, value, known)}")
         if key == "resume_from_checkpoint" and isinstance(value, bool):
             continue  # the Trainer takes it, whatever the type hint says
         problem = problem_with(parser.as_typed(key, value), parser.hints[key], parser.choices(key))
+        if problem and key == "optim_args":
+            problem += " Write 'rank=128, scale=2', or {rank: 128, scale: 2} with a space after each colon."
         if problem:
             raise UserError(f"{path}: {key} {problem}")
+
+
+def _advice_on_key(key: Any, value: Any, known: Sequence[str]) -> str:
+    if isinstance(value, dict) and any(name in known for name in value):
+        return " A recipe has no sections: all keys stand at the start of a line."
+    owner = next((command for command, marks in MARKS.items() if key in marks), None)
+    return f" It is one of hf-galore {owner}." if owner else hint(str(key), known, OPTIONS)

@@ -27,6 +27,8 @@ _DATA = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "packing", "seed", "data_seed"),
     *("dataset_name", "dataset_config", "dataset_train_split", "datasets", "train_file"),
 )
+# The schedule is made anew of these, and asked for the rate at the step that the run is at.
+_SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps", "num_train_epochs")
 # With others of these the checkpoint's weights are not loaded, and training begins with the model's own.
 _ADAPTERS = ("use_peft", "lora_r", "lora_target_modules", "lora_modules_to_save")
 
@@ -104,12 +106,21 @@ def check_settings(checkpoint: Path, settings: dict[str, Any]) -> dict[str, Any]
     for keys, consequence in (
         (_KEPT, "A resumed run keeps what its checkpoint has: the new value has no effect."),
         (_DATA, "A resumed run skips as many batches as it has had, which are others now: it repeats or omits some."),
+        (_SCHEDULE, "The learning rate goes on by the new schedule, and may jump here."),
     ):
-        changed = [key for key in keys if before.get(key) != settings.get(key)]
+        changed = [key for key in keys if before.get(key) != settings.get(key) and _counts(key, before, settings)]
         if changed:
             told = ", ".join(_change(key, before.get(key), settings.get(key)) for key in changed)
             logger.warning("%s: %s", told, consequence)
     return {**settings, **{key: before.get(key) for key in _KEPT}}
+
+
+def _counts(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether a setting had a part in what the run did: the length has none where the rate does not fall."""
+    both = (before, now)
+    if key in ("max_steps", "num_train_epochs") and all("constant" in str(one["lr_scheduler_type"]) for one in both):
+        return False
+    return not (key == "num_train_epochs" and all((one.get("max_steps") or 0) > 0 for one in both))
 
 
 def optim_of(checkpoint: Path) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from trl import (
     SFTTrainer,
 )
 
+from ..errors import UserError
+from ..log import logger
 from .data_loading import split_of
 from .folders import recipes_folder
 from .output_folder import OutputArguments
@@ -120,6 +122,30 @@ def make_trainer(parsed: Arguments, checked: Checked | None = None) -> RecordedS
     Raises:
         UserError: something in the arguments or in the data is wrong.
     """
-    return load_trainer(
-        RecordedSFTTrainer, str(parsed.model_name), parsed.training, parsed.model, checked or check(parsed)
-    )
+    checked = checked or check(parsed)
+    trainer = load_trainer(RecordedSFTTrainer, str(parsed.model_name), parsed.training, parsed.model, checked)
+    _say_what_is_left_out(parsed.training, "training", checked.train, trainer.train_dataset)
+    if checked.evaluated is not None:
+        _say_what_is_left_out(parsed.training, "evaluation", checked.evaluated, trainer.eval_dataset)
+    return trainer
+
+
+def _say_what_is_left_out(training: SFTConfig, purpose: str, before: Any, after: Any) -> None:
+    """Say how many rows TRL leaves out without a word: those of which no token to learn is left once they are cut.
+
+    Args:
+        training: says where rows are cut.
+        purpose: what the rows are for.
+        before: the rows as loaded.
+        after: the rows that the Trainer has.
+
+    Raises:
+        UserError: none is left.
+    """
+    if not isinstance(before, Sized) or not isinstance(after, Sized):  # read as it goes
+        return
+    why = f"no token to learn is left within max_length {training.max_length}"
+    if len(after) == 0:
+        raise UserError(f"all {len(before)} rows for {purpose} are left out: {why}. Give a larger one.")
+    if not training.packing and len(after) < len(before):
+        logger.warning("%d of %d rows for %s are left out: %s.", len(before) - len(after), len(before), purpose, why)

@@ -19,6 +19,7 @@ from trl import (
 
 from ..errors import UserError
 from ..integrations.devices import keep_to_one_gpu, one_device_map
+from ..log import logger
 from .checks import check_arguments, check_model, check_training, say_if_emulated, say_if_widened
 from .data_loading import load_named, reporting_unreadable
 from .output_folder import OutputArguments
@@ -94,6 +95,7 @@ def check_without_data(parsed: TrlRecipe[Any]) -> Any:
     training, model = parsed.training, parsed.model
     given = training.model_init_kwargs or {}
     check_arguments(training)
+    _say_if_no_adapters(model)
     config = check_model(model, trust_remote_code=training.trust_remote_code, variant=given.get("variant"))
     if not config.architectures:
         raise UserError(
@@ -117,6 +119,22 @@ def check_without_data(parsed: TrlRecipe[Any]) -> Any:
         revision=given.get("revision", model.model_revision),
         trust_remote_code=training.trust_remote_code,
     )
+
+
+def _say_if_no_adapters(model: ModelConfig) -> None:
+    """Warn where something is said of adapters that nobody makes: TRL trains all weights then."""
+    if model.use_peft:
+        return
+    plain = ModelConfig()
+    named = (field.name for field in dataclasses.fields(model))
+    of_adapters = (name for name in named if name.startswith("lora_") or name in ("use_rslora", "use_dora"))
+    given = [name for name in of_adapters if getattr(model, name) != getattr(plain, name)]
+    if given:
+        logger.warning(
+            "%s: this is of LoRA's adapters, and use_peft is not set, so all weights are trained. For adapters give "
+            "use_peft: true; or else leave it out.",
+            ", ".join(given),
+        )
 
 
 def load_trainer(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, Union, get_args, get_origin
 
 from ..config import nearest
+from ..synonyms import DTYPES
 from .config_file import shortened
 
 
@@ -23,11 +24,16 @@ def problem_with(value: Any, hint: Any, choices: Sequence[str] | None) -> str | 
         if isinstance(value, str) and value in choices:
             return None
         hint_no = " A bare no is false in YAML; write 'no'." if value is False and "no" in choices else ""
-        near = nearest(value, list(choices)) if isinstance(value, str) else ""
+        near = _meant(value, choices) if isinstance(value, str) else ""
         return f"has to be one of {', '.join(choices)}, but is {shortened(value)}.{hint_no}{near}"
     if fits(value, hint):
         return None
     return f"has to be {in_words(hint)}, but is {shortened(value)}."
+
+
+def _meant(value: str, choices: Sequence[str]) -> str:
+    meant = DTYPES.get(value.lower())
+    return f" Did you mean {meant!r}?" if meant in choices else nearest(value, list(choices))
 
 
 def fits(value: Any, hint: Any) -> bool:

@@ -729,7 +729,7 @@ def test_a_layer_that_cannot_be_served_falls_back_and_says_so_once(caplog: pytes
         net = run(WithSpecial, "layerwise, projected backward")
     said = [record.getMessage() for record in caplog.records if "cannot serve" in record.getMessage()]
     assert len(said) == 1
-    assert "up (it is a Special, not a plain nn.Linear), nor 1 other(s)" in said[0]
+    assert "up (it is of class Special, and not a plain nn.Linear), nor 1 other(s)" in said[0]
     assert_same_weights(net, run(WithSpecial, "plain"))
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from hf_galore.cli.main import main
 from hf_galore.recipes import training
-from tests.support.commands import recipe_on_cpu, write_checkpoint
+from tests.support.commands import command_line, recipe_on_cpu, write_checkpoint
 
 
 def test_a_recipe_for_another_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,3 +118,14 @@ def test_the_command_to_go_on_with_asks_to_resume_once(
     assert main(["sft", "--config", path, *resumed, "--max_steps", "9"]) == 130
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.endswith(f": hf-galore sft --config {path} --max_steps 9 --resume_from_checkpoint")
+
+
+def test_a_reader_that_has_read_enough_is_no_error() -> None:
+    """`hf-galore sft --help | head -1`: the rest goes nowhere, without a traceback."""
+    process = subprocess.Popen(command_line("sft", "--help"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()  # before anything is printed
+    assert process.wait(timeout=60) == 141
+    assert process.stderr is not None
+    assert process.stderr.read() == b""
+    process.stderr.close()

@@ -344,19 +344,26 @@ def test_every_setting_that_differs_is_shown_and_other_work_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     same = {"max_length": 256, "weight_decay": 0.0, "learning_rate": 2e-3}
-    first = write_run(tmp_path / "a", facts={"settings": {**same, "seed": 1, "packing": True, "optim_args": "rank=8"}})
-    second = write_run(tmp_path / "b", facts={"settings": {**same, "seed": 2, "packing": False, "max_length": 128}})
+    first = write_run(
+        tmp_path / "a",
+        facts={"settings": {**same, "seed": 1, "packing": True, "num_train_epochs": 3, "optim_args": "rank=8"}},
+    )
+    second = write_run(
+        tmp_path / "b",
+        facts={"settings": {**same, "seed": 2, "packing": False, "num_train_epochs": 12.0, "max_length": 128}},
+    )
     unknown = write_run(tmp_path / "c")
     found = reading.read_runs([first, second, unknown])
     rows = {row.label: row.cells for row in settings_table(found).rows}
     assert rows["max_length"] == ["256", "128", "–"]
     assert rows["packing"] == ["true", "false", "–"]
     assert rows["seed"] == ["1", "2", "–"]
+    assert rows["num_train_epochs"] == ["3", "12", "–"]  # from a file, and from the command line, which has it as 12.0
     assert "weight_decay" not in rows
     labels = [row.label for row in settings_table(found, everything=True).rows]
     assert len(set(labels)) == len(labels)
-    said = "The runs did not do the same work: max_length, packing, seed differ. A lower loss or a shorter time may "
-    assert f"{said}come of that." in notes(found)
+    said = "The runs did not do the same work: max_length, num_train_epochs, packing, seed differ. A lower loss or a "
+    assert f"{said}shorter time may come of that." in notes(found)
     assert main(["compare", str(first), str(second), "--output", str(tmp_path / "out")]) == 0
     assert "max_length" in capsys.readouterr().out
     assert not any("same work" in note for note in notes(reading.read_runs([first, unknown])))

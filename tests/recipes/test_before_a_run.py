@@ -114,6 +114,7 @@ def test_a_dry_run_checks_plans_and_leaves_nothing(
     assert main(["sft", *options(settings), "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert f"needs a card of {gib(planned.needed_bytes, planned.needed_bytes)} GiB" in " ".join(shown.split())
+    assert "Which card is not known: hf-galore plan has --vram 4090, or 24GB, for a verdict." in shown  # `sft` has not
     assert shown.splitlines()[-1] == "hf-galore sft: all checks passed. Nothing was trained or written."
     assert sorted(tmp_path.iterdir()) == before
 

@@ -191,7 +191,9 @@ def test_nothing_whole_is_an_error_and_not_a_new_beginning(out: Path, caplog: py
         cut(out / f"checkpoint-{step}" / "trainer_state.json", 0)
     args = arguments(out, OPTIM)
     args.resume_from_checkpoint = "true"
-    with pytest.raises(UserError, match="there is no complete checkpoint in"):
+    with pytest.raises(
+        UserError, match=r"no complete checkpoint in .* anew: without it, and with --overwrite_output_dir"
+    ):
         check_folders(args)
     assert [message.split(" is left out")[0] for message in caplog.messages] == [
         str(out / f"checkpoint-{step}") for step in (2, 1)

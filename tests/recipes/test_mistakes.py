@@ -256,6 +256,8 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
         {"model_name_or_path": "{file}"},
         "model_name_or_path {file} is a file. Give the folder that it",
     ),
+    "a model that is not there": ({"model_name_or_path": "./no"}, "model_name_or_path ./no: there is no such folder."),
+    "a model at home": ({"model_name_or_path": "~/no"}, "folder. Write the path in full: only a shell knows ~."),
     "a file as data that is not there": ({"dataset_name": "no.jsonl"}, "dataset_name no.jsonl: there is no such file."),
     "a file of another kind": (
         {"dataset_name": "{weights}"},

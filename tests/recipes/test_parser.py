@@ -88,6 +88,10 @@ def test_a_recipe_sets_environment_variables_as_trl_does(tmp_path: Path, monkeyp
         ({"learning_rate": "fast"}, [], "learning_rate has to be a number, but is 'fast'"),
         ({"optim_args": {"rank": [8]}}, [], "optim_args has to be a string, but is {'rank': [8]}"),
         ({"optim_target_modules": ["attn", 3]}, [], "optim_target_modules has to be a string or a list of strings"),
+        ({"optim_args": {"rank:8": None}}, [], "or {rank: 128, scale: 2} with a space after each colon."),
+        ({"optim_args": ["rank=8"]}, [], "has to be a string, but is ['rank=8']. Write 'rank=128, scale=2'"),
+        ({"training": {"seed": 1}}, [], "'training'. A recipe has no sections: all keys stand at the start of a line."),
+        ({"dtype": "fp32"}, [], "but is 'fp32'. Did you mean 'float32'?"),
         ({"lr_scheduler_type": "cosin"}, [], "Did you mean 'cosine'?"),
         ({"datasets": "mine"}, [], "datasets has to be a list of mappings, but is 'mine'"),
         ({}, ["--optim_target_modules", '["attn", 3]'], '["attn", 3] is not a list of strings'),
@@ -122,6 +126,51 @@ def test_what_a_recipe_and_its_overrides_must_not_say(
     with pytest.raises(UserError) as error:
         parse("--config", recipe_on_cpu(tmp_path, **settings), *options)
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("seed: 1\n\tmax_steps: 2\n", "line 2: there is a tab. YAML takes spaces only."),
+        ("seed:\t1\nmax_steps:\t2\n", "line 1: there is a tab."),
+        ('seed: 1\noptim_args: "rank=8\nmax_steps: 2\n', "line 2: a quotation mark is opened there that is not"),
+        ("optim_target_modules: [attn, mlp\nseed: 1\n", "line 1: a bracket is opened there that is not closed"),
+        ("seed: 1\nmax_steps = 2 # few\nbf16: no\n", "line 2: 'max_steps = 2' is not 'key: value'. A colon and"),
+        ("seed: 1\nmax_steps:2\nbf16: no\n", "line 2: 'max_steps:2' is not 'key: value'. A colon and"),
+        ("optim_args: rank: 8\n", "line 1: there is a colon too many, or the line is indented."),
+        ("seed: 1\n  max_steps: 2\n", "line 2: there is a colon too many, or the line is indented."),
+        ("  seed: 1\nmax_steps: 2\n", "line 2: it begins in another column than the keys before it."),
+        ('optim_args: "rank=8"\n  seed: 1\n', "line 2: it begins in another column than the keys before it."),
+        ("seed: 1\n---\nseed: 2\n", "line 2: expected a single document in the stream but found another document."),
+        ("# nothing\n", "has to hold 'key: value' lines, but is empty."),
+        (b"output_dir: caf\xe9\n", "is not text in UTF-8 (invalid continuation byte). Save it in that encoding."),
+    ],
+)
+def test_where_a_recipe_is_not_yaml_and_what_to_do_there(text: str | bytes, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError) as error:
+        parse("--config", str(path))
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("attn, mlp", ["attn", "mlp"]),
+        ("attn mlp", ["attn", "mlp"]),
+        ("'[attn, mlp]'", ["attn", "mlp"]),
+        ('\'["attn", "mlp"]\'', ["attn", "mlp"]),
+        ("all-linear", "all-linear"),
+        (r"'.*layers\.[0-9]\..*'", r".*layers\.[0-9]\..*"),
+        ("'(attn, mlp)'", "(attn, mlp)"),
+    ],
+)
+def test_targets_in_a_recipe(written: str, expected: Any, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"bf16: false\nuse_cpu: true\noptim_target_modules: {written}\n")
+    assert parse("--config", str(path)).training.optim_target_modules == expected
 
 
 def test_config_needs_a_file() -> None:

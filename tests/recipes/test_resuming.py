@@ -13,7 +13,7 @@ import torch
 
 from hf_galore.cli.main import main
 from hf_galore.recipes.embedded_model import Embedded
-from hf_galore.recipes.resuming import optim_of
+from hf_galore.recipes.resuming import check_settings, optim_of
 from hf_galore.recipes.run_record import RUN_FILE, RunFacts
 from tests.support.commands import history, options, said_of_mistake, short_run, weights
 from tests.support.helpers import assert_identical
@@ -111,6 +111,44 @@ def test_another_optimizer_is_refused_before_the_model_is_loaded(
     )
 
 
+@pytest.mark.parametrize(
+    ("was", "now", "said"),
+    [
+        ({}, {"num_train_epochs": 3.0}, ""),  # max_steps says how long it is
+        (
+            {"max_steps": -1},
+            {"max_steps": -1, "num_train_epochs": 5.0},
+            "num_train_epochs 3.0 → 5.0: The learning rate",
+        ),
+        ({"lr_scheduler_type": "constant"}, {"lr_scheduler_type": "constant", "max_steps": 9}, ""),
+        (
+            {},
+            {"lr_scheduler_type": "cosine"},
+            "lr_scheduler_type linear → cosine: The learning rate goes on by the new",
+        ),
+        (
+            {},
+            {"warmup_steps": 2},
+            "warmup_steps 0 → 2: The learning rate goes on by the new schedule, and may jump here.",
+        ),
+    ],
+)
+def test_another_schedule_is_said(
+    was: dict[str, Any],
+    now: dict[str, Any],
+    said: str,
+    run: tuple[dict[str, Any], Path],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    record = json.loads((run[1] / RUN_FILE).read_text())
+    record["settings"].update({"num_train_epochs": 3.0, **was})
+    (run[1] / RUN_FILE).write_text(json.dumps(record))
+    with caplog.at_level(logging.WARNING, "hf_galore"):
+        check_settings(run[1] / "checkpoint-2", {**record["settings"], **now})
+    assert (caplog.messages[0] if said else "".join(caplog.messages)).startswith(said)
+    assert len(caplog.messages) == bool(said)
+
+
 def test_what_has_no_effect_or_another_one_is_said(
     run: tuple[dict[str, Any], Path], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -131,6 +169,7 @@ def test_what_has_no_effect_or_another_one_is_said(
         "per_device_train_batch_size 2 → 4: A resumed run skips as many batches as it has had, which are others now: "
         "it repeats or omits some." in said
     )
+    assert "max_steps 4 → 5: The learning rate goes on by the new schedule, and may jump here." in said
     rates = [entry["learning_rate"] for entry in history(out) if "loss" in entry]
     assert max(rates) <= 2e-5
     facts = RunFacts.read(out)

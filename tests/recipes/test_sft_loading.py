@@ -7,11 +7,13 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from hf_galore.errors import UserError
 from hf_galore.recipes import sft
 from hf_galore.recipes.checks import check_model, say_if_emulated, say_if_widened
 from hf_galore.recipes.embedded_model import Embedded
@@ -39,6 +41,43 @@ def parse(recipe: dict[str, Any], tmp_path: Path, *more: str) -> sft.Arguments:
     return sft.parse(["--config", recipe_on_cpu(tmp_path, **recipe), *more], "hf-galore sft", "")
 
 
+# ---- rows that teach nothing
+
+
+def test_rows_of_which_nothing_to_learn_is_left_are_said_to_be_left_out(
+    recipe: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """TRL leaves them out without a word; and of nothing at all torch's sampler says `num_samples=0`."""
+    data = tmp_path / "data"
+    data.mkdir()
+    long, short = ([{"role": "user", "content": "word " * n}, {"role": "assistant", "content": "b"}] for n in (200, 2))
+
+    def write(*conversations: Any) -> None:
+        (data / "train.jsonl").write_text("".join(json.dumps({"messages": one}) + "\n" for one in conversations))
+
+    settings = {**recipe, "dataset_name": str(data), "assistant_only_loss": True}
+    write(long, short, long)
+    trainer = parse(settings, tmp_path).make_trainer()
+    assert len(trainer.train_dataset) == 1
+    said = [message for message in caplog.messages if "left out" in message]
+    assert said == ["2 of 3 rows for training are left out: no token to learn is left within max_length 64."]
+    write(long, long)
+    with pytest.raises(UserError, match=r"^all 2 rows for training are left out: no token .* 64\. Give a larger one\."):
+        parse(settings, tmp_path).make_trainer()
+
+
+def test_adapters_that_nobody_makes_are_said(
+    recipe: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As `trl sft`, which says nothing of it, it trains all weights then."""
+    given = {**recipe, "lora_r": 8, "lora_target_modules": "all-linear"}
+    trainer = parse(given, tmp_path).make_trainer()
+    said = [message for message in caplog.messages if message.startswith("lora_r, lora_target_modules: ")]
+    assert len(said) == 1
+    assert "use_peft is not set, so all weights are trained" in said[0]
+    assert all(param.requires_grad for param in trainer.model.parameters())
+
+
 # ---- the device
 
 
@@ -46,8 +85,9 @@ def loaded_with(parsed: sft.Arguments, monkeypatch: pytest.MonkeyPatch) -> dict[
     """The keywords that TRL's trainer would load the model with."""
     found: dict[str, Any] = {}
 
-    def trainer(model: str, args: Any, **kwargs: Any) -> None:
+    def trainer(model: str, args: Any, **kwargs: Any) -> Any:
         found.update(args.model_init_kwargs)
+        return SimpleNamespace(train_dataset=None, eval_dataset=None)
 
     monkeypatch.setattr(sft, "RecordedSFTTrainer", trainer)
     sft.make_trainer(parsed, Checked(None, None, None))
