@@ -25,9 +25,9 @@ ENVIRONMENTS = all_environments()
 
 
 def bounds() -> list[Requirement]:
-    """`name==version` of each lower bound that users meet; `dev` is for us, with constraints.txt."""
+    """`name==version` of each lower bound that users meet; `dev` and `docs` are for us, with constraints.txt."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    extras = (lines for name, lines in project["optional-dependencies"].items() if name != "dev")
+    extras = (lines for name, lines in project["optional-dependencies"].items() if name not in ("dev", "docs"))
     wanted = (Requirement(line) for lines in (project["dependencies"], *extras) for line in lines)
     return [Requirement(line) for line in command.lower_bounds(wanted)]
 

@@ -53,7 +53,7 @@ OF_EXAMPLES = {"loops.md": "tests/loops/test_page.py"}
 
 # Lines that are not of this package, by their beginnings, and why they are not run.
 NOT_OURS = {
-    "python -m venv": "Python's own",
+    "python3 -m venv": "Python's own",
     "pip install": "the network; its extras are looked up",
     "make ": "makes an environment; its target is looked up",
     "python -m tests": "hours; tests/test_docs.py looks whether it exists",

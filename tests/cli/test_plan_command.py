@@ -435,7 +435,7 @@ def test_help_has_the_options_of_its_own_and_those_of_a_recipe(capsys: pytest.Ca
         main(["plan", "--help"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    for flag in ("--vram CARD", "23.5GiB", "--json", "--plot FILE.png", "--suggest", "--per_device_train_batch_size"):
+    for flag in ("--vram CARD", "23.5GiB", "--json", "--plot FILE", "--suggest", "--per_device_train_batch_size"):
         assert flag in " ".join(shown.split())
 
 

