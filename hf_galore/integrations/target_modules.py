@@ -163,6 +163,12 @@ def _explain_no_match(
             "what it is computed from trains full-rank. Leave it out, or take the parametrization off the layer."
         )
     if any(matches(name) for name in (*linear, *dict(_embeddings(model)))):
+        if any(_is_lora(name) for name, _ in model.named_parameters()):
+            return (
+                f"{start} It matches what LoRA has frozen. Train its adapters with optim='adamw_torch', without "
+                "optim_target_modules and optim_args; or train the model itself without LoRA (in a recipe without "
+                "use_peft)."
+            )
         return f"{start} It matches frozen ones: unfreeze them, or leave it out."
     others = sorted({type(module).__name__ for name, module in model.named_modules() if name and matches(name)})
     if others:

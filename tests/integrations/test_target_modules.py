@@ -338,6 +338,12 @@ def test_a_match_of_frozen_layers_only_says_so(target_modules: Any) -> None:
         find(target_modules, model)
 
 
+def test_a_match_of_what_lora_has_frozen_says_how_adapters_are_trained() -> None:
+    model: Any = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"'mlp' matches no .* what LoRA has frozen\. Train its adapters with optim="):
+        find(["mlp"], model)
+
+
 def test_all_linear_of_a_model_without_linear_layers() -> None:
     with pytest.raises(ValueError, match="'all-linear', but Sequential has no trainable linear layer"):
         find("all-linear", nn.Sequential(nn.Embedding(8, 8), nn.LayerNorm(8)))
