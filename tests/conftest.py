@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import sys
 from collections.abc import Iterator
@@ -48,6 +49,8 @@ def _forgetful_bitsandbytes() -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def _frozen_imports() -> None:
     """Keep what the libraries have made out of garbage collections: a Trainer asks for one at each end of training."""
+    # On some processors it warns where it is imported, and some test would take that for a warning of ours.
+    importlib.import_module("bitsandbytes")
     gc.collect()
     gc.freeze()
 

@@ -173,7 +173,24 @@ def _check_columns(columns: Sequence[str], name: str, text_field: str) -> None:
         raise UserError(
             f"The dataset's split {name!r} has the columns {', '.join(columns)}. It needs 'messages' (lists of "
             f"role and content), 'prompt' and 'completion', {text_field!r} (dataset_text_field), or 'input_ids'."
+            f"{_way_out(columns)}"
         )
+
+
+# By what names others have a question and its answer.
+_QUESTIONS = ("instruction", "question", "query", "input", "problem")
+_ANSWERS = ("output", "answer", "response", "solution", "target")
+
+
+def _way_out(columns: Sequence[str]) -> str:
+    """What to do with columns of other names; begins with a space, or is empty."""
+    question, answer = (next((name for name in names if name in columns), None) for names in (_QUESTIONS, _ANSWERS))
+    if question is not None and answer is not None:
+        more = f", with {'input'!r} added to it," if {"instruction", "input"} <= set(columns) else ""
+        return f" Rename {question!r}{more} to 'prompt' and {answer!r} to 'completion'."
+    if len(columns) == 1:
+        return f" Where {columns[0]!r} is the text: --dataset_text_field {columns[0]}."
+    return ""
 
 
 def _checked(

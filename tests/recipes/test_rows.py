@@ -105,3 +105,22 @@ def test_a_file_is_the_split_train(ending: str, tmp_path: Path) -> None:
     splits = load_named(f"dataset_name {path}", str(path))
     assert list(splits) == ["train"]
     assert splits["train"]["text"][:] == ["a b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"content": "a"}, "Where 'content' is the text: --dataset_text_field content."),
+        ({"question": "a", "answer": "b"}, "Rename 'question' to 'prompt' and 'answer' to 'completion'."),
+        (
+            {"instruction": "a", "input": "b", "output": "c"},
+            "Rename 'instruction', with 'input' added to it, to 'prompt' and 'output' to 'completion'.",
+        ),
+        ({"a": "b", "c": "d"}, "or 'input_ids'."),
+    ],
+)
+def test_columns_of_other_names(row: dict[str, str], words: str) -> None:
+    split = datasets.Dataset.from_list([row])
+    with pytest.raises(UserError) as error:
+        prepare_rows(split, "train", given="data", text_field="text", assistant_only=False, template=None)
+    assert str(error.value).endswith(words)
