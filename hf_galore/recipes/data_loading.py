@@ -193,7 +193,8 @@ def reporting_unreadable(given: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, datasets.exceptions.DatasetsError, StopIteration, *_CUT_OFF) as error:
+    # A KeyError is that of datasets 4 for rows of which some lack a column.
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError, StopIteration, *_CUT_OFF) as error:
         raise UserError(f"{given} cannot be loaded: {_reason(error)}") from error
     finally:
         said.setLevel(level)
@@ -204,6 +205,8 @@ def _reason(error: Exception) -> str:
     for one in (error, cause):
         if isinstance(one, UnicodeDecodeError):
             return f"it holds a file that is not text in UTF-8 ({one}). Save it in that encoding"
+    if isinstance(error, KeyError):
+        return f"it has rows without {error}"
     if isinstance(error, StopIteration):
         return "it holds a file without rows"
     if isinstance(error, _CUT_OFF) or isinstance(cause, _CUT_OFF):

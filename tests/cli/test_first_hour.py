@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("pexpect", reason="there is no such terminal on Windows")
+pytest.importorskip("pyte", reason="what the tests of older releases run in has none")
 
 from hf_galore.recipes.checkpoints import last_checkpoint
 from hf_galore.recipes.embedded_model import CACHE_VARIABLE, Embedded

@@ -15,6 +15,7 @@ from transformers import GPT2Config, PreTrainedModel
 from hf_galore.recipes import sft
 from hf_galore.recipes.embedded_model import Embedded
 from tests.support.commands import ON_CPU, options, said_of_mistake, short_run
+from tests.support.releases import FUSED_HEAD
 
 GOOD = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "there"}]}
 
@@ -108,6 +109,11 @@ DATA: dict[str, tuple[str | bytes, dict[str, Any], str]] = {
         "no split 'test'; it has train. Set dataset_test_split to one of them, or eval_strategy to 'no'.",
     ),
 }
+# What datasets 4 fails on itself, it has other words for.
+BY_DATASETS_4 = {
+    "row 2: has no messages (it is missing or null)": "it has rows without 'messages'",
+    "it holds a file that is not text in UTF-8 (": "line 1 is not text in UTF-8 (",
+}
 
 
 @pytest.mark.parametrize(("text", "changes", "words"), DATA.values(), ids=list(DATA))
@@ -123,7 +129,8 @@ def test_data_that_cannot_be_trained_on(
     file.parent.mkdir()
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     settings = {**short_run(small.model, file.parent, tmp_path / "out"), **changes}
-    assert words.format(file=file, folder=file.parent) in said_of_mistake("sft", options(settings), capsys)
+    line = said_of_mistake("sft", options(settings), capsys)
+    assert words.format(file=file, folder=file.parent) in line or BY_DATASETS_4.get(words, words) in line
     assert not (tmp_path / "out").exists()
 
 
@@ -246,7 +253,8 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a template without one": (
         {"chat_template_path": "{config}"},
-        "chat_template_path {config} is no file (.jinja, .j2)",
+        # transformers 5.5 makes of such a folder a tokenizer without a template.
+        "chat_template_path {config} " + ("is no file (.jinja, .j2)" if FUSED_HEAD else "has no chat template."),
     ),
     "no such token": (
         {"eos_token": "<|no|>"},

@@ -26,6 +26,7 @@ from hf_galore.recipes.run_record import RUN_FILE, RunFacts, optimizer_bytes, pe
 from hf_galore.recipes.sft import RecordedSFTTrainer
 from tests.support.commands import history, options, recorded_trainer, said_of_mistake, short_run, weights
 from tests.support.helpers import optimizer_of
+from tests.support.releases import needs_hub_function
 
 ARGS = "rank=16, update_proj_gap=4, scale=1"
 
@@ -72,7 +73,9 @@ def test_a_run_leaves_its_settings_and_its_log(settings: dict[str, Any], tmp_pat
     for before, entry in zip([{"num_tokens": 0}, *logged], logged, strict=False):
         tokens = entry["num_tokens"] - before["num_tokens"]
         assert entry["tokens_per_second"] == pytest.approx(tokens / (2 * entry["step_seconds"]))
-        assert 0 < entry["peak_memory_gib"] <= peak_memory_bytes(torch.device("cpu")) / GIB  # type: ignore[operator]
+        # The kernel adds up pages in batches, a set for each thread: what it says later may be a few hundred KiB less.
+        most = peak_memory_bytes(torch.device("cpu")) / GIB  # type: ignore[operator]
+        assert 0 < entry["peak_memory_gib"] <= 1.001 * most
 
     # A resumed run goes on counting the tokens.
     resumed = tmp_path / "resumed"
@@ -189,6 +192,7 @@ class Hub:
         return SimpleNamespace(is_done=lambda: True, done=lambda: True, result=lambda: None)
 
 
+@needs_hub_function
 def test_what_is_pushed_to_the_hub_says_galore_its_arguments_and_the_plan(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,6 +217,7 @@ def test_what_is_pushed_to_the_hub_says_galore_its_arguments_and_the_plan(
     assert f"a peak of {in_gib(planned.peak_bytes)} in the phase {planned.phase}" in section
 
 
+@needs_hub_function
 def test_a_finished_run_that_cannot_be_sent_is_not_lost(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import datasets
 import pytest
+import transformers.trainer
 import trl
 from packaging.version import parse
 from transformers import TrainingArguments
@@ -22,6 +23,9 @@ HEAD_BY_TOKENS = parse("1.9") <= TRL < parse("1.15")
 LOSES_LAST_ROWS = parse("5") > parse(datasets.__version__)
 needs_fused_head = pytest.mark.skipif(not FUSED_HEAD, reason="TRL before 1.16 has another fused loss, or none")
 needs_newest = pytest.mark.skipif(not FUSED_HEAD, reason="older releases say other things, and we of them")
+needs_hub_function = pytest.mark.skipif(
+    not hasattr(transformers.trainer, "hf_api"), reason="transformers here reaches the Hub otherwise"
+)
 needs_fast_all = pytest.mark.skipif(masks_ask_themselves(), reason="transformers here asks masks otherwise")
 
 
