@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 
 from transformers import TrainingArguments
@@ -53,11 +52,9 @@ def check_logins(args: TrainingArguments) -> None:
         _check_wandb()
     if "trackio" in args.report_to:
         spaces = ("trackio_space_id", "trackio_static_space_id", "trackio_bucket_id")
-        # Older releases of transformers have a name by default.
-        defaults = {field.name: field.default for field in dataclasses.fields(args)}
-        key = next((key for key in spaces if getattr(args, key, None) not in (None, defaults.get(key))), None)
+        key = next((key for key in spaces if getattr(args, key, None)), None)
         if key is not None:
-            check_login(f"report_to trackio with {key}", args.hub_token, f"or leave out {key} to keep the run here")
+            check_login(f"report_to trackio with {key}", args.hub_token, f"or set {key} to null to keep the run here")
 
 
 def _check_wandb() -> None:

@@ -70,6 +70,7 @@ def tracked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tracked:
         "save_strategy": "no",
         "disable_tqdm": True,
         "report_to": ["tensorboard", "wandb", "trackio"],
+        "trackio_space_id": None,  # by default older releases of transformers send it to a space of theirs
         "run_name": "tracked",
         "output_dir": str(folder / "out"),
     }
