@@ -19,6 +19,7 @@ from trl import SFTTrainer
 from hf_galore.cli.main import main
 from hf_galore.recipes.checkpoints import last_checkpoint
 from hf_galore.recipes.embedded_model import Embedded
+from tests.support import signals
 from tests.support.commands import history, options, recipe_on_cpu, short_run, weights
 from tests.support.helpers import assert_identical
 
@@ -35,12 +36,10 @@ OPTIM = {
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """Those of a terminal: what a shell starts in the background ignores Ctrl-C."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # as the command found them
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    signal.signal(signal.SIGINT, before)
+    """Those of a terminal: a command leaves alone what it was started to ignore."""
+    with signals.of_a_terminal():
+        yield
+        assert {number: signal.getsignal(number) for number in signals.DEFAULTS} == signals.DEFAULTS  # as it found them
 
 
 @pytest.fixture

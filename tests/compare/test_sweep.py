@@ -21,6 +21,7 @@ from hf_galore.cli.main import main
 from hf_galore.compare.sweep import SETTINGS_FILE, plan_sweep
 from hf_galore.recipes.embedded_model import CACHE_VARIABLE, Embedded, embedded
 from hf_galore.recipes.run_record import RUN_FILE, RunFacts
+from tests.support import signals
 from tests.support.commands import command_line, said_of_mistake, write_checkpoint, write_recipe
 from tests.support.written_runs import FACTS, Page, write_state
 
@@ -311,8 +312,6 @@ sys.exit(143)
 @contextlib.contextmanager
 def sent_once_begun(begun: Path, numbers: Sequence[int], pause: float = 0) -> Iterator[None]:
     """Send signals to this process, the first when a file is there."""
-    # What is started in the background by a shell ignores SIGINT, and so would the process that is waited for.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def send() -> None:
         while not begun.exists():
@@ -322,12 +321,12 @@ def sent_once_begun(begun: Path, numbers: Sequence[int], pause: float = 0) -> It
             time.sleep(pause)
 
     thread = threading.Thread(target=send)
-    thread.start()
-    try:
-        yield
-    finally:
-        thread.join()
-        signal.signal(signal.SIGINT, before)
+    with signals.of_a_terminal():
+        thread.start()
+        try:
+            yield
+        finally:
+            thread.join()
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

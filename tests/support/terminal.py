@@ -12,6 +12,8 @@ from types import TracebackType
 import pexpect
 import pyte
 
+from tests.support.signals import set_defaults
+
 COLUMNS, LINES = 80, 40
 
 
@@ -36,6 +38,7 @@ class Terminal:
             dimensions=(LINES, COLUMNS),
             encoding="utf-8",
             timeout=None,
+            preexec_fn=set_defaults,  # or else the keys that stop a command may do nothing
         )
 
     def __enter__(self) -> Terminal:
