@@ -10,8 +10,20 @@ from ..config import nearest
 from ..errors import UserError
 
 
-class CommandParser(argparse.ArgumentParser):
-    """argparse's parser, whose errors are `UserError` and name the nearest option.
+class OneLineParser(argparse.ArgumentParser):
+    """argparse's parser, whose errors are `UserError`."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the error.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(f"{message}. See {self.prog} --help.")
+
+
+class CommandParser(OneLineParser):
+    """One that names the nearest option, too.
 
     Attributes:
         flags: all options, as they are written.
@@ -40,11 +52,3 @@ class CommandParser(argparse.ArgumentParser):
                 raise UserError(f"{flag!r} is too much. See {self.prog} --help.")
             raise UserError(f"there is no option {flag}, only {', '.join(self.flags)}.{nearest(flag, self.flags)}")
         return namespace
-
-    def error(self, message: str) -> NoReturn:
-        """Raise the error.
-
-        Raises:
-            UserError: always.
-        """
-        raise UserError(f"{message}. See {self.prog} --help.")

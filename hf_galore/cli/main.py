@@ -6,7 +6,6 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from ..config import nearest
 from ..errors import UserError
@@ -14,6 +13,7 @@ from ..expandable_segments import use_expandable_segments
 from ..extras import MissingExtraError, require
 from ..version import __version__
 from . import help as command_help
+from .arguments import OneLineParser
 from .first_seconds import leaving_at_once
 from .help_screens import SCREENS
 from .interrupts import INTERRUPTED, Stopped
@@ -51,14 +51,9 @@ USER_ERROR = 2
 NOTHING_BEGUN = "interrupted before training began; run the same command again."
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}. See {self.prog} --help.")
-
-
 def _parser() -> argparse.ArgumentParser:
     width = max(map(len, COMMANDS))
-    parser = _Parser(
+    parser = OneLineParser(
         prog="hf-galore",
         description="Train all weights of a large model on one graphics card, with GaLore.",
         usage="%(prog)s COMMAND [--key value ...]",
@@ -104,8 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the command's name; those of the process where `None`.
 
     Returns:
-        0, 1 for a plan that does not fit, 2 for something wrong in what was given, 130 for Ctrl-C, 143 for SIGTERM, 141
-        where nobody reads on (`| head`). Anything else that goes wrong is a bug and keeps its traceback.
+        0, 1 for a plan that does not fit, 2 for something wrong in what was given, 130 for Ctrl-C, 143 for SIGTERM, 129
+        for SIGHUP, 141 where nobody reads on (`| head`). Anything else that goes wrong is a bug and keeps its
+        traceback.
 
     Raises:
         SystemExit: help or the version has been shown.

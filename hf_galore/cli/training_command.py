@@ -12,7 +12,7 @@ from ..errors import Interrupted
 from ..integrations.older import end
 from ..recipes import training
 from ..recipes.any_recipe import Arguments
-from ..recipes.checkpoints import last_checkpoint
+from ..recipes.checkpoints import last_checkpoint, resumes
 from ..recipes.config_file import key_of
 from ..recipes.resuming import FinishedError
 from ..recipes.run_record import RecordedTrainer
@@ -41,8 +41,8 @@ def train(
         UserError: something that was given is wrong.
         Stopped: Ctrl-C or SIGTERM.
     """
-    resumes = str(parsed.training.resume_from_checkpoint or False).lower() != "false"
-    since, output_dir, stop = None if resumes else time.time(), parsed.training.output_dir, StopAfterStep()
+    since, output_dir = None if resumes(parsed.training) else time.time(), parsed.training.output_dir
+    stop = StopAfterStep()
 
     def message() -> str:
         return how_to_go_on(prog, arguments, output_dir, since=since, others=others or stop.ended)

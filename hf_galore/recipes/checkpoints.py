@@ -39,6 +39,11 @@ INDEXES: tuple[str, ...] = (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME)
 _ENGINES_FOLDERS = ("global_step", "pytorch_model_fsdp", "optimizer_")
 
 
+def resumes(training_args: TrainingArguments) -> bool:
+    """Whether `resume_from_checkpoint` asks to go on with a run: by `true`, or a folder's name."""
+    return str(training_args.resume_from_checkpoint or False).lower() != "false"
+
+
 def check_folders(training_args: TrainingArguments) -> None:
     """Make `output_dir`, and set `resume_from_checkpoint` to the folder that it means, or to `None`.
 

@@ -43,7 +43,7 @@ def load_dataset(given: str, *args: Any, **options: Any) -> Any:
     Raises:
         UserError: it cannot be loaded.
     """
-    with reporting_unreadable(given):
+    with reading(given):
         return datasets.load_dataset(*args, **options)
 
 
@@ -179,6 +179,34 @@ def _flaw_of(line: bytes, *, is_json: bool) -> str | None:
 
 
 @contextlib.contextmanager
+def reading(given: str) -> Iterator[None]:
+    """Turn what `datasets` raises where it reads files for the first time into `UserError`.
+
+    Args:
+        given: what names the data, for the error.
+    """
+    with reporting_unreadable(given):
+        try:
+            yield
+        except KeyError as error:  # that of datasets 4 for rows of which some lack a column
+            raise UserError(f"{given} cannot be loaded: it has rows without {error}") from error
+
+
+def first_row(split: Any, given: str) -> Any:
+    """The first row of a split; `None` where it has none.
+
+    Args:
+        split: of a dataset; a stream reads its first file now.
+        given: what names the data, for the error.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    with reading(given):
+        return next(iter(split), None)
+
+
+@contextlib.contextmanager
 def reporting_unreadable(given: str) -> Iterator[None]:
     """Turn what `datasets` raises of data that it cannot read into `UserError`.
 
@@ -193,8 +221,7 @@ def reporting_unreadable(given: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    # A KeyError is that of datasets 4 for rows of which some lack a column.
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError, StopIteration, *_CUT_OFF) as error:
+    except (OSError, ValueError, datasets.exceptions.DatasetsError, StopIteration, *_CUT_OFF) as error:
         raise UserError(f"{given} cannot be loaded: {_reason(error)}") from error
     finally:
         said.setLevel(level)
@@ -205,8 +232,6 @@ def _reason(error: Exception) -> str:
     for one in (error, cause):
         if isinstance(one, UnicodeDecodeError):
             return f"it holds a file that is not text in UTF-8 ({one}). Save it in that encoding"
-    if isinstance(error, KeyError):
-        return f"it has rows without {error}"
     if isinstance(error, StopIteration):
         return "it holds a file without rows"
     if isinstance(error, _CUT_OFF) or isinstance(cause, _CUT_OFF):

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from ..errors import UserError
 from ..integrations.trainer import KINDS, galore_cls_and_kwargs, optim_name
 from ..log import logger, silenced
+from .writable import nearest_there
 
 GIB = 2**30
 _WORTH_SAYING = 3
@@ -52,8 +53,7 @@ def check_space(training: TrainingArguments, sizes: Sizes, *, overwrites: bool =
     if training.process_index != 0:
         return
     folder = Path(training.output_dir)
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    disk = shutil.disk_usage(nearest)
+    disk = shutil.disk_usage(nearest_there(folder))
     if not any(disk):  # some disks of other machines do not say
         return
     free = disk.free

@@ -16,7 +16,7 @@ from trl import (
 
 from ..config import nearest
 from ..errors import UserError
-from .data_loading import reporting_unreadable, split_of
+from .data_loading import first_row, reporting_unreadable, split_of
 from .output_folder import OutputArguments
 from .parser import parse_into
 from .rows import message_problem, numbered_rows
@@ -138,8 +138,7 @@ def check_options(training: DPOConfig, *, streaming: bool = False) -> None:
 
 def _split(splits: Any, name: str, key: str, parsed: Arguments, processing_class: Any) -> Any:
     split, where = split_of(splits, name, key), f"The dataset's split {name!r}"
-    with reporting_unreadable(where):
-        first = next(iter(split), None)
+    first = first_row(split, where)
     if first is None:
         raise UserError(f"{where} is empty.")
     check_pair(first, where)

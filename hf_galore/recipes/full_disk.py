@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from .checkpoints import checkpoints_in, flaw
+from .writable import nearest_there
 
 _NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Of safetensors and tokenizers, in Rust; and of torch's zip files, which say no reason.
@@ -27,8 +28,7 @@ def full_disk(error: BaseException, output_dir: Path) -> UserError | None:
     reason = next((found for one in _chain(error) if (found := _reason(one)) is not None), None)
     if reason is None:
         return None
-    nearest = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
-    free = shutil.disk_usage(nearest).free
+    free = shutil.disk_usage(nearest_there(output_dir)).free
     checkpoints = checkpoints_in(output_dir)
     whole = next((folder for folder in checkpoints if flaw(folder) is None), None)
     useless = "".join(f" {folder} is not whole: delete it." for folder in checkpoints[:1] if folder != whole)

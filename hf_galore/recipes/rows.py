@@ -13,7 +13,7 @@ from trl import maybe_convert_to_chatml
 from ..errors import UserError
 from ..log import and_others, logger
 from .config_file import shortened
-from .data_loading import reporting_unreadable
+from .data_loading import first_row, reporting_unreadable
 
 ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
 """Names that roles have in the data of others, and those that chat templates know."""
@@ -49,8 +49,7 @@ def prepare_rows(
         UserError: it is empty, has no column to train on, or a row that cannot be trained on.
     """
     where = f"{given}, split {name!r}"
-    with reporting_unreadable(given):
-        first = next(iter(split), None)
+    first = first_row(split, given)
     if first is None:
         raise UserError(f"{where}, is empty. Give it rows.")
     _check_columns(split.column_names or list(first), name, text_field)
@@ -74,9 +73,8 @@ def prepare_rows(
         return row_problem(row, text_field, assistant_only=assistant_only, renamed=renamed)
 
     columns = [key for key in (*_CONVERSATIONS, text_field) if key in first]
-    if text_field in first and not isinstance(
-        first.get("messages"), list
-    ):  # TRL goes by the first row, and takes texts
+    # TRL goes by the first row, and takes texts.
+    if text_field in first and not isinstance(first.get("messages"), list):
         columns = [key for key in columns if key != "messages"]
     split, roles = _checked(split, where, columns, problem)
     others = [old for old in renamed if old in roles]

@@ -8,7 +8,7 @@ from typing import Any
 from trl import ScriptArguments
 
 from ..errors import UserError
-from .data_loading import READERS, ending, load_dataset, load_named, reporting_unreadable, split_of, visible_files
+from .data_loading import READERS, ending, first_row, load_dataset, load_named, split_of, visible_files
 from .rows import check_texts
 
 # What `datasets` reads as tables; a folder without such files is one of texts.
@@ -79,8 +79,7 @@ def _by_split(folder: Path, files: list[Path]) -> dict[str, list[str]]:
 
 def _split(splits: Any, name: str, key: str, text_field: str, given: str) -> Any:
     split = split_of(splits, name, key)
-    with reporting_unreadable(given):
-        first = next(iter(split), None)
+    first = first_row(split, given)
     if first is None:
         raise UserError(f"The dataset's split {name!r} is empty.")
     if text_field not in first:

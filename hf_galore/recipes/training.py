@@ -17,7 +17,7 @@ from ..log import logger
 from ..plan.planner import MemoryPlan, in_gib
 from ..plan.rehearsal import Progress
 from .any_recipe import Arguments
-from .checkpoints import check_folders
+from .checkpoints import check_folders, resumes
 from .errors import reporting_errors
 from .hub import sending
 from .output_folder import check_unused, remove_run
@@ -137,8 +137,7 @@ def _check_run(parsed: Arguments) -> tuple[dict[str, Any], bool]:
     Returns:
         The run's settings, and whether nothing is left of it but saving the model.
     """
-    output_dir, wanted = Path(parsed.training.output_dir), str(parsed.training.resume_from_checkpoint or False)
-    check_unused(output_dir, parsed.output, resumes=wanted.lower() != "false")
+    check_unused(Path(parsed.training.output_dir), parsed.output, resumes=resumes(parsed.training))
     settings = settings_of(parsed)
     check_folders(parsed.training)
     checkpoint = parsed.training.resume_from_checkpoint

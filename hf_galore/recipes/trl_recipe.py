@@ -21,7 +21,7 @@ from ..errors import UserError
 from ..integrations.devices import keep_to_one_gpu, one_device_map
 from ..log import logger
 from .checks import check_arguments, check_model, check_training, say_if_emulated, say_if_widened
-from .data_loading import load_named, reporting_unreadable
+from .data_loading import load_named, reading
 from .output_folder import OutputArguments
 from .run_record import RecordedTrainer
 from .templates import load_processing_class
@@ -190,7 +190,7 @@ def load_splits(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig
         raise UserError(f"Both dataset_name ({name}) and datasets are given; leave one out.")
     if dataset_args.datasets:
         set_seed(seed)
-        with reporting_unreadable("datasets"):
+        with reading("datasets"):
             return get_dataset(dataset_args)
     if not name:
         raise UserError("dataset_name is missing: give a dataset's name or folder, or a list of them as datasets.")

@@ -19,7 +19,7 @@ def check_folder(option: str, folder: Path, *, make: bool = False) -> None:
     Raises:
         UserError: it cannot be written to, or a file is in its place.
     """
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    nearest = nearest_there(folder)
     if not nearest.is_dir():
         raise UserError(f"{option} {folder} cannot be a folder, because {nearest} is a file. Give another one.")
     try:
@@ -28,6 +28,11 @@ def check_folder(option: str, folder: Path, *, make: bool = False) -> None:
         _try(folder if make else nearest)
     except OSError as error:
         raise unwritable_folder(option, folder, error) from error
+
+
+def nearest_there(folder: Path) -> Path:
+    """A folder, or the nearest above it that is there."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
 def check_file(option: str, file: Path) -> None:
