@@ -18,16 +18,16 @@ from ..backward.hooks import BackwardHooks
 from ..config import GaLoreConfig
 from ..lowrank import nonfinite
 from ..lowrank.orthonormal import warm_up
-from ..lowrank.projection import norms_of
 from ..rules import RULES, options_of, without_own_name
 from . import admission, checkpoint
-from .gradients import clip_, norm_of_all, norms_for_step
+from .gradients import clip_, norm_of_gradients, norms_for_step
 from .groups import GaLoreOptions as GaLoreOptions
 from .groups import check_gradient_bits, check_group_keys, check_options, split_groups, with_seeds
+from .making import make
 from .names import Names
 from .report import Journal, Memory, refresh_figures
 from .skipped import Skipped, uncount
-from .target import Target, forget_phases, make
+from .target import Target, forget_phases
 from .trained import Place, Trained
 
 
@@ -210,7 +210,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
             self._hooks.check_before_step(parameters)
         norms = norms_for_step(parameters)
         for trained in parameters:
-            gradient, norm = trained.param.grad, norms.get(id(trained.param))
+            gradient, norm = trained.local.grad, norms.get(id(trained.param))
             if isinstance(gradient, LowRankGradient) and gradient.addend is None:
                 self._update_held(trained, gradient, norm)
             elif gradient is not None and not isinstance(gradient, UsedGradient):
@@ -270,7 +270,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         where there is nothing.
         """
         norms = [] if self._hooks is None else self._hooks.norms()
-        return norm_of_all(norms + norms_of(self._gradients()))
+        return norm_of_gradients(self.trained_parameters(), norms)
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor | None:
@@ -294,7 +294,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
 
     def _gradients(self) -> list[Tensor]:
         """What `step()` is going to use."""
-        gradients = (param.grad for group in self.param_groups for param in group["params"])
+        gradients = (trained.local.grad for trained in self.trained_parameters())
         return [gradient for gradient in gradients if gradient is not None and not isinstance(gradient, UsedGradient)]
 
     # ---- what it did
