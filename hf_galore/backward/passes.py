@@ -59,20 +59,25 @@ class PassCounter:
         passes_of: gives the records of those among some parameters that have one; refers weakly to what it needs, as
             the module's copies have this hook too.
         module: gives the module that it is for.
+        begin: is called in forward passes that a backward pass may follow.
     """
 
     def __init__(
         self,
         passes_of: Callable[[Iterable[Tensor]], list[Passes]],
         module: Callable[[], nn.Module | None],
+        begin: Callable[[], None],
     ) -> None:
         self._passes_of = passes_of
         self._module = module
+        self._begin = begin
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         # Recomputation during the backward pass is the same run again.
         if module is not self._module() or in_backward():
             return
+        if torch.is_grad_enabled():
+            self._begin()
         passes = self._passes_of(param for param in module._parameters.values() if param is not None)
         if torch.is_grad_enabled():
             for record in passes:
@@ -83,7 +88,7 @@ class PassCounter:
                 record.note_segment(node)
 
     def __reduce__(self) -> Any:
-        return PassCounter, (_nothing, _gone)  # weak references cannot be pickled
+        return PassCounter, (_nothing, _gone, _gone)  # weak references cannot be pickled
 
 
 def _nothing(params: Iterable[Tensor]) -> list[Passes]:
@@ -114,6 +119,16 @@ def _present_node() -> Callable[[], Any]:
                 break
         frame = frame.f_back
     return _a_node
+
+
+def in_segment() -> bool:
+    """Whether the present backward pass is that of a reentrant checkpoint's segment, within another."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "backward" and frame.f_code.co_varnames[:1] == ("ctx",):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _a_node() -> bool:

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from ..config import GROUP_OPTIONS, GaLoreConfig, nearest
+from ..config import GROUP_OPTIONS, Exchange, GaLoreConfig, nearest
 from ..log import and_others
 from ..lowrank.methods import METHODS
 from ..lowrank.projection import is_projectable
@@ -33,6 +33,9 @@ class GaLoreOptions(TypedDict, total=False):
     """Whether linear layers compute their low-rank gradient without the gradient; by default as `layerwise`."""
     hold_gradients: bool
     """Whether layerwise holds low-rank gradients until `step()`, as clipping needs; an accumulation does so itself."""
+    exchange: Exchange | None
+    """What the processes of `DistributedDataParallel` reduce of a target: `low_rank` gradients, or `dense` ones; by
+    default low-rank ones where the backward pass is projected."""
     stochastic_rounding: bool
     """Whether updates of bfloat16 weights are rounded stochastically, from torch's initial seed."""
 
@@ -89,6 +92,20 @@ def check_gradient_bits(groups: Iterable[Group], *, hooked: bool) -> None:
         )
 
 
+def exchange_of(exchange: Exchange | None, *, projected_backward: bool) -> Exchange:
+    """What processes reduce of a target.
+
+    Raises:
+        ValueError: gradients are to be reduced that a projected backward does not build.
+    """
+    if projected_backward and exchange == "dense":
+        raise ValueError(
+            "exchange='dense' reduces gradients, which a projected backward does not build. Leave exchange out, or "
+            "make the optimizer with projected_backward=False."
+        )
+    return exchange or ("low_rank" if projected_backward else "dense")
+
+
 def is_target(param: Tensor, group: Group) -> bool:
     """Whether a parameter of a group is projected."""
     return "rank" in group and is_projectable(param.shape, group["rank"])
@@ -97,7 +114,7 @@ def is_target(param: Tensor, group: Group) -> bool:
 # Where an option belongs that is not a group's, by its name.
 _NOT_IN_A_GROUP: dict[str, str] = {
     **dict.fromkeys(
-        ("layerwise", "projected_backward", "hold_gradients", "module", "param_options"),
+        ("layerwise", "projected_backward", "hold_gradients", "exchange", "module", "param_options"),
         "It concerns the optimizer as a whole: give it by keyword, beside the groups, as in "
         "GaLoreAdamW(groups, lr=1e-3, module=model, layerwise=True).",
     ),

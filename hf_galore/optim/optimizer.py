@@ -23,7 +23,7 @@ from ..rules import RULES, options_of, without_own_name
 from . import admission, checkpoint
 from .gradients import clip_, norm_of_all, norms_for_step
 from .groups import GaLoreOptions as GaLoreOptions
-from .groups import check_gradient_bits, check_group_keys, check_options, split_groups, with_seeds
+from .groups import check_gradient_bits, check_group_keys, check_options, exchange_of, split_groups, with_seeds
 from .names import Names
 from .report import Journal, Memory, refresh_figures
 from .skipped import Skipped, uncount
@@ -73,12 +73,14 @@ class GaLoreOptimizer(torch.optim.Optimizer):
             warm_up(device)
         if projected_backward is None:
             projected_backward = layerwise
-        check_gradient_bits(self.param_groups, hooked=layerwise or projected_backward)
-        if layerwise or projected_backward:
+        exchange = exchange_of(options.get("exchange"), projected_backward=projected_backward)
+        hooked = layerwise or projected_backward or exchange == "low_rank"
+        check_gradient_bits(self.param_groups, hooked=hooked)
+        if hooked:
             if model is None:
                 raise ValueError(
-                    f"{type(self).__name__} hooks into the backward pass of the model for layerwise=True and "
-                    "projected_backward=True: pass it, module=model."
+                    f"{type(self).__name__} hooks into the backward pass of the model for layerwise=True, "
+                    "projected_backward=True and exchange='low_rank': pass it, module=model."
                 )
             self._hooks = BackwardHooks(
                 self,
@@ -86,6 +88,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
                 layerwise=layerwise,
                 projected_backward=projected_backward,
                 hold_gradients=options.get("hold_gradients", False),
+                exchange=exchange,
             )
 
     def _init_unsaved(self, rule: str, model: nn.Module | None) -> None:

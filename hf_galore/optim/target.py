@@ -208,6 +208,25 @@ class Target(Trained):
             uncount(self.state, skipped.settle(self.param, *found[-2:]))
         return kept, low_rank, found[: len(figures)]
 
+    def parts_of_refresh(self, dtype: torch.dtype) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """The shapes and dtypes of what one process sends the others of a refresh, with R in `dtype`."""
+        state = self._with_placed_bases()
+        kept = {key: state[key] for key in self.basis_keys}
+        return NewBasis.parts(kept, torch.Size(self._shape_of_gradient()), dtype)
+
+    def refresh_from(self, tensors: State) -> NewBasis:
+        """The refresh that another process has computed."""
+        watch = Stopwatch(self.param.device)
+        watch.stop()
+        return NewBasis.from_tensors(tensors, watch)
+
+    def settle_skipped(self) -> None:
+        """Put the count of updates right, as `new_basis` does, where another process computes the refresh."""
+        skipped = self.owner.journal.skipped
+        uncounted = skipped.uncounted(self.param)
+        if uncounted is not None:
+            uncount(self.state, skipped.settle(self.param, *uncounted.tolist()))
+
     @torch.no_grad()
     def use_basis(self, made: NewBasis, version: BasisVersion, *, keep: bool) -> Before:
         """Set the bases that the target has from now on.
