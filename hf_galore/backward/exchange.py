@@ -87,9 +87,9 @@ class Exchange:
     # ---- a pass
 
     @property
-    def reduces(self) -> bool:
-        """Whether what the present pass brings is reduced: else it is kept until a pass that is."""
-        return self._reduces
+    def accumulates(self) -> bool:
+        """Whether the present window has several micro-batches: what they bring is kept until a pass that reduces."""
+        return self._accumulates
 
     def begin(self, *, reduces: bool, closes_window: bool) -> None:
         """Note that a forward pass has begun, with a backward pass to follow.
@@ -193,6 +193,12 @@ class Exchange:
         self._forget_pass()
         self._reduces = False
 
+    def close(self) -> None:
+        """Reduce no more."""
+        self.reset()
+        for window in self._order:
+            window.exchange = None
+
     def start_window(self) -> None:
         """Begin the next window."""
         self._accumulates = False
@@ -295,5 +301,3 @@ class Exchange:
 
 def _alike(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.device == b.device
-
-

@@ -8,7 +8,7 @@ window, which uses it at once or leaves it for `step()` (`hf_galore.backward.win
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
@@ -66,10 +66,10 @@ class BackwardHooks:
         self._mode = Mode(layerwise, projected_backward, hold_gradients)
         # Where the others' norms are those of R: be consistent.
         self._mode.whole_norms = not projected_backward and exchange == "dense"
-        self._wrappers = Wrappers(model, dense=exchange == "dense")
         self._optimizer = weakref.ref(optimizer)
         self._model = model
         self._handles: list[Any] = []  # each with a remove()
+        self._wrappers = Wrappers(model, self._handles, dense=exchange == "dense")
         # A model outlives its trainers: hooks must not outlive theirs.
         self._finalizer = weakref.finalize(self, _remove, self._handles)
         self._windows: dict[int, Window] = {}  # of each hooked parameter, by its id
@@ -134,7 +134,7 @@ class BackwardHooks:
                 continue
             if id(module) not in self._counted:
                 self._counted.add(id(module))
-                counter = PassCounter(_passes_by(me), weakref.ref(module), _begin_of(me))
+                counter = PassCounter(me, weakref.ref(module))
                 self._handles.append(module.register_forward_pre_hook(counter))
             if not self.projected_backward or not any(window.trained.projected for window in owned):
                 continue
@@ -171,7 +171,7 @@ class BackwardHooks:
         self.drop_gradients()
         _remove(self._handles)
         self._start_windows()
-        self._wrappers.close(self._windows)
+        self._wrappers.close()
         self._windows.clear()
         self._counted.clear()
         self._attached = False
@@ -321,23 +321,6 @@ class _GradientHook:
         hooks = self.hooks()
         if hooks is not None:
             hooks.receive(param)
-
-
-def _passes_by(ref: weakref.ref[BackwardHooks]) -> Callable[[Iterable[Tensor]], list[Passes]]:
-    def passes_of(params: Iterable[Tensor]) -> list[Passes]:
-        hooks = ref()
-        return [] if hooks is None else hooks.passes_of(params)
-
-    return passes_of
-
-
-def _begin_of(ref: weakref.ref[BackwardHooks]) -> Callable[[], None]:
-    def begin() -> None:
-        hooks = ref()
-        if hooks is not None:
-            hooks.begin()
-
-    return begin
 
 
 def detach_all(model: nn.Module) -> None:

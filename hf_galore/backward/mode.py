@@ -6,6 +6,8 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from ..integrations.accelerate import closes_window
+from ..log import logger
+from .stand_in import HOLD
 
 if TYPE_CHECKING:
     from .window import Window
@@ -34,3 +36,19 @@ class Mode:
         # The last micro-batch of several holds as the others did.
         self.accumulating = self.accumulating or not closes_window()
         return not self.layerwise or self.hold_gradients or self.accumulating
+
+    def say_dropped(self, name: str) -> None:
+        """Warn, once, that gradients were dropped after weights had been updated with them.
+
+        Args:
+            name: of one of the weights.
+        """
+        if not self.said_dropped:
+            self.said_dropped = True
+            logger.warning(
+                "The gradients of a backward pass were dropped, but a layerwise optimizer had updated weights with "
+                "them already (%s for one), and these stay. To be able to drop them make the optimizer with %s. This "
+                "is said once.",
+                name,
+                HOLD,
+            )

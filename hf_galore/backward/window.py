@@ -25,10 +25,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from ..log import logger
 from ..lowrank.projection import Bases, FactoredGradient, Gradient, low_rank_shape, norm_of, project
 from ..lowrank.seeds import held_seed
-from .gradient import HOLD, BasisVersion, LowRankGradient, UncommittedRefresh, UsedGradient
+from .gradient import BasisVersion, LowRankGradient, UncommittedRefresh, UsedGradient
 from .mode import Mode
 from .passes import Passes
 from .processes import world_size
@@ -120,23 +119,12 @@ class Window:
         gradient = self.param.grad
         if self._updated:
             if self.was_dropped:
-                self._say_dropped()
+                self._mode.say_dropped(self.trained.name)
                 self._forget()
         elif self._filled and (not isinstance(gradient, LowRankGradient) or gradient.is_zero):
             if self._before is not None:
                 self.target.take_back(self._before)
             self._forget()
-
-    def _say_dropped(self) -> None:
-        if not self._mode.said_dropped:
-            self._mode.said_dropped = True
-            logger.warning(
-                "The gradients of a backward pass were dropped, but a layerwise optimizer had updated weights with "
-                "them already (%s for one), and these stay. To be able to drop them make the optimizer with %s. This "
-                "is said once.",
-                self.trained.name,
-                HOLD,
-            )
 
     # ---- what a linear layer's backward brings
 
@@ -274,6 +262,7 @@ class Window:
     def _receive_to_send(self, exchange: Exchange) -> None:
         """Keep the gradient of this pass, as R if no more than that is needed, and send it."""
         kind = exchange.kind(self)
+        self._mode.accumulating = self._mode.accumulating or exchange.accumulates
         if kind is None or kind == "low_rank":
             gradient = self.param.grad
             whole = gradient.addend if isinstance(gradient, LowRankGradient) else gradient
@@ -283,7 +272,6 @@ class Window:
             assert isinstance(gradient, LowRankGradient)
             self._filled = True
             if kind is None:
-                self._mode.accumulating = True
                 self._hold(gradient)
         exchange.receive(self)
 

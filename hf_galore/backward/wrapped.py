@@ -24,15 +24,15 @@ class Wrappers:
 
     Args:
         model: that the hooks are on.
+        handles: where to put what undoes this, by `remove()`.
         dense: whether gradients are to be reduced and not low-rank ones.
     """
 
-    def __init__(self, model: nn.Module, *, dense: bool) -> None:
+    def __init__(self, model: nn.Module, handles: list[Any], *, dense: bool) -> None:
         self._model = model
+        self._handles = handles
         self._dense = dense
         self._known: weakref.WeakKeyDictionary[DistributedDataParallel, Exchange] = weakref.WeakKeyDictionary()
-        self._handles: list[Any] = []
-        self._marked: list[tuple[nn.Module, frozenset[str]]] = []
         self._left: set[int] = set()  # parameters that a wrapper reduces, by their ids
 
     # ---- before there is a wrapper
@@ -46,7 +46,7 @@ class Wrappers:
         if isinstance(self._model, (nn.ModuleList, nn.ModuleDict)):
             within += self._model.children()  # each wrapped by itself
         for module in within:
-            self._marked.append((module, ddp.leave_out_of_next(module, _without_last(module, targets))))
+            self._handles.append(ddp.leave_out_of_next(module, _without_last(module, targets)))
 
     # ---- a pass
 
@@ -71,7 +71,7 @@ class Wrappers:
             if id(window.param) not in sent:
                 self._left.add(id(window.param))
                 windows.pop(id(window.param)).handle.remove()
-        ddp.set_left_out(wrapper, targets, inside.values())
+        self._handles.append(ddp.set_left_out(wrapper, targets, inside.values()))
         exchange = Exchange(
             Processes(ddp.group_like(wrapper)),
             [window for window in trained if id(window.param) in sent],
@@ -122,28 +122,15 @@ class Wrappers:
 
     # ---- off the model
 
-    def close(self, windows: dict[int, Window]) -> None:
-        """Give the wrappers back what they left alone: those that are there when they are next called."""
-        for module, names in self._marked:
-            ddp.take_in_again(module, names)
-        self._marked.clear()
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        params = [window.param for window in windows.values()]
-        for wrapper in self._known:
-            # Not now: it would take room for all gradients, of a model that may be trained no more.
-            ddp.reduce_again(wrapper, params)
-        for window in windows.values():
-            window.exchange = None
+    def close(self) -> None:
+        """Forget the wrappers. What is among the handles gives them back what they have left alone."""
+        for exchange in self._known.values():
+            exchange.close()
         self._known.clear()
         self._left.clear()
 
     def forget(self) -> None:
         """Look at the wrappers anew: there are other windows."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
         self._known.clear()
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -89,38 +90,69 @@ def why_not(wrapper: DistributedDataParallel) -> str | None:
     return None
 
 
-def leave_out_of_next(model: nn.Module, params: Iterable[Tensor]) -> frozenset[str]:
+class _Undo:
+    """Undoes something once, by `remove()`."""
+
+    def __init__(self, undo: Callable[[], None]) -> None:
+        self._undo: Callable[[], None] | None = undo
+
+    def remove(self) -> None:
+        undo, self._undo = self._undo, None
+        if undo is not None:
+            undo()
+
+
+def leave_out_of_next(model: nn.Module, params: Iterable[Tensor]) -> _Undo:
     """Let a wrapper that somebody is going to put around `model` leave parameters alone.
 
     Returns:
-        The names, for `take_in_again`.
+        What undoes that, by `remove()`.
     """
     present = set(getattr(model, _IGNORED, ()))
     names = frozenset(_names_of(model, params)) - present
     if names:
         setattr(model, _IGNORED, present | names)
-    return names
 
-
-def take_in_again(model: nn.Module, names: frozenset[str]) -> None:
-    """Undo `leave_out_of_next`."""
-    present = set(getattr(model, _IGNORED, ()))
-    if names and present:
-        remaining = present - names
-        if remaining:
+    def undo() -> None:
+        remaining = set(getattr(model, _IGNORED, ())) - names
+        if remaining or present:
             setattr(model, _IGNORED, remaining)
-        else:
+        elif hasattr(model, _IGNORED):
             delattr(model, _IGNORED)
 
+    return _Undo(undo)
 
-def set_left_out(wrapper: DistributedDataParallel, out: Iterable[Tensor], of: Iterable[Tensor]) -> None:
+
+def set_left_out(wrapper: DistributedDataParallel, out: Iterable[Tensor], of: Iterable[Tensor]) -> _Undo:
     """Let a wrapper reduce all but some parameters.
 
     Args:
         wrapper: whose buckets are made anew, if need be.
         out: those that it is to leave alone.
         of: those that this is about, of which it is to reduce the others.
+
+    Returns:
+        What lets it reduce them all from its next pass on, by `remove()`: not at once, as it would take room for all
+        gradients of a model that may be trained no more.
     """
+    about, ref = list(of), weakref.ref(wrapper)
+    _set_left_out(wrapper, out, about)
+
+    def undo() -> None:
+        wrapper = ref()
+        if wrapper is not None:
+            handle = wrapper.register_forward_pre_hook(lambda *_: take_in())
+
+        def take_in() -> None:
+            wrapper = ref()
+            if wrapper is not None and trains_next():
+                handle.remove()
+                _set_left_out(wrapper, [], [param for param in about if param.requires_grad])
+
+    return _Undo(undo)
+
+
+def _set_left_out(wrapper: DistributedDataParallel, out: Iterable[Tensor], of: Iterable[Tensor]) -> None:
     names = set(_names_of(wrapper.module, out))
     others = set(_names_of(wrapper.module, of)) - names
     ignored = (set(wrapper.parameters_to_ignore) | names) - others
@@ -137,18 +169,6 @@ def set_left_out(wrapper: DistributedDataParallel, out: Iterable[Tensor], of: It
     if wrapper.static_graph:
         wrapper.static_graph = False  # or else it takes its reducer for one that knows
         wrapper._set_static_graph()
-
-
-def reduce_again(wrapper: DistributedDataParallel, params: Iterable[Tensor]) -> None:
-    """Let a wrapper reduce parameters again that it has left alone, from its next pass on."""
-    again = list(params)
-
-    def take_in(module: nn.Module, _: Any) -> None:
-        if trains_next():
-            handle.remove()
-            set_left_out(wrapper, [], [param for param in again if param.requires_grad])
-
-    handle = wrapper.register_forward_pre_hook(take_in)
 
 
 def _names_of(model: nn.Module, params: Iterable[Tensor]) -> list[str]:

@@ -92,20 +92,6 @@ def check_gradient_bits(groups: Iterable[Group], *, hooked: bool) -> None:
         )
 
 
-def exchange_of(exchange: Exchange | None, *, projected_backward: bool) -> Exchange:
-    """What processes reduce of a target.
-
-    Raises:
-        ValueError: gradients are to be reduced that a projected backward does not build.
-    """
-    if projected_backward and exchange == "dense":
-        raise ValueError(
-            "exchange='dense' reduces gradients, which a projected backward does not build. Leave exchange out, or "
-            "make the optimizer with projected_backward=False."
-        )
-    return exchange or ("low_rank" if projected_backward else "dense")
-
-
 def is_target(param: Tensor, group: Group) -> bool:
     """Whether a parameter of a group is projected."""
     return "rank" in group and is_projectable(param.shape, group["rank"])
