@@ -44,6 +44,7 @@ BESIDE = {
     "hf_galore.integrations.bitsandbytes_calls",
     "hf_galore.integrations.bitsandbytes_checks",
     "hf_galore.integrations.accelerate",
+    "hf_galore.integrations.ddp",
 }
 # Makes optimizers from a model and names of layers, as a Trainer does: above the integrations, though it is an
 # optimizer's.

@@ -127,8 +127,6 @@ def check_can_hook(asked: str, instead: str, args: TrainingArguments) -> None:
     problem = None
     if args.fp16:
         problem = "fp16: its loss scaling unscales and checks gradients that are not there. Set bf16=True"
-    elif args.parallel_mode == ParallelMode.DISTRIBUTED:
-        problem = "more than one process: low-rank gradients are not reduced over them. Launch one"
     elif args.n_gpu > 1:
         problem = "several GPUs in one process. Set CUDA_VISIBLE_DEVICES=0"
     if problem is not None:

@@ -23,6 +23,7 @@ from . import admission, checkpoint
 from .gradients import clip_, norm_of_gradients, norms_for_step
 from .groups import GaLoreOptions as GaLoreOptions
 from .groups import check_gradient_bits, check_group_keys, check_options, split_groups, with_seeds
+from .hooking import hooks_for
 from .making import make
 from .names import Names
 from .report import Journal, Memory, refresh_figures
@@ -55,8 +56,6 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         own = RULES[rule].defaults
         check_options(type(self).__name__, options, [*GaLoreOptions.__annotations__, *own])
         model: nn.Module | None = options.get("module")
-        layerwise: bool = options.get("layerwise", False)
-        projected_backward: bool | None = options.get("projected_backward")
         self._init_unsaved(rule, model)
         groups = split_groups(params, options.get("param_options") or {})
         admission.check_parameters(self._names.of_entries(groups), model)
@@ -71,22 +70,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         admission.say_if_nothing_is_projected(type(self).__name__, self.param_groups)
         for device in {target.param.device for target in self.targets() if nonfinite.has_numbers(target.param)}:
             warm_up(device)
-        if projected_backward is None:
-            projected_backward = layerwise
-        check_gradient_bits(self.param_groups, hooked=layerwise or projected_backward)
-        if layerwise or projected_backward:
-            if model is None:
-                raise ValueError(
-                    f"{type(self).__name__} hooks into the backward pass of the model for layerwise=True and "
-                    "projected_backward=True: pass it, module=model."
-                )
-            self._hooks = BackwardHooks(
-                self,
-                model,
-                layerwise=layerwise,
-                projected_backward=projected_backward,
-                hold_gradients=options.get("hold_gradients", False),
-            )
+        self._hooks = hooks_for(self, model, options)
 
     def _init_unsaved(self, rule: str, model: nn.Module | None) -> None:
         """Set what is not in `state_dict()`."""

@@ -194,10 +194,6 @@ class ShardedTarget(Sharded, Target):
 
     # ---- the basis
 
-    def bases_here(self) -> Bases:
-        """The present bases as far as they meet this process's part; others are gathered."""
-        return self._layout.read_here(self._with_placed_bases(), self.param.dtype)
-
     def projected_by(self, gradient: Gradient, bases: Bases) -> Tensor:
         """This process's rows of R, its long side first, with what `bases_here` gave."""
         part = gradient.part if isinstance(gradient, ShardedGradient) else gradient
@@ -205,18 +201,12 @@ class ShardedTarget(Sharded, Target):
         low_rank = low_rank.mT if self._is_transposed() else low_rank
         return low_rank.contiguous() if self._is_local else self.ranks.sum_to_rows(low_rank)
 
-    def _projected_whole(self, gradient: Gradient, bases: Bases) -> Tensor:
-        return self.projected_by(gradient, self._layout.here(bases))
-
     def new_basis(self, gradient: Gradient) -> NewBasis:
         """Bases from a gradient of which this process has a part; R of it is as `projected_by` gives it."""
         if isinstance(gradient, Tensor):
             m, n = self.param.shape
             gradient = ShardedGradient(gradient, (m, n), self._shard.dim, self.ranks)
         return super().new_basis(gradient)
-
-    def _agreed(self, figures: Tensor) -> Tensor:
-        return self.ranks.of_first(figures)
 
     # ---- the update
 

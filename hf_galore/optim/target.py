@@ -120,7 +120,7 @@ class Target(Trained):
 
     def bases_here(self) -> Bases:
         """The present bases as gradients are projected with them here."""
-        return self.bases()
+        return self._layout.read_here(self._with_placed_bases(), self.param.dtype)
 
     def projected_by(self, gradient: Gradient, bases: Bases) -> Tensor:
         """The low-rank gradient of G, with what `bases_here` gave."""
@@ -205,24 +205,36 @@ class Target(Trained):
         """New bases as they are kept, the gradient in them, and what there is to know of the refresh."""
         kept = self._layout.kept(computed, self.param.dtype)
         new = self._layout.read(kept, self.param.dtype)
-        low_rank = self._projected_whole(gradient, new)
+        low_rank = self.projected_by(gradient, self._layout.here(new))
         figures = figures_of(gradient, low_rank, new, old, computed, check)
         skipped = self.owner.journal.skipped
         uncounted = skipped.uncounted(self.param)
-        asked = self._agreed(figures if uncounted is None else torch.cat([figures, uncounted.to(figures.dtype)]))
+        asked = figures if uncounted is None else torch.cat([figures, uncounted.to(figures.dtype)])
+        asked = asked if self.ranks is None else self.ranks.of_first(asked)
         # The one time that a refresh waits for the device.
         found = [value.item() for value in asked.cpu().unbind()]
         if uncounted is not None:
             uncount(self.state, skipped.settle(self.param, *found[-2:]))
         return kept, low_rank, found[: len(figures)]
 
-    def _projected_whole(self, gradient: Gradient, bases: Bases) -> Tensor:
-        """The low-rank gradient of G, with bases that are whole."""
-        return self.projected_by(gradient, bases)
+    def parts_of_refresh(self, dtype: torch.dtype) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """The shapes and dtypes of what one process sends the others of a refresh, with R in `dtype`."""
+        state = self._with_placed_bases()
+        kept = {key: state[key] for key in self.basis_keys}
+        return NewBasis.parts(kept, torch.Size(self._shape_of_gradient()), dtype)
 
-    def _agreed(self, figures: Tensor) -> Tensor:
-        """The figures that decisions are made from."""
-        return figures
+    def refresh_from(self, tensors: State) -> NewBasis:
+        """The refresh that another process has computed."""
+        watch = Stopwatch(self.param.device)
+        watch.stop()
+        return NewBasis.from_tensors(tensors, watch)
+
+    def settle_skipped(self) -> None:
+        """Put the count of updates right, as `new_basis` does, where another process computes the refresh."""
+        skipped = self.owner.journal.skipped
+        uncounted = skipped.uncounted(self.param)
+        if uncounted is not None:
+            uncount(self.state, skipped.settle(self.param, *uncounted.tolist()))
 
     @torch.no_grad()
     def use_basis(self, made: NewBasis, version: BasisVersion, *, keep: bool) -> Before:

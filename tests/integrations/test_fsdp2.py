@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.fsdp2_script import CASES, CORE, make_model, plan
+from tests.support.fsdp2_script import CASES, CHECKPOINTED, CORE, make_model, plan, unsharded
 
 pytestmark = pytest.mark.slow
 
@@ -22,7 +22,7 @@ Weights = dict[str, Tensor]
 SHARDED = [f"{name}/{len(ranks)}" for name, ranks in plan()]
 # What rounding may do: 8-bit moments have other blocks, bfloat16 is rounded by each process for itself, and a basis by
 # `randomized` turns where two of its directions are equally strong. As a share of the way that the weights went.
-LOOSE = {"adam_8bit": 0.05, "randomized": 0.05}
+LOOSE = {"adam_8bit": 0.05, "layerwise_8bit": 0.1, "randomized": 0.05}
 
 
 @pytest.fixture(scope="module")
@@ -30,16 +30,19 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """What the processes of one launch have found."""
     folder = tmp_path_factory.mktemp("fsdp2")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"]
-    subprocess.run(
+    with subprocess.Popen(
         [*launcher, "-m", "tests.support.fsdp2_script", str(folder)],
-        check=True,
         cwd=Path(__file__).parents[2],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=400,
-    )
+    ) as launched:
+        try:
+            found: Found = unsharded()
+            assert launched.wait(timeout=400) == 0
+        finally:
+            launched.terminate()  # torchrun, which ends its processes
     files = sorted(folder.glob("*.pt"))
     assert len(files) == 4
-    return {key: value for file in files for key, value in torch.load(file).items()}
+    return found | {key: value for file in files for key, value in torch.load(file).items()}
 
 
 def largest(a: Weights, b: Weights) -> float:
@@ -58,7 +61,7 @@ def share(a: Weights, b: Weights) -> float:
 def test_any_number_of_processes_is_one(found: Found, run: str) -> None:
     name = run.split("/")[0]
     expected, weights = found[f"{name}/unsharded"]["weights"], found[run]["weights"]
-    assert largest(make_model().start(), expected) > 1e-2
+    assert largest(make_model().start(), expected) > 5e-3
     if name in LOOSE:
         assert share(weights, expected) < LOOSE[name]
         return
@@ -91,11 +94,26 @@ def test_lazy_refreshes_are_as_many_everywhere(found: Found) -> None:
     assert found["4_bits/2"]["refreshes_saved"] == found["4_bits/unsharded"]["refreshes_saved"]
 
 
+@pytest.mark.parametrize("name", CHECKPOINTED)
+def test_a_checkpoint_of_two_processes_resumes_on_any_number(found: Found, name: str) -> None:
+    expected = found[f"{name}/uninterrupted"]
+    for same in ("resumed/2", "in_one_piece"):
+        assert all(torch.equal(found[f"{name}/{same}"][key], value) for key, value in expected.items()), same
+    for count in (1, 4):
+        weights = found[f"{name}/resumed/{count}"]
+        if name in LOOSE:  # other blocks
+            assert 0 < share(weights, expected) < LOOSE[name]
+        else:
+            assert largest(weights, expected) < 1e-6
+
+
 def test_all_cases_are_run() -> None:
     assert {name for name, _ in plan()} == set(CASES)
 
 
-def test_svd_is_refused(found: Found) -> None:
-    said = found["refused"]["svd"]
-    assert "refresh=svd needs the whole gradient" in said
-    assert "randomized, subspace" in said
+def test_what_sharded_parameters_cannot_do_is_refused(found: Found) -> None:
+    said = found["refused"]
+    assert "refresh=svd needs the whole gradient" in said["svd"]
+    assert "randomized, subspace" in said["svd"]
+    assert "projected_backward=True does not work with parameters that FSDP2 shards" in said["projected_backward"]
+    assert "exchange='low_rank' says what the processes of DistributedDataParallel reduce" in said["exchange"]
