@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..integrations.engines import check_no_accelerator as check_no_accelerator
+from ..integrations.engines import check_whole as check_whole
+from ..integrations.engines import holder_of, refusal
 from ..log import and_others, logger
 from ..lowrank.methods import METHODS
 from ..lowrank.nonfinite import has_numbers
@@ -59,11 +62,9 @@ def check_group(group: Group, own: Rule, name_of: Callable[[Tensor], str]) -> No
     check_refresh(group)
     too_small = []
     for param in group["params"]:
-        if _is_dtensor(param):
-            raise ValueError(
-                "GaLore cannot train a parameter that is sharded over processes (a DTensor, as FSDP2 makes "
-                "them). Run it on one GPU, or under DDP without a layerwise optimizer."
-            )
+        engine = holder_of(param)
+        if engine is not None:
+            raise refusal(f"GaLore, with {name_of(param)} among its parameters,", engine)
         rule.check_parameter(name_of(param), param)
         if "rank" not in group:
             continue
@@ -94,10 +95,6 @@ def check_refresh(group: Mapping[str, Any]) -> None:
             f"GaLore's lazy_refresh=true does nothing with refresh={group['refresh']}: random bases overlap by chance "
             f"alone, so no subspace ever counts as stable. Set lazy_refresh=false, or refresh to one of {others}."
         )
-
-
-def _is_dtensor(param: Tensor) -> bool:
-    return hasattr(param, "device_mesh")  # without importing torch.distributed.tensor, which takes a second
 
 
 def check_stochastic_rounding(groups: Iterable[Group]) -> None:

@@ -54,6 +54,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
             raise ValueError(f"rule has to be one of {', '.join(RULES)}, but is {rule!r}.")
         own = RULES[rule].defaults
         check_options(type(self).__name__, options, [*GaLoreOptions.__annotations__, *own])
+        admission.check_no_accelerator(type(self).__name__)
         model: nn.Module | None = options.get("module")
         layerwise: bool = options.get("layerwise", False)
         projected_backward: bool | None = options.get("projected_backward")
@@ -206,6 +207,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         parameters = self.trained_parameters()
+        admission.check_whole(type(self).__name__, parameters)
         if self._hooks is not None:
             self._hooks.check_before_step(parameters)
         norms = norms_for_step(parameters)
@@ -330,7 +332,6 @@ class GaLoreOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The groups and state, as of torch's optimizers; of backward passes before their step it has nothing."""
-
         with checkpoint.saving(self):
             return super().state_dict()
 
