@@ -15,6 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from ..errors import Interrupted
+from . import ranks
 
 if TYPE_CHECKING:  # which brings torch
     from ..recipes.stopping import StopAfterStep
@@ -100,6 +101,8 @@ def handled(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
 
 
 def _say(text: str) -> None:
-    """Write to stderr within a signal's handler, where its stream may be in use."""
+    """Write to stderr within a signal's handler, where its stream may be in use; once for several processes."""
+    if not ranks.speaks():
+        return
     with contextlib.suppress(OSError):
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
