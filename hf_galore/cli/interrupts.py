@@ -70,6 +70,9 @@ def finishing_the_step(callback: StopAfterStep, prog: str, message: Callable[[],
         again = number in asked
         if again and number == SIGHUP:  # of the terminal, and of its shell, which passes it on: nobody insists
             return
+        # Slurm sends it to all processes of a job, and torchrun passes it on to those that it has started.
+        if again and number == signal.SIGTERM and ranks.count() > 1:
+            return
         asked.add(number)
         if again or not (callback.waits or callback.ended):
             callback.waits = callback.ended = False

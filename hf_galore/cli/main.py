@@ -53,7 +53,7 @@ TOGETHER = ("quickstart", "sft", "dpo", "pretrain", "glue")
 
 USER_ERROR = 2
 
-PATIENCE = 10.0
+PATIENCE = 5.0
 """Seconds that a process waits before it says what the first one says too, and a launcher ends it for."""
 
 NOTHING_BEGUN = "interrupted before training began; run the same command again."

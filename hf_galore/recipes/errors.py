@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from ..errors import UserError
-from .config_file import shortened
 from .full_disk import full_disk
 
 
@@ -60,7 +59,7 @@ def lost_process(error: BaseException) -> UserError | None:
         return None
     reason = str(error).partition("]")[2].partition(". ")[0] if "gloo/transport" in str(error) else str(error)
     return UserError(
-        f"another of the {group.get_world_size()} processes is gone, or does not answer ({shortened(reason.strip())}). "
+        f"another of the {group.get_world_size()} processes is gone, or does not answer ({reason.strip()[:200]}). "
         "What it has printed says why. To go on from the last checkpoint, start all of them with "
         "--resume_from_checkpoint."
     )
