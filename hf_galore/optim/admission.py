@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..integrations.engines import check_no_accelerator as check_no_accelerator
+from ..integrations.engines import check_whole as check_whole
+from ..integrations.engines import holder_of, refusal
 from ..log import and_others, logger
 from ..lowrank.methods import METHODS
 from ..lowrank.nonfinite import has_numbers
@@ -60,6 +63,9 @@ def check_group(group: Group, own: Rule, name_of: Callable[[Tensor], str]) -> No
     check_refresh(group)
     too_small = []
     for param in group["params"]:
+        engine = holder_of(param)
+        if engine is not None:
+            raise refusal(f"GaLore, with {name_of(param)} among its parameters,", engine)
         if is_sharded(param):
             _check_sharded(name_of(param), param, group)
         rule.check_parameter(name_of(param), param)

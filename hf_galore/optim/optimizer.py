@@ -55,6 +55,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
             raise ValueError(f"rule has to be one of {', '.join(RULES)}, but is {rule!r}.")
         own = RULES[rule].defaults
         check_options(type(self).__name__, options, [*GaLoreOptions.__annotations__, *own])
+        admission.check_no_accelerator(type(self).__name__)
         model: nn.Module | None = options.get("module")
         self._init_unsaved(rule, model)
         groups = split_groups(params, options.get("param_options") or {})
@@ -190,6 +191,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         parameters = self.trained_parameters()
+        admission.check_whole(type(self).__name__, parameters)
         if self._hooks is not None:
             self._hooks.check_before_step(parameters)
         norms = norms_for_step(parameters)
@@ -314,7 +316,6 @@ class GaLoreOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The groups and state, as of torch's optimizers; of backward passes before their step it has nothing."""
-
         with checkpoint.saving(self):
             return super().state_dict()
 

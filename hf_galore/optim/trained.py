@@ -153,6 +153,11 @@ class Trained:
     # ---- what it is
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the parameter that moments and bases were made for."""
+        return self._shape
+
+    @property
     def group(self) -> Group:
         """Its parameter group, which schedulers move and loading replaces."""
         return self.owner.param_groups[self._place_in_groups.group]
