@@ -256,13 +256,16 @@ class Exchange:
 
     def _used(self, windows: Sequence[Window]) -> Callable[[], list[bool]]:
         """Whether any process has a gradient, for each of some targets; to be asked when all have sent theirs."""
+        here = [self._ready[id(window)] for window in windows]
         if not self._tolerant:
-            return lambda: [True] * len(windows)
-        shares = torch.tensor([float(self._ready[id(window)]) for window in windows], device=windows[0].param.device)
+            return lambda: here
+        shares = torch.tensor([*map(float, here)], device=windows[0].param.device)
         work = self.processes.mean_(shares)
 
         def used() -> list[bool]:
             work.wait()
+            if all(here):
+                return here  # without waiting for the device
             return [share > 0 for share in shares.tolist()]
 
         return used
