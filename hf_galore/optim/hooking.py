@@ -10,6 +10,7 @@ from torch import nn
 from ..backward.hooks import BackwardHooks
 from ..config import Exchange
 from .groups import check_gradient_bits
+from .refreshes import share_when_wrapped
 
 if TYPE_CHECKING:
     from .optimizer import GaLoreOptimizer
@@ -34,6 +35,8 @@ def hooks_for(optimizer: GaLoreOptimizer, model: nn.Module | None, options: Mapp
     hooked = layerwise or projected_backward or exchange == "low_rank"
     check_gradient_bits(optimizer.param_groups, hooked=hooked)
     if not hooked:
+        if model is not None:
+            share_when_wrapped(optimizer, model)
         return None
     return BackwardHooks(
         optimizer,

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from hf_galore.lowrank.projection import Bases
+from hf_galore.optim import target as target_module
 from hf_galore.optim.classes import GaLoreAdamW
 
 WAYS: tuple[dict[str, Any], ...] = (
@@ -246,8 +249,30 @@ def passes_that_are_not_reduced(way: dict[str, Any]) -> None:
     assert_same_everywhere(model, before)
 
 
+def processors_that_round_differently(way: dict[str, Any]) -> None:
+    """Each basis is computed once: what another process would have made of the gradient does not matter."""
+    computed = 0
+    own = target_module.new_bases
+
+    def differently(*args: Any, **options: Any) -> Bases:
+        nonlocal computed
+        computed += 1
+        bases = own(*args, **options)
+        return Bases(*(None if basis is None else basis * (-1) ** distributed.get_rank() for basis in bases))
+
+    with mock.patch.object(target_module, "new_bases", differently):
+        model = nn.Sequential(plain(), nn.Tanh(), plain(), nn.Tanh(), plain())
+        before, optimizer = flat(model), optimizer_for(model, way)
+        wrapped = DistributedDataParallel(model)
+        take_steps(optimizer, lambda step: wrapped(batch(step)).square().mean(), 7)
+    assert_same_everywhere(model, before)
+    refreshes = int(optimizer.refresh_figures()["refreshes"])
+    assert computed == refreshes / 2 == 6 + 6 / 2  # of 6 targets 6 at first, and 6 in each gap of 3
+
+
 def main(output: Path) -> None:
     distributed.init_process_group("gloo")
+    processors_that_round_differently({})
     for way in WAYS:
         for check in (
             unused,
@@ -258,6 +283,7 @@ def main(output: Path) -> None:
             checkpoints,
             several_wrappers,
             passes_that_are_not_reduced,
+            processors_that_round_differently,
         ):
             check(way)
             distributed.barrier()
