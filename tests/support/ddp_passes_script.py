@@ -249,6 +249,27 @@ def passes_that_are_not_reduced(way: dict[str, Any]) -> None:
     assert_same_everywhere(model, before)
 
 
+def zeroed_at_other_times(way: dict[str, Any]) -> None:
+    ends = []
+    for dropped in (False, True):
+        model = plain()
+        before, optimizer = flat(model), optimizer_for(model, way)
+        wrapped = DistributedDataParallel(model)
+        for step in range(6):
+            if dropped:
+                with wrapped.no_sync():
+                    wrapped(batch(step + 50)).square().mean().backward()
+            loss = wrapped(batch(step)).square().mean()
+            optimizer.zero_grad()  # as Lightning's loop has it
+            loss.backward()
+            optimizer.step()
+        assert_same_everywhere(model, before)
+        ends.append(flat(model))
+        optimizer.close()
+    # A refresh that is taken back is not there: the bases of both come from the same gradients.
+    assert torch.equal(*ends)
+
+
 def processors_that_round_differently(way: dict[str, Any]) -> None:
     """Each basis is computed once: what another process would have made of the gradient does not matter."""
     computed = 0
@@ -283,6 +304,7 @@ def main(output: Path) -> None:
             checkpoints,
             several_wrappers,
             passes_that_are_not_reduced,
+            zeroed_at_other_times,
             processors_that_round_differently,
         ):
             check(way)
