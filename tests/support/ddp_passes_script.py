@@ -18,8 +18,8 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from hf_galore.lowrank import refresh
 from hf_galore.lowrank.projection import Bases
-from hf_galore.optim import target as target_module
 from hf_galore.optim.classes import GaLoreAdamW
 
 WAYS: tuple[dict[str, Any], ...] = (
@@ -273,7 +273,7 @@ def zeroed_at_other_times(way: dict[str, Any]) -> None:
 def processors_that_round_differently(way: dict[str, Any]) -> None:
     """Each basis is computed once: what another process would have made of the gradient does not matter."""
     computed = 0
-    own = target_module.new_bases
+    own = refresh.new_bases
 
     def differently(*args: Any, **options: Any) -> Bases:
         nonlocal computed
@@ -281,7 +281,7 @@ def processors_that_round_differently(way: dict[str, Any]) -> None:
         bases = own(*args, **options)
         return Bases(*(None if basis is None else basis * (-1) ** distributed.get_rank() for basis in bases))
 
-    with mock.patch.object(target_module, "new_bases", differently):
+    with mock.patch("hf_galore.optim.target.new_bases", differently):
         model = nn.Sequential(plain(), nn.Tanh(), plain(), nn.Tanh(), plain())
         before, optimizer = flat(model), optimizer_for(model, way)
         wrapped = DistributedDataParallel(model)
