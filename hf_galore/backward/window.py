@@ -51,7 +51,7 @@ class Window:
     def __init__(self, trained: Trained, mode: Mode, handle: Any) -> None:
         self.handle = handle
         self.trained = trained
-        self.param = trained.param
+        self.param: Tensor = trained.local
         self.passes = Passes()
         self._mode = mode
         self._shared = False  # whether several modules or functions have used the weight in one backward pass
@@ -83,7 +83,7 @@ class Window:
     @property
     def norm(self) -> Tensor | None:
         """The norm of the gradient that the weight was updated with, if it was."""
-        return self._norm if self._updated else None
+        return self.trained.over_ranks(self._norm) if self._updated and self._norm is not None else None
 
     @property
     def before(self) -> Before | None:
@@ -115,7 +115,7 @@ class Window:
 
     def look(self) -> None:
         """Look whether somebody has dropped what was left in `.grad`, and take back what came of it."""
-        self._mode.touched.setdefault(id(self.param), self)
+        self._mode.touched.setdefault(id(self.trained.param), self)
         gradient = self.param.grad
         if self._updated:
             if self.was_dropped:
@@ -150,10 +150,10 @@ class Window:
 
     def _projected(self, gradient: Gradient) -> Tensor:
         """The low-rank gradient in the present basis, which is kept for an update that is to follow at once."""
-        bases = self.target.bases()
+        bases = self.target.bases_here()
         at_once = self.exchange is None and not self._must_hold()
         self._bases_at_hand = (self.target.version, bases) if at_once else None
-        return project(gradient, bases)
+        return self.target.projected_by(gradient, bases)
 
     def _whole(self, factors: FactoredGradient) -> Tensor:
         self._shared = True
@@ -205,7 +205,7 @@ class Window:
             elif not self._must_hold():
                 assert param.grad is not None
                 self._norm = norm_of(param.grad)
-                self.trained.step(param.grad, self._norm)
+                self.trained.step(param.grad, self.trained.over_ranks(self._norm))
                 self._leave_used()
 
     def _receive_target(self) -> None:
@@ -243,6 +243,7 @@ class Window:
         version, bases = self._bases_at_hand or (None, None)
         if version is not target.version:
             bases = None
+        low_rank_norm = target.over_ranks(low_rank_norm)
         target.update(gradient.low_rank, low_rank_norm, before=self._before, bases=bases)
         self._before = self._bases_at_hand = None
         self._leave_used()

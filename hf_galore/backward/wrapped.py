@@ -96,7 +96,11 @@ class Wrappers:
         """
         if world_size() == 1:
             return
-        alone = [window for window in windows if window.exchange is None and window.param.grad is not None]
+        alone = [
+            window
+            for window in windows
+            if window.exchange is None and window.trained.ranks is None and window.param.grad is not None
+        ]
         if alone:
             raise RuntimeError(
                 f"{world_size()} processes run, and {alone[0].trained.name} has a gradient of this one only: "

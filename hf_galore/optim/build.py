@@ -153,7 +153,7 @@ def optimizer_cls_and_kwargs(
         "param_options": options,
         "module": model,
         "layerwise": kind.layerwise,
-        "projected_backward": kind.layerwise if config.projected_backward is None else config.projected_backward,
+        "projected_backward": config.projected_backward,
         "hold_gradients": hold_gradients,
         "exchange": config.exchange,
         "stochastic_rounding": config.stochastic_rounding,

@@ -11,6 +11,7 @@ from ..backward.hooks import BackwardHooks
 from ..config import Exchange
 from .groups import check_gradient_bits
 from .refreshes import share_when_wrapped
+from .shard import is_sharded
 
 if TYPE_CHECKING:
     from .optimizer import GaLoreOptimizer
@@ -29,8 +30,11 @@ def hooks_for(optimizer: GaLoreOptimizer, model: nn.Module | None, options: Mapp
     """
     layerwise: bool = options.get("layerwise", False)
     projected_backward: bool | None = options.get("projected_backward")
+    sharded = any(is_sharded(param) for group in optimizer.param_groups for param in group["params"])
+    if sharded:
+        _check_sharded(options)
     if projected_backward is None:
-        projected_backward = layerwise
+        projected_backward = layerwise and not sharded
     exchange = _exchange(options.get("exchange"), projected_backward=projected_backward)
     hooked = layerwise or projected_backward or exchange == "low_rank"
     check_gradient_bits(optimizer.param_groups, hooked=hooked)
@@ -46,6 +50,24 @@ def hooks_for(optimizer: GaLoreOptimizer, model: nn.Module | None, options: Mapp
         hold_gradients=options.get("hold_gradients", False),
         exchange=exchange,
     )
+
+
+def _check_sharded(options: Mapping[str, Any]) -> None:
+    """Check what is asked for of sharded parameters.
+
+    Raises:
+        ValueError: it does not go with them.
+    """
+    if options.get("projected_backward"):
+        raise ValueError(
+            "projected_backward=True does not work with parameters that FSDP2 shards: it reduces gradients, and hands "
+            "on their parts. Leave it out; layerwise=True works without it, and updates each part as it comes."
+        )
+    if options.get("exchange") is not None:
+        raise ValueError(
+            f"exchange={options['exchange']!r} says what the processes of DistributedDataParallel reduce. FSDP2 "
+            "reduces the gradients of what it shards by itself: leave it out."
+        )
 
 
 def _exchange(exchange: Exchange | None, *, projected_backward: bool) -> Exchange:

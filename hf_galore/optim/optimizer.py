@@ -19,18 +19,18 @@ from ..backward.processes import Processes
 from ..config import GaLoreConfig
 from ..lowrank import nonfinite
 from ..lowrank.orthonormal import warm_up
-from ..lowrank.projection import norms_of
 from ..rules import RULES, options_of, without_own_name
 from . import admission, checkpoint
-from .gradients import clip_, norm_of_all, norms_for_step
+from .gradients import clip_, norm_of_gradients, norms_for_step
 from .groups import GaLoreOptions as GaLoreOptions
 from .groups import check_gradient_bits, check_group_keys, check_options, split_groups, with_seeds
 from .hooking import hooks_for
+from .making import make
 from .names import Names
 from .refreshes import SharedRefreshes
 from .report import Journal, Memory, refresh_figures
 from .skipped import Skipped, uncount
-from .target import Target, forget_phases, make
+from .target import Target, forget_phases
 from .trained import Place, Trained
 
 
@@ -57,6 +57,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
             raise ValueError(f"rule has to be one of {', '.join(RULES)}, but is {rule!r}.")
         own = RULES[rule].defaults
         check_options(type(self).__name__, options, [*GaLoreOptions.__annotations__, *own])
+        admission.check_no_accelerator(type(self).__name__)
         model: nn.Module | None = options.get("module")
         self._init_unsaved(rule, model)
         groups = split_groups(params, options.get("param_options") or {})
@@ -202,12 +203,13 @@ class GaLoreOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         parameters = self.trained_parameters()
+        admission.check_whole(type(self).__name__, parameters)
         if self._hooks is not None:
             self._hooks.check_before_step(parameters)
         norms = norms_for_step(parameters)
         refreshes = None if self._processes is None else SharedRefreshes(self._processes, parameters)
         for trained in parameters:
-            gradient, norm = trained.param.grad, norms.get(id(trained.param))
+            gradient, norm = trained.local.grad, norms.get(id(trained.param))
             if isinstance(gradient, LowRankGradient) and gradient.addend is None:
                 self._update_held(trained, gradient, norm)
             elif gradient is not None and not isinstance(gradient, UsedGradient):
@@ -268,7 +270,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         where there is nothing.
         """
         norms = [] if self._hooks is None else self._hooks.norms()
-        return norm_of_all(norms + norms_of(self._gradients()))
+        return norm_of_gradients(self.trained_parameters(), norms)
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor | None:
@@ -292,7 +294,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
 
     def _gradients(self) -> list[Tensor]:
         """What `step()` is going to use."""
-        gradients = (param.grad for group in self.param_groups for param in group["params"])
+        gradients = (trained.local.grad for trained in self.trained_parameters())
         return [gradient for gradient in gradients if gradient is not None and not isinstance(gradient, UsedGradient)]
 
     # ---- what it did
@@ -328,7 +330,6 @@ class GaLoreOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The groups and state, as of torch's optimizers; of backward passes before their step it has nothing."""
-
         with checkpoint.saving(self):
             return super().state_dict()
 
