@@ -1,0 +1,162 @@
+"""Bytes on the wire in an optimizer step of several processes. Calculated; nothing here runs or measures anything.
+
+A *payload* is the whole tensor that a collective is about: what is reduced, what a gather puts together (FSDP2's are
+filled up to N equal shards), what is broadcast. Of it a rank sends, by a ring of N ranks or a chain of them:
+
+==========================================  =================
+collective                                  sent, of B bytes
+==========================================  =================
+all-reduce                                  2(N − 1)/N · B
+all-gather, reduce-scatter                  (N − 1)/N · B
+reduce, broadcast: the mean over the ranks  (N − 1)/N · B
+==========================================  =================
+
+Sources: Patarasuk and Yuan, Bandwidth optimal all-reduce algorithms for clusters of workstations (2009, J. Parallel
+Distrib. Comput. 69), for the ring; NCCL's tests, doc/PERFORMANCE.md, for the others. NCCL may choose a tree, or let a
+switch reduce: then fewer bytes leave a rank, and the payload is the same.
+
+What is left out are single numbers: losses, norms, counts of tokens, flags.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from typing import Literal
+
+from ..lowrank.refresh import products
+from .parameters import Parameter, Projection
+
+Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "broadcast", "reduce"]
+Exchange = Literal["low_rank", "dense"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """The processes of a run, of which each has a card, and what joins them."""
+
+    processes: int
+    sharded: bool = False
+    """Whether FSDP2 shards the model; else DDP has all of it in each process."""
+    exchange: Exchange = "dense"
+    """Under DDP, whether R of targets is reduced, or G."""
+    micro_batches: int = 1
+    """Of an optimizer step."""
+
+    @property
+    def engine(self) -> str:
+        """What joins the processes."""
+        return "FSDP2" if self.sharded else "DDP"
+
+
+def wire_bytes(
+    parameters: Iterable[Parameter],
+    devices: Devices,
+    *,
+    refreshing: Collection[str] | None = None,
+    buffer_bytes: int = 0,
+) -> dict[Kind, float]:
+    """The payload of an optimizer step by the kind of collective; what takes no bytes is left out.
+
+    Args:
+        parameters: of the model.
+        devices: the processes.
+        refreshing: the names of the targets whose bases the step refreshes; `None` for the mean over a gap.
+        buffer_bytes: of the model's buffers, which DDP broadcasts before each forward pass that is to be reduced.
+    """
+    if devices.processes == 1:
+        return {}
+    payload: dict[Kind, float] = defaultdict(float)
+    if not devices.sharded:
+        payload["broadcast"] += buffer_bytes
+    for parameter in parameters:
+        projection = parameter.projection
+        share = 0.0  # of the step that is a refresh
+        if projection is not None:
+            share = 1 / projection.gap if refreshing is None else float(parameter.name in refreshing)
+        of_one = _sharded if devices.sharded else _replicated
+        for kind, nbytes in of_one(parameter, devices, share).items():
+            payload[kind] += nbytes
+    return {kind: nbytes for kind, nbytes in payload.items() if nbytes}
+
+
+def sent_bytes(payload: Mapping[Kind, float], processes: int) -> float:
+    """What a rank sends for these payloads by a ring, the mean over the ranks."""
+    share = (processes - 1) / processes
+    return sum((2 if kind == "all-reduce" else 1) * share * nbytes for kind, nbytes in payload.items())
+
+
+def _replicated(parameter: Parameter, devices: Devices, share: float) -> dict[Kind, float]:
+    """A parameter under DDP: once a step, however many micro-batches it has.
+
+    - A full-rank parameter, and with `exchange=dense` a target: its gradient, all-reduced, in the gradient's dtype
+      (torch, `torch/csrc/distributed/c10d/reducer.cpp`).
+    - A target with `exchange=low_rank`: R, all-reduced, in the gradient's dtype. In a step that refreshes its basis, in
+      place of that, G reduced to one rank, and from there the new basis as it is kept, and R, broadcast.
+    """
+    whole = parameter.numel * parameter.wire_itemsize
+    if not parameter.trained:
+        return {}
+    if parameter.projection is None or devices.exchange == "dense":
+        return {"all-reduce": whole}
+    low_rank = parameter.low_rank_numel * parameter.wire_itemsize
+    return {
+        "all-reduce": (1 - share) * low_rank,
+        "reduce": share * whole,
+        "broadcast": share * (parameter.basis_bytes + low_rank),
+    }
+
+
+def _sharded(parameter: Parameter, devices: Devices, share: float) -> dict[Kind, float]:
+    """A parameter under FSDP2, cut along its first side.
+
+    - Any: the weight, all-gathered for the forward and, where it was freed, for the backward pass of each micro-batch.
+    - One whose gradient is built: its gradient, reduce-scattered once a step (torch,
+      `torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py`; accelerate's `no_sync` for the other micro-batches).
+    - A target: see `_target`.
+    """
+    whole = parameter.padded_numel(devices.processes) * parameter.wire_itemsize
+    payload: dict[Kind, float] = defaultdict(float)
+    payload["all-gather"] = parameter.gathers * devices.micro_batches * whole
+    if parameter.builds_gradient:
+        payload["reduce-scatter"] = whole
+    if parameter.projection is not None:
+        for kind, nbytes in _target(parameter, parameter.projection, devices, share).items():
+            payload[kind] += nbytes
+    return payload
+
+
+def _target(parameter: Parameter, projection: Projection, devices: Devices, share: float) -> dict[Kind, float]:
+    """What a target, m × n, adds under FSDP2, where a rank has rows of W and of G, or all of R of its own tokens.
+
+    - `right`: rows of R = GQ come from rows of G, and rows of NQᵀ from rows of N: Q is gathered as it is kept, and
+      nothing else. Without G, R (m × r) is reduce-scattered in place of it.
+    - `left`: R = PᵀG is a sum over the ranks, and W's rows need all of N: R is reduce-scattered along n, and N gathered
+      from there. P has W's rows; only without G is it gathered, for δP.
+    - `full`: R (r × r) is all-reduced; Q is gathered, and without G also P.
+
+    A refresh adds its products with G, in float32: those of n × r are sums over the ranks and all-reduced; those of
+    m × r have W's rows, and are reduced only without G. Never m × n.
+    """
+    m, n = parameter.shape
+    r, without = projection.rank, projection.without_gradient
+    low_rank = parameter.low_rank_numel * parameter.wire_itemsize
+    payload: dict[Kind, float] = defaultdict(float)
+    backward = devices.micro_batches if without else 1  # a projected backward needs its bases in every micro-batch
+    if projection.side == "right":
+        payload["all-gather"] += backward * projection.right_bytes
+        if without:
+            payload["reduce-scatter"] += low_rank
+    elif projection.side == "left":
+        payload["reduce-scatter"] += low_rank
+        payload["all-gather"] += low_rank
+        if without:
+            payload["all-gather"] += backward * projection.left_bytes
+    else:
+        payload["all-reduce"] += low_rank
+        payload["all-gather"] += backward * (projection.right_bytes + (projection.left_bytes if without else 0))
+    count = products((m, n), r, projection.side, projection.method)
+    with_rows, over_ranks = count // 2, count - count // 2
+    payload["all-reduce"] += share * 4 * r * (over_ranks * n + (with_rows * m if without else 0))
+    return payload
