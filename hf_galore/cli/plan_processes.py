@@ -27,7 +27,9 @@ def show(found: ProcessesPlan, name: str, no_card: str) -> None:
     for note in found.notes:
         console.print(Text(note), soft_wrap=True)
     console.print(
-        Text(f"{name} on {devices.processes:,} processes under {devices.engine}, each with a card, a rank at its peak:"),
+        Text(
+            f"{name} on {devices.processes:,} processes under {devices.engine}, each with a card, a rank at its peak:"
+        ),
         soft_wrap=True,
     )
     console.print(_memory(found))

@@ -2,8 +2,8 @@
 
 Collectives of torch.distributed go through torch's dispatcher, whoever calls them: Python functions, the C++ reducer
 of DistributedDataParallel, FSDP2, functional collectives, DTensor. A dispatch mode sees them there. (On a CPU the
-backward pass runs in the thread that called it, and so under the mode.) A collective that is not known is an error: none
-is left out in silence.
+backward pass runs in the thread that called it, and so under the mode.) One that is not known is an error: none is left
+out in silence.
 
 A payload is what `hf_galore.plan.wire` calls so: the whole tensor that a collective is about. Single numbers count too.
 """
@@ -65,9 +65,9 @@ _NO_PAYLOAD = {"c10d::barrier", "c10d::monitored_barrier_", "_c10d_functional::w
 class CountedBytes(TorchDispatchMode):
     """Within, payloads are added to `bytes` by kind, and collectives to `calls`.
 
-        with CountedBytes() as counted:
-            train_a_step()
-        assert counted.bytes["all-reduce"] == 4096
+    with CountedBytes() as counted:
+        train_a_step()
+    assert counted.bytes["all-reduce"] == 4096
     """
 
     def __init__(self) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.support.wire import CountedBytes
@@ -36,13 +38,23 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    """An embedding, some layers, a norm and a head."""
+    """An embedding, some layers, a norm and a head, named as models of transformers name theirs."""
+
+    _no_split_modules = ("Layer",)
 
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(TOKENS, WIDTH)
         self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
         self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, TOKENS, bias=False)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding."""
+        return self.embedding
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head."""
+        return self.head
 
     def forward(self, tokens: Tensor) -> Tensor:
         """The loss of predicting each token from itself."""
@@ -64,7 +76,7 @@ def sharded() -> nn.Module:
 
 
 def counted(model: Any, micro_batches: int) -> dict[str, dict[str, int]]:
-    """Bytes and calls of the fourth step: DDP has laid out its buckets anew after the first."""
+    """Bytes and calls of the fourth step, and what the rank holds. After the first DDP lays out its buckets anew."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(4):
         with CountedBytes() as found:
@@ -77,7 +89,19 @@ def counted(model: Any, micro_batches: int) -> dict[str, dict[str, int]]:
                 model(torch.arange(dist.get_rank(), TOKENS)).backward()
             optimizer.step()
             optimizer.zero_grad()
-    return {"bytes": dict(found.bytes), "calls": dict(found.calls)}
+    local = {"weights": list(model.parameters()), "moments": [*_moments(optimizer)]}
+    return {
+        "bytes": dict(found.bytes),
+        "calls": dict(found.calls),
+        "local": {
+            what: sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors)
+            for what, tensors in local.items()
+        },
+    }
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    return (value for state in optimizer.state.values() for value in state.values() if value.ndim)
 
 
 def main(output: Path) -> None:
