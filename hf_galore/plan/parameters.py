@@ -13,6 +13,7 @@ from ..config import RefreshMethod
 from ..lowrank.projection import Side, low_rank_shape
 from ..optim.optimizer import GaLoreOptimizer
 from ..optim.target import Target
+from ..rules.adam_8bit import Adam8bit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,10 @@ class Projection:
     """The left basis as it is kept, in `proj_bits` with its scales; 0 where that side is not projected."""
     right_bytes: int = 0
     """The right basis, likewise."""
+    in_codes: bool = False
+    """Whether bases are kept in 8 or 4 bits, whose blocks run across rows."""
+    direction_itemsize: int = 4
+    """Bytes of an element of the direction that the rule makes of R."""
     without_gradient: bool = False
     """Whether the backward pass computes R without G."""
 
@@ -78,6 +83,12 @@ class Parameter:
         """Elements in the collectives of FSDP2, which cuts along the first side and fills the last shards up."""
         return processes * self.shard_numel(processes)
 
+    def moment_bytes_of(self, processes: int) -> int:
+        """The moments of a rank: of its rows, or where both sides are projected all r × r."""
+        if self.projection is not None and self.projection.side == "full":
+            return self.moment_bytes
+        return math.ceil(self.moment_bytes / processes)
+
     def shard_numel(self, processes: int) -> int:
         """Elements of the largest shard: ⌈m / N⌉ rows.
 
@@ -97,6 +108,7 @@ def parameters_of(
     *,
     units: Mapping[str, tuple[str, int]] | None = None,
     float32: bool = False,
+    projected_backward: bool = True,
 ) -> list[Parameter]:
     """The parameters of a model, frozen ones too, as an optimizer that has taken a step trains them. Reads no numbers.
 
@@ -105,12 +117,13 @@ def parameters_of(
         optimizer: any; of a GaLore optimizer what it projects.
         units: for FSDP2, the unit of each parameter by its name and how often it is gathered.
         float32: whether FSDP2 keeps the trained weights in float32 and gathers them in the model's dtype.
+        projected_backward: whether that of the optimizer, if it has one, serves the model where it is going to be.
     """
     targets: dict[int, Target] = {}
     served: set[int] = set()
     if isinstance(optimizer, GaLoreOptimizer):
         targets = {id(target.param): target for target in optimizer.targets()}
-        if optimizer.hooks is not None and optimizer.hooks.projected_backward:
+        if projected_backward and optimizer.hooks is not None and optimizer.hooks.projected_backward:
             served = _linear_weights(model)
     trained = {id(param) for group in optimizer.param_groups for param in group["params"]}
     found = []
@@ -161,6 +174,9 @@ def _projection(target: Target, state: Mapping[str, Tensor], without_gradient: b
         group["refresh"],
         kept("left"),
         kept("right"),
+        group["proj_bits"] != 16,
+        # 8-bit kernels give it in the gradient's dtype, others in that of the moments.
+        target.param.element_size() if isinstance(target.rule, Adam8bit) else max(4, itemsize),
         without_gradient,
     )
 

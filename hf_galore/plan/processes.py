@@ -21,6 +21,9 @@ from .ranks import RankMemory, memory_a_rank, phases_of
 from .rehearsal import Record
 from .wire import Devices, Exchange, Kind, sent_bytes, wire_bytes
 
+PROJECTED_UNDER_FSDP2 = True
+"""Whether the projected backward serves sharded weights; else their whole gradients are built and reduce-scattered."""
+
 
 @dataclasses.dataclass(frozen=True)
 class RankPlan:
@@ -30,6 +33,8 @@ class RankPlan:
     optim: str
     hooked: bool
     """Whether the optimizer has hooks into the backward pass, and so sees each gradient by itself."""
+    upcast: bool
+    """Whether a rank keeps trained weights in float32 that the recipe has in less."""
     memory: RankMemory
     payload: Mapping[Kind, float]
     """Of an optimizer step, the mean over the gap between refreshes, by kind of collective."""
@@ -100,7 +105,7 @@ class ProcessesPlan:
 
 
 def rank_plan(
-    trainer: Trainer, record: Record, processes: int, *, sharded: bool, exchange: Exchange | None
+    trainer: Trainer, record: Record, processes: int, *, sharded: bool, exchange: Exchange | None = None
 ) -> RankPlan:
     """What a rank of a run has and sends, from what one process was planned to take.
 
@@ -112,9 +117,10 @@ def rank_plan(
         exchange: what DDP reduces of targets; by default R where the backward pass gives it, else G.
     """
     optimizer, model, args = unwrapped(trainer.optimizer), trainer.model, trainer.args
-    hooked = getattr(optimizer, "hooks", None) is not None
+    hooks = getattr(optimizer, "hooks", None)
+    hooked = hooks is not None
     if exchange is None:
-        exchange = "low_rank" if hooked else "dense"
+        exchange = "low_rank" if hooks is not None and hooks.projected_backward else "dense"
     devices = Devices(processes, sharded, exchange, args.gradient_accumulation_steps)
     parameters = parameters_of(
         model,
@@ -122,6 +128,7 @@ def rank_plan(
         units=fsdp_units(model) if sharded else None,
         # accelerate makes trained weights float32 where it is told to compute in less (`fsdp2_prepare_model`).
         float32=sharded and (args.bf16 or args.fp16),
+        projected_backward=PROJECTED_UNDER_FSDP2 or not sharded,
     )
     buffer_bytes = sum(buffer.nbytes for buffer in model.buffers())
     memory = memory_a_rank(
@@ -132,4 +139,6 @@ def rank_plan(
         for refreshing in (None, {parameter.name for parameter in parameters})
     )
     name = str(getattr(args.optim, "value", args.optim))
-    return RankPlan(devices, name, hooked, memory, payload, sent_bytes(payload, processes), where_all_refresh)
+    upcast = any(parameter.itemsize != parameter.wire_itemsize for parameter in parameters)
+    sent = sent_bytes(payload, processes)
+    return RankPlan(devices, name, hooked, upcast, memory, payload, sent, where_all_refresh)

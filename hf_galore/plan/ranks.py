@@ -81,21 +81,20 @@ def memory_a_rank(
 
 
 def _replicated(parameters: Sequence[Parameter], phase: Phase, devices: Devices, *, hooked: bool) -> dict[str, int]:
-    """Under DDP: all of what one process has, and DDP's buckets for all gradients that it reduces.
+    """Under DDP: all of what one process has, and DDP's buckets for the gradients that it reduces.
 
     The buckets are there from the start, and gradients are copies of them: `gradient_as_bucket_view` is false in
-    torch, and the Trainer leaves it so. A parameter's gradient stays until all are reduced, so that the gradients of
-    those in buckets are all alive when the backward pass ends, also for a layerwise optimizer.
+    torch, and the Trainer leaves it so. An optimizer with hooks reduces its targets itself, and DDP has no buckets for
+    them; what is full-rank stays in DDP, also with a layerwise optimizer, and so do all its gradients until the step.
 
     Sources: torch, `torch/nn/parallel/distributed.py`,
     `torch/csrc/distributed/c10d/reducer.cpp` (`initialize_buckets`).
     """
     alive = phase.breakdown
-    low_rank = hooked and devices.exchange == "low_rank"
     in_buckets = sum(
         parameter.numel * parameter.itemsize
         for parameter in parameters
-        if parameter.trained and not (low_rank and parameter.projection is not None)
+        if parameter.trained and not (hooked and parameter.projection is not None)
     )
     gradients = alive.get(GRADIENTS, 0)
     if hooked and phase.name in (BACKWARD, UPDATE):
@@ -137,7 +136,7 @@ def _sharded(parameters: Sequence[Parameter], phase: Phase, devices: Devices, bu
         GRADIENTS: math.ceil(alive.get(GRADIENTS, 0) * upcast / parts),
         GATHERED: gathered,
         LOW_RANK: math.ceil(alive.get(LOW_RANK, 0) / parts),
-        MOMENTS: sum(math.ceil(parameter.moment_bytes / ranks) for parameter in trained),
+        MOMENTS: sum(parameter.moment_bytes_of(ranks) for parameter in trained),
         BASES: sum(math.ceil(parameter.basis_bytes / ranks) for parameter in trained),
     }
 

@@ -25,7 +25,8 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from typing import Literal
 
-from ..lowrank.refresh import products
+from ..lowrank.methods import METHODS
+from ..lowrank.refresh import PROBES, products
 from .parameters import Parameter, Projection
 
 Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "broadcast", "reduce"]
@@ -93,7 +94,8 @@ def _replicated(parameter: Parameter, devices: Devices, share: float) -> dict[Ki
     - A full-rank parameter, and with `exchange=dense` a target: its gradient, all-reduced, in the gradient's dtype
       (torch, `torch/csrc/distributed/c10d/reducer.cpp`).
     - A target with `exchange=low_rank`: R, all-reduced, in the gradient's dtype. In a step that refreshes its basis, in
-      place of that, G reduced to one rank, and from there the new basis as it is kept, and R, broadcast.
+      place of that, G reduced to one rank, and from there the new basis as it is kept, and R, broadcast
+      (`hf_galore.backward.exchange`).
     """
     whole = parameter.numel * parameter.wire_itemsize
     if not parameter.trained:
@@ -128,35 +130,46 @@ def _sharded(parameter: Parameter, devices: Devices, share: float) -> dict[Kind,
 
 
 def _target(parameter: Parameter, projection: Projection, devices: Devices, share: float) -> dict[Kind, float]:
-    """What a target, m × n, adds under FSDP2, where a rank has rows of W and of G, or all of R of its own tokens.
+    """What a target, m × n, adds under FSDP2, where a rank has rows of W and of G, or R of its own tokens alone.
 
     - `right`: rows of R = GQ come from rows of G, and rows of NQᵀ from rows of N: Q is gathered as it is kept, and
       nothing else. Without G, R (m × r) is reduce-scattered in place of it.
     - `left`: R = PᵀG is a sum over the ranks, and W's rows need all of N: R is reduce-scattered along n, and N gathered
-      from there. P has W's rows; only without G is it gathered, for δP.
-    - `full`: R (r × r) is all-reduced; Q is gathered, and without G also P.
+      from there, in its own dtype. P has W's rows, but its codes are of blocks across rows: it is gathered where it is
+      kept in codes, or where δP is computed and not G.
+    - `full`: R (r × r) is reduce-scattered, and gathered; Q is gathered, and P as with `left`.
 
-    A refresh adds its products with G, in float32: those of n × r are sums over the ranks and all-reduced; those of
-    m × r have W's rows, and are reduced only without G. Never m × n.
+    A refresh adds its products with G, in float32: those of n × r, and of n × 16 random columns, are sums over the
+    ranks and all-reduced; those of m × r have W's rows, and are gathered; without G they are sums too. Never m × n.
+
+    Source: `hf_galore.optim.sharded`, `hf_galore.lowrank.projection` (`ShardedGradient`).
     """
-    m, n = parameter.shape
-    r, without = projection.rank, projection.without_gradient
+    (m, n), side = parameter.shape, projection.side
+    without = projection.without_gradient
     low_rank = parameter.low_rank_numel * parameter.wire_itemsize
-    payload: dict[Kind, float] = defaultdict(float)
     backward = devices.micro_batches if without else 1  # a projected backward needs its bases in every micro-batch
-    if projection.side == "right":
-        payload["all-gather"] += backward * projection.right_bytes
+    payload: dict[Kind, float] = defaultdict(float)
+    gathered = projection.right_bytes + (projection.left_bytes if without or projection.in_codes else 0)
+    payload["all-gather"] += backward * gathered
+    if side == "right":
         if without:
             payload["reduce-scatter"] += low_rank
-    elif projection.side == "left":
-        payload["reduce-scatter"] += low_rank
-        payload["all-gather"] += low_rank
-        if without:
-            payload["all-gather"] += backward * projection.left_bytes
     else:
-        payload["all-reduce"] += low_rank
-        payload["all-gather"] += backward * (projection.right_bytes + (projection.left_bytes if without else 0))
-    count = products((m, n), r, projection.side, projection.method)
-    with_rows, over_ranks = count // 2, count - count // 2
-    payload["all-reduce"] += share * 4 * r * (over_ranks * n + (with_rows * m if without else 0))
+        payload["reduce-scatter"] += low_rank
+        whole = parameter.low_rank_numel
+        payload["all-gather"] += whole * (projection.direction_itemsize if side == "left" else parameter.wire_itemsize)
+    for kind, nbytes in _refresh(m, n, projection).items():
+        payload[kind] += share * nbytes
     return payload
+
+
+def _refresh(m: int, n: int, projection: Projection) -> dict[Kind, float]:
+    """The products of a refresh, with an old basis."""
+    r, side = projection.rank, projection.side
+    count = products((m, n), r, side, projection.method)
+    probes = PROBES if METHODS[projection.method].by_gradient else 0
+    with_rows = 4 * m * (r * (count // 2) + (probes if side != "right" else 0))
+    over_ranks = 4 * n * (r * (count - count // 2) + (probes if side != "left" else 0))
+    if projection.without_gradient:
+        return {"all-reduce": over_ranks + with_rows}
+    return {"all-reduce": over_ranks, "all-gather": with_rows}

@@ -21,6 +21,11 @@ from .planning import plan_recipe
 ADAMW = "adamw_torch_fused"
 """What stands beside a recipe's own optimizer: torch's AdamW, as it takes least."""
 
+_UPCAST = (
+    "Under FSDP2 accelerate keeps trained weights in float32 where bf16 or fp16 is true, and gathers them in 16 bits. "
+    "With bf16: false they stay as dtype says."
+)
+
 
 def plan_processes(
     recipe: Callable[[Sequence[str]], Arguments] | str | os.PathLike[str],
@@ -72,7 +77,7 @@ def plan_processes(
         None if one.tokens_per_step is None else num_processes * one.tokens_per_step,
         size,
         time.perf_counter() - start,
-        one.notes,
+        (*one.notes, *([_UPCAST] if run.upcast else [])),
     )
 
 

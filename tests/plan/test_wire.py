@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -134,7 +135,7 @@ M, N, R, BASIS = 48, 32, 8, 100  # of 4 bytes; the bytes of a kept basis
 
 def target(side: Any = "right", shape: tuple[int, int] = (M, N), *, without: bool = False) -> Parameter:
     left, right = (BASIS if side in ("left", "full") else 0), (BASIS if side in ("right", "full") else 0)
-    projection = Projection(side, R, 10, "subspace", left, right, without)
+    projection = Projection(side, R, 10, "subspace", left, right, without_gradient=without)
     return Parameter("w", shape, 4, 4, projection=projection, unit="layer")
 
 
@@ -161,8 +162,8 @@ FSDP: dict[tuple[str, bool], dict[Kind, float]] = {
     ("right", True): {"all-gather": WEIGHT + BASIS, "reduce-scatter": 4 * M * R},
     ("left", False): {"all-gather": WEIGHT + 4 * R * N, "reduce-scatter": GRADIENT + 4 * R * N},
     ("left", True): {"all-gather": WEIGHT + BASIS + 4 * R * N, "reduce-scatter": 4 * R * N},
-    ("full", False): {"all-gather": WEIGHT + BASIS, "reduce-scatter": GRADIENT, "all-reduce": 4 * R * R},
-    ("full", True): {"all-gather": WEIGHT + 2 * BASIS, "all-reduce": 4 * R * R},
+    ("full", False): {"all-gather": WEIGHT + BASIS + 4 * R * R, "reduce-scatter": GRADIENT + 4 * R * R},
+    ("full", True): {"all-gather": WEIGHT + 2 * BASIS + 4 * R * R, "reduce-scatter": 4 * R * R},
 }
 
 
@@ -172,6 +173,14 @@ def test_fsdp2_moves_weights_and_r(side: str, without: bool) -> None:
     assert found == FSDP[side, without]
 
 
+def test_codes_of_rows_are_gathered_with_all_others() -> None:
+    in_codes = dataclasses.replace(
+        target("left"), projection=Projection("left", R, 10, "subspace", BASIS, in_codes=True)
+    )
+    more, less = (wire_bytes([one], Devices(4, sharded=True), refreshing=()) for one in (in_codes, target("left")))
+    assert more["all-gather"] - less["all-gather"] == BASIS
+
+
 @pytest.mark.parametrize("without", [False, True])
 @pytest.mark.parametrize("side", ["right", "left", "full"])
 def test_a_refresh_under_fsdp2_moves_products_and_never_g(side: str, without: bool) -> None:
@@ -179,9 +188,13 @@ def test_a_refresh_under_fsdp2_moves_products_and_never_g(side: str, without: bo
     devices = Devices(4, sharded=True)
     plain, refresh = (wire_bytes([one], devices, refreshing=names) for names in ((), {"w"}))
     more = {kind: nbytes - plain.get(kind, 0) for kind, nbytes in refresh.items() if nbytes != plain.get(kind, 0)}
-    # One power iteration is two products, of n × r and of m × r; with both bases there is one of n × r more.
-    over_ranks = 4 * R * N * (2 if side == "full" else 1)
-    assert more == {"all-reduce": over_ranks + (4 * R * M if without else 0)}
+    # One power iteration is two products, of n × r and of m × r; with both bases there is one of n × r more. Random
+    # columns, 16, show how far the gradient reaches.
+    over_ranks = 4 * N * (R * (2 if side == "full" else 1) + (0 if side == "left" else 16))
+    with_rows = 4 * M * (R + (0 if side == "right" else 16))
+    assert more == (
+        {"all-reduce": over_ranks + with_rows} if without else {"all-reduce": over_ranks, "all-gather": with_rows}
+    )
 
 
 def test_only_a_projected_backward_gathers_bases_for_each_micro_batch() -> None:
@@ -258,6 +271,7 @@ def test_parameters_of_a_model() -> None:
     embedding = found["model.embed_tokens.weight"]
     assert embedding.projection is not None
     assert not embedding.projection.without_gradient  # it is no linear layer
+    assert all(parameter.builds_gradient for parameter in parameters_of(model, optimizer, projected_backward=False))
     norm = found["model.norm.weight"]
     assert norm.projection is None
     assert norm.builds_gradient
