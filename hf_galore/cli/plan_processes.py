@@ -84,7 +84,7 @@ def _further(found: ProcessesPlan) -> str:
     devices, run = found.devices, found.run
     tokens = "" if found.tokens_per_step is None else f", {found.tokens_per_step:,} tokens a step of all"
     exchanged = ""
-    if not devices.sharded and run.hooked:
+    if not devices.sharded and devices.hooked:
         exchanged = {
             "low_rank": " Low-rank gradients are exchanged, and no whole ones.",
             "dense": " Whole gradients are exchanged.",

@@ -31,8 +31,6 @@ class RankPlan:
 
     devices: Devices
     optim: str
-    hooked: bool
-    """Whether the optimizer has hooks into the backward pass, and so sees each gradient by itself."""
     upcast: bool
     """Whether a rank keeps trained weights in float32 that the recipe has in less."""
     memory: RankMemory
@@ -121,7 +119,7 @@ def rank_plan(
     hooked = hooks is not None
     if exchange is None:
         exchange = "low_rank" if hooks is not None and hooks.projected_backward else "dense"
-    devices = Devices(processes, sharded, exchange, args.gradient_accumulation_steps)
+    devices = Devices(processes, sharded, exchange, hooked, args.gradient_accumulation_steps)
     parameters = parameters_of(
         model,
         optimizer,
@@ -131,9 +129,7 @@ def rank_plan(
         projected_backward=PROJECTED_UNDER_FSDP2 or not sharded,
     )
     buffer_bytes = sum(buffer.nbytes for buffer in model.buffers())
-    memory = memory_a_rank(
-        parameters, phases_of(record.tracker, devices), devices, hooked=hooked, buffer_bytes=buffer_bytes
-    )
+    memory = memory_a_rank(parameters, phases_of(record.tracker, devices), devices, buffer_bytes=buffer_bytes)
     payload, where_all_refresh = (
         wire_bytes(parameters, devices, refreshing=refreshing, buffer_bytes=buffer_bytes)
         for refreshing in (None, {parameter.name for parameter in parameters})
@@ -141,4 +137,4 @@ def rank_plan(
     name = str(getattr(args.optim, "value", args.optim))
     upcast = any(parameter.itemsize != parameter.wire_itemsize for parameter in parameters)
     sent = sent_bytes(payload, processes)
-    return RankPlan(devices, name, hooked, upcast, memory, payload, sent, where_all_refresh)
+    return RankPlan(devices, name, upcast, memory, payload, sent, where_all_refresh)

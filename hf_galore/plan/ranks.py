@@ -58,7 +58,7 @@ def phases_of(tracker: StorageTracker, devices: Devices) -> list[Phase]:
 
 
 def memory_a_rank(
-    parameters: Sequence[Parameter], phases: Iterable[Phase], devices: Devices, *, hooked: bool, buffer_bytes: int = 0
+    parameters: Sequence[Parameter], phases: Iterable[Phase], devices: Devices, *, buffer_bytes: int = 0
 ) -> RankMemory:
     """The memory of the rank that has most, in the phase where it has most.
 
@@ -66,7 +66,6 @@ def memory_a_rank(
         parameters: of the model.
         phases: of the plan of one process.
         devices: the processes.
-        hooked: whether the optimizer has hooks into the backward pass, and so sees each gradient by itself.
         buffer_bytes: of the model's buffers, which no engine shards.
     """
     found = []
@@ -74,13 +73,13 @@ def memory_a_rank(
         if devices.sharded:
             parts = _sharded(parameters, phase, devices, buffer_bytes)
         else:
-            parts = _replicated(parameters, phase, devices, hooked=hooked)
+            parts = _replicated(parameters, phase, devices)
         parts[WORKING] = sum(nbytes for label, nbytes in phase.breakdown.items() if label not in _OWN)
         found.append(RankMemory(phase.name, {part: parts[part] for part in PARTS if parts.get(part)}))
     return max(found, key=lambda memory: memory.total)
 
 
-def _replicated(parameters: Sequence[Parameter], phase: Phase, devices: Devices, *, hooked: bool) -> dict[str, int]:
+def _replicated(parameters: Sequence[Parameter], phase: Phase, devices: Devices) -> dict[str, int]:
     """Under DDP: all of what one process has, and DDP's buckets for the gradients that it reduces.
 
     The buckets are there from the start, and gradients are copies of them: `gradient_as_bucket_view` is false in
@@ -94,10 +93,10 @@ def _replicated(parameters: Sequence[Parameter], phase: Phase, devices: Devices,
     in_buckets = sum(
         parameter.numel * parameter.itemsize
         for parameter in parameters
-        if parameter.trained and not (hooked and parameter.projection is not None)
+        if parameter.trained and not (devices.hooked and parameter.projection is not None)
     )
     gradients = alive.get(GRADIENTS, 0)
-    if hooked and phase.name in (BACKWARD, UPDATE):
+    if devices.hooked and phase.name in (BACKWARD, UPDATE):
         gradients = max(gradients, in_buckets)
     return {
         WEIGHTS: alive.get(PARAMETERS, 0) + alive.get(REFERENCE_MODEL, 0),

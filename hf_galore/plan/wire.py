@@ -42,6 +42,8 @@ class Devices:
     """Whether FSDP2 shards the model; else DDP has all of it in each process."""
     exchange: Exchange = "dense"
     """Under DDP, whether R of targets is reduced, or G."""
+    hooked: bool = False
+    """Whether the optimizer has hooks into the backward pass, and so reduces targets itself."""
     micro_batches: int = 1
     """Of an optimizer step."""
 
@@ -91,23 +93,25 @@ def sent_bytes(payload: Mapping[Kind, float], processes: int) -> float:
 def _replicated(parameter: Parameter, devices: Devices, share: float) -> dict[Kind, float]:
     """A parameter under DDP: once a step, however many micro-batches it has.
 
-    - A full-rank parameter, and with `exchange=dense` a target: its gradient, all-reduced, in the gradient's dtype
-      (torch, `torch/csrc/distributed/c10d/reducer.cpp`).
-    - A target with `exchange=low_rank`: R, all-reduced, in the gradient's dtype. In a step that refreshes its basis, in
-      place of that, G reduced to one rank, and from there the new basis as it is kept, and R, broadcast
-      (`hf_galore.backward.exchange`).
+    - A full-rank parameter, and of an optimizer without hooks a target: its gradient, all-reduced, in the gradient's
+      dtype (torch, `torch/csrc/distributed/c10d/reducer.cpp`).
+    - A target of one with hooks: R, in the gradient's dtype, or with `exchange=dense` G, all-reduced. Where a step
+      refreshes its basis, G (of the first micro-batch) is reduced to one rank in place of that; what other
+      micro-batches bring is exchanged as R (`hf_galore.backward.exchange`).
+    - A refresh: the new basis as it is kept, and R, broadcast from the rank that has computed them.
     """
-    whole = parameter.numel * parameter.wire_itemsize
     if not parameter.trained:
         return {}
-    if parameter.projection is None or devices.exchange == "dense":
+    whole, low_rank = (numel * parameter.wire_itemsize for numel in (parameter.numel, parameter.low_rank_numel))
+    if parameter.projection is None:
         return {"all-reduce": whole}
-    low_rank = parameter.low_rank_numel * parameter.wire_itemsize
-    return {
-        "all-reduce": (1 - share) * low_rank,
-        "reduce": share * whole,
-        "broadcast": share * (parameter.basis_bytes + low_rank),
-    }
+    payload: dict[Kind, float] = {"all-reduce": whole, "broadcast": share * (parameter.basis_bytes + low_rank)}
+    if devices.hooked:
+        several = devices.micro_batches > 1
+        usual = whole if devices.exchange == "dense" and not several else low_rank
+        payload["all-reduce"] = usual if several else (1 - share) * usual
+        payload["reduce"] = share * whole
+    return payload
 
 
 def _sharded(parameter: Parameter, devices: Devices, share: float) -> dict[Kind, float]:

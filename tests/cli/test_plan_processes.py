@@ -109,9 +109,8 @@ def test_bf16_is_told_to_make_weights_float32_under_fsdp2(recipe: str) -> None:
 def a_rank(optim: str, *, sharded: bool, total: int, sent: float) -> RankPlan:
     half = total // 2
     return RankPlan(
-        Devices(8, sharded, "dense" if sharded else "low_rank"),
+        Devices(8, sharded, "dense" if sharded else "low_rank", hooked=optim != "adamw_torch_fused"),
         optim,
-        optim != "adamw_torch_fused",
         False,
         RankMemory("backward", {"weights": half, "activations, temporaries": total - half}),
         {"all-reduce": sent, "broadcast": sent / 4},

@@ -25,7 +25,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from hf_galore import make_optimizer
 from hf_galore.integrations.fsdp_units import fsdp_units
 from hf_galore.plan.parameters import Parameter, Projection, parameters_of
-from hf_galore.plan.wire import Devices, Kind, sent_bytes, wire_bytes
+from hf_galore.plan.wire import Devices, Exchange, Kind, sent_bytes, wire_bytes
 from tests.support.helpers import tiny_llama
 from tests.support.planning import llama
 from tests.support.wire import CountedBytes
@@ -141,7 +141,7 @@ def target(side: Any = "right", shape: tuple[int, int] = (M, N), *, without: boo
 
 @pytest.mark.parametrize(("side", "low_rank"), [("right", M * R), ("left", R * N), ("full", R * R)])
 def test_ddp_reduces_r_and_at_a_refresh_g_to_one(side: str, low_rank: int) -> None:
-    devices = Devices(4, exchange="low_rank")
+    devices = Devices(4, exchange="low_rank", hooked=True)
     bases = 2 * BASIS if side == "full" else BASIS
     plain = wire_bytes([target(side)], devices, refreshing=())
     assert plain == {"all-reduce": 4 * low_rank}
@@ -153,7 +153,26 @@ def test_ddp_reduces_r_and_at_a_refresh_g_to_one(side: str, low_rank: int) -> No
         "reduce": pytest.approx(0.1 * 4 * M * N),
         "broadcast": pytest.approx(0.1 * (bases + 4 * low_rank)),
     }
-    assert wire_bytes([target(side)], Devices(4)) == {"all-reduce": 4 * M * N}  # dense
+
+
+def test_whole_gradients_are_exchanged_where_that_is_asked_for_or_there_are_no_hooks() -> None:
+    sent = BASIS + 4 * M * R
+    hooked, plain = Devices(4, hooked=True), Devices(4)
+    assert wire_bytes([target()], hooked, refreshing=()) == {"all-reduce": 4 * M * N}
+    assert wire_bytes([target()], hooked, refreshing={"w"}) == {"reduce": 4 * M * N, "broadcast": sent}
+    assert wire_bytes([target()], plain, refreshing=()) == {"all-reduce": 4 * M * N}
+    assert wire_bytes([target()], plain, refreshing={"w"}) == {"all-reduce": 4 * M * N, "broadcast": sent}
+
+
+@pytest.mark.parametrize("exchange", ["low_rank", "dense"])
+def test_what_is_accumulated_with_hooks_is_r(exchange: Exchange) -> None:
+    devices = Devices(4, exchange=exchange, hooked=True, micro_batches=3)
+    assert wire_bytes([target()], devices, refreshing=()) == {"all-reduce": 4 * M * R}
+    assert wire_bytes([target()], devices, refreshing={"w"}) == {
+        "all-reduce": 4 * M * R,
+        "reduce": 4 * M * N,
+        "broadcast": BASIS + 4 * M * R,
+    }
 
 
 WEIGHT, GRADIENT = 2 * 4 * M * N, 4 * M * N
@@ -241,8 +260,8 @@ def test_what_a_rank_sends_by_a_ring(kind: Kind, processes: int, sent: float) ->
 
 def test_ten_thousand_ranks_send_hardly_more_than_a_hundred() -> None:
     """A ring's shares go to 1 and 2; shards of less than a row are filled up to one, which is the price of many."""
-    payload = wire_bytes([target()], Devices(10_000, exchange="low_rank"))
-    assert payload == wire_bytes([target()], Devices(100, exchange="low_rank"))
+    payload = wire_bytes([target()], Devices(10_000, exchange="low_rank", hooked=True))
+    assert payload == wire_bytes([target()], Devices(100, exchange="low_rank", hooked=True))
     assert sent_bytes(payload, 10_000) == pytest.approx(sent_bytes(payload, 100), rel=0.011)
     assert wire_bytes([target()], Devices(10_000, sharded=True), refreshing=())["all-gather"] > 100 * WEIGHT
 
