@@ -73,7 +73,7 @@ def _table(recipes: Sequence[Listed], others: Sequence[Listed]) -> Iterator[str]
     for recipe in recipes:
         model = "its own" if recipe.model is None else recipe.model.rpartition("/")[2]
         peak = "" if recipe.peak_gib is None else f"{recipe.peak_gib:.1f} GiB"
-        yield _row((recipe.name, recipe.command, _cut(model, widths[2]), recipe.card or "any", peak), widths)
+        yield _row((recipe.name, recipe.command, _cut(model, widths[2]), _cards(recipe), peak), widths)
     yield ""
     yield from textwrap.wrap(
         "peak: planned, of tensors, from the recipe's own settings; 'hf-galore plan --config NAME --vram CARD' says "
@@ -86,6 +86,11 @@ def _table(recipes: Sequence[Listed], others: Sequence[Listed]) -> Iterator[str]
         for recipe in others:
             yield f"  {recipe.name}"
             yield from textwrap.wrap(recipe.about, _WIDTH, initial_indent="    ", subsequent_indent="    ")
+
+
+def _cards(recipe: Listed) -> str:
+    card = recipe.card or "any"
+    return card if recipe.cards == 1 else f"{recipe.cards}×{card}"
 
 
 def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
