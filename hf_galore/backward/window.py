@@ -336,7 +336,7 @@ class Window:
 
     def _must_hold(self) -> bool:
         # Of several processes' gradients none is used before it has been reduced.
-        alone = self.exchange is None and world_size() > 1
+        alone = self.exchange is None and self.trained.ranks is None and world_size() > 1
         return self._mode.must_hold() or self.passes.count() > 1 or alone
 
     def _refresh_due(self) -> bool:

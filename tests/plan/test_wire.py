@@ -29,7 +29,7 @@ from hf_galore.plan.wire import Devices, Exchange, Kind, sent_bytes, wire_bytes
 from tests.support.helpers import tiny_llama
 from tests.support.planning import llama
 from tests.support.wire import CountedBytes
-from tests.support.wire_script import Model
+from tests.support.wire_script import FSDP_WAYS, TOKENS, WAYS, Model, galore
 
 Counted = dict[str, dict[str, dict[str, int]]]
 
@@ -38,9 +38,9 @@ Counted = dict[str, dict[str, dict[str, int]]]
 
 
 @pytest.fixture(scope="module", params=[2, 4])
-def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Counted]:
-    """What each of 2 or 4 processes has counted."""
-    folder = tmp_path_factory.mktemp("ranks")
+def ranks_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where each of 2 or 4 processes has left what it has counted."""
+    folder = tmp_path_factory.mktemp(f"ranks-{request.param}")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(request.param)]
     subprocess.run(
         [*launcher, "-m", "tests.support.wire_script", str(folder)],
@@ -49,7 +49,19 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         timeout=300,
     )
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(request.param)]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(ranks_folder: Path) -> list[Counted]:
+    """What each process has counted of AdamW's steps."""
+    return [json.loads((ranks_folder / f"{rank}.json").read_text()) for rank in range(int(ranks_folder.name[6]))]
+
+
+@pytest.fixture
+def galore_ranks(ranks: list[Counted], ranks_folder: Path) -> list[dict[str, list[dict[str, Any]]]]:
+    """The same of steps of GaLore's optimizers."""
+    return [json.loads((ranks_folder / f"galore-{rank}.json").read_text()) for rank in range(len(ranks))]
 
 
 def of_adamw(model: nn.Module) -> list[Parameter]:
@@ -84,6 +96,42 @@ def test_a_rank_holds_what_is_calculated(ranks: list[Counted]) -> None:
     whole = ranks[0]["ddp 1"]["local"]
     assert whole["weights"] == sum(4 * parameter.numel for parameter in parameters)
     assert whole["moments"] == sum(parameter.moment_bytes for parameter in parameters)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize("words", [f"ddp {way}" for way in WAYS] + [f"fsdp {way}" for way in FSDP_WAYS])
+def test_galore_sends_what_is_calculated(
+    words: str, micro_batches: int, ranks: list[Counted], galore_ranks: list[dict[str, list[dict[str, Any]]]]
+) -> None:
+    """In steps with new bases and without; but for single numbers, of which there are some for each collective."""
+    engine, way = words.split(" ", 1)
+    fsdp = engine == "fsdp"
+    model = Model()
+    options = {**WAYS[way], **({"projected_backward": False} if fsdp else {})}
+    optimizer = galore(model, options)
+    model(torch.arange(TOKENS)).backward()
+    optimizer.step()
+    parameters = parameters_of(model, optimizer, units=fsdp_units(model) if fsdp else None)
+    exchange: Exchange = "low_rank" if way in ("layerwise", "plain, low_rank") else "dense"
+    devices = Devices(
+        len(galore_ranks),
+        sharded=fsdp,
+        exchange=exchange,
+        hooked=not fsdp and way != "plain",
+        micro_batches=micro_batches,
+    )
+    buffers = 0 if fsdp else sum(buffer.nbytes for buffer in model.buffers())
+    of_steps = galore_ranks[0][f"{words} {micro_batches}"]
+    assert {len(step["refreshing"]) for step in of_steps} == {0, 6}
+    for number, step in enumerate(of_steps):
+        if number < 2:
+            continue  # weights and the order of gradients are sent too, and the first bases have no old ones
+        expected = wire_bytes(parameters, devices, refreshing=step["refreshing"], buffer_bytes=buffers)
+        total, found = sum(expected.values()), sum(step["bytes"].values())
+        numbers = 48 * sum(step["calls"].values())
+        assert total <= found <= total + numbers, (number, expected, step)
+        if not step["refreshing"] and not fsdp:
+            assert step["bytes"] == expected
 
 
 # ---- the units
