@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -94,12 +94,12 @@ class Parameter:
 
         Source: torch, `torch/distributed/fsdp/_fully_shard/_fsdp_param.py` (`Shard(0)`, `chunk_with_empty`).
         """
-        return shard_numel(self.shape, processes)
+        return math.ceil(self.shape[0] / processes) * math.prod(self.shape[1:]) if self.shape else 1
 
 
-def shard_numel(shape: Sequence[int], processes: int) -> int:
-    """Elements of the largest of `processes` shards along the first side."""
-    return math.ceil(shape[0] / processes) * math.prod(shape[1:]) if shape else 1
+def padded(rows: int, processes: int) -> int:
+    """So many rows, filled up to equal parts for all processes."""
+    return processes * math.ceil(rows / processes)
 
 
 def parameters_of(

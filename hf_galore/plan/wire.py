@@ -27,7 +27,7 @@ from typing import Literal
 
 from ..lowrank.methods import METHODS
 from ..lowrank.refresh import PROBES, products
-from .parameters import Parameter, Projection
+from .parameters import Parameter, Projection, padded
 
 Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "broadcast", "reduce"]
 Exchange = Literal["low_rank", "dense"]
@@ -143,37 +143,44 @@ def _target(parameter: Parameter, projection: Projection, devices: Devices, shar
       kept in codes, or where δP is computed and not G.
     - `full`: R (r × r) is reduce-scattered, and gathered; Q is gathered, and P as with `left`.
 
-    A refresh adds its products with G, in float32: those of n × r, and of n × 16 random columns, are sums over the
-    ranks and all-reduced; those of m × r have W's rows, and are gathered; without G they are sums too. Never m × n.
+    Bases are gathered for the step, and by an optimizer with hooks before that for the backward pass. A refresh is in
+    `_refresh`.
 
-    Source: `hf_galore.optim.sharded`, `hf_galore.lowrank.projection` (`ShardedGradient`).
+    Source: `hf_galore.optim.sharded`.
     """
-    (m, n), side = parameter.shape, projection.side
+    (m, n), r, side, ranks = parameter.shape, projection.rank, projection.side, devices.processes
     without = projection.without_gradient
-    low_rank = parameter.low_rank_numel * parameter.wire_itemsize
-    backward = devices.micro_batches if without else 1  # a projected backward needs its bases in every micro-batch
     payload: dict[Kind, float] = defaultdict(float)
     gathered = projection.right_bytes + (projection.left_bytes if without or projection.in_codes else 0)
-    payload["all-gather"] += backward * gathered
-    if side == "right":
-        if without:
-            payload["reduce-scatter"] += low_rank
-    else:
-        payload["reduce-scatter"] += low_rank
-        whole = parameter.low_rank_numel
-        payload["all-gather"] += whole * (projection.direction_itemsize if side == "left" else parameter.wire_itemsize)
-    for kind, nbytes in _refresh(m, n, projection).items():
+    # A projected backward needs its bases in every micro-batch.
+    times = (devices.micro_batches if without else int(devices.hooked)) + 1
+    payload["all-gather"] += times * gathered
+    rows = {"right": m, "left": n, "full": r}[side]
+    low_rank = padded(rows, ranks) * r
+    if side != "right" or without:
+        payload["reduce-scatter"] += low_rank * parameter.wire_itemsize
+    if side != "right":
+        of_element = projection.direction_itemsize if side == "left" else parameter.wire_itemsize
+        payload["all-gather"] += low_rank * of_element
+    for kind, nbytes in _refresh(m, n, projection, ranks).items():
         payload[kind] += share * nbytes
+    payload["all-gather"] += share * (2 * parameter.basis_bytes - gathered)
     return payload
 
 
-def _refresh(m: int, n: int, projection: Projection) -> dict[Kind, float]:
-    """The products of a refresh, with an old basis."""
+def _refresh(m: int, n: int, projection: Projection, ranks: int) -> dict[Kind, float]:
+    """The products with G that a refresh with an old basis takes, in float32; none of them is m × n.
+
+    Those of n × r, and of n × 16 random columns, are sums over the ranks, and all-reduced. Those of m × r have W's
+    rows, and are gathered; without G they are sums too. (Its old basis and its new one are gathered as they are kept.)
+
+    Source: `hf_galore.lowrank.projection` (`ShardedGradient`).
+    """
     r, side = projection.rank, projection.side
     count = products((m, n), r, side, projection.method)
     probes = PROBES if METHODS[projection.method].by_gradient else 0
-    with_rows = 4 * m * (r * (count // 2) + (probes if side != "right" else 0))
-    over_ranks = 4 * n * (r * (count - count // 2) + (probes if side != "left" else 0))
+    with_rows = r * (count // 2) + (probes if side != "right" else 0)
+    over_ranks = r * (count - count // 2) + (probes if side != "left" else 0)
     if projection.without_gradient:
-        return {"all-reduce": over_ranks + with_rows}
-    return {"all-reduce": over_ranks, "all-gather": with_rows}
+        return {"all-reduce": 4 * (n * over_ranks + m * with_rows)}
+    return {"all-reduce": 4 * n * over_ranks, "all-gather": 4 * padded(m, ranks) * with_rows}

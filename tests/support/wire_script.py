@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hf_galore.optim.classes import GaLoreAdamW
 from tests.support.wire import CountedBytes
 
-WIDTH, INNER, TOKENS, LAYERS = 20, 54, 30, 3  # on 4 ranks shards of 54 and of 30 rows are uneven
+WIDTH, INNER, TOKENS, LAYERS = 128, 341, 30, 3  # on 4 ranks shards of 341 and of 30 rows are uneven
 
 
 class Layer(nn.Module):
