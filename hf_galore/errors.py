@@ -13,10 +13,6 @@ class UserError(ValueError):
         super().__init__(" ".join(message.split()))
 
 
-class LostProcessError(UserError):
-    """Another process that this one trains with is gone."""
-
-
 class Interrupted(KeyboardInterrupt):
     """A signal ended what was done; `number` is its number."""
 

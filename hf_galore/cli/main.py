@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 
 from ..config import nearest
-from ..errors import LostProcessError, UserError
+from ..errors import UserError
 from ..expandable_segments import use_expandable_segments
 from ..extras import MissingExtraError, require
 from ..version import __version__
@@ -153,9 +153,10 @@ def _main(given: Sequence[str], streams: Sequence[Outlasting]) -> int:
         status: int = command.run(arguments)
     except (UserError, MissingExtraError) as error:
         _say_error(prog, error)
-        if isinstance(error, LostProcessError):
-            # Taking a group apart that has lost a process may wait for it: gloo does now and then.
-            sys.stderr.flush()
+        if ranks.count() > 1:
+            # Taking their group apart may wait for the others, which wait for this one, or are gone.
+            for stream in streams:
+                stream.flush()
             os._exit(USER_ERROR)
         return USER_ERROR
     except Stopped as stopped:  # all processes are, after the same step

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import LostProcessError, UserError
+from ..errors import UserError
 from .full_disk import full_disk
 
 
@@ -47,7 +47,7 @@ def reporting_errors(output_dir: str, *, leaves_nothing: bool = False) -> Iterat
             remove_empty(missing)
 
 
-def lost_process(error: BaseException) -> LostProcessError | None:
+def lost_process(error: BaseException) -> UserError | None:
     """The error that says that another process of the run is gone; `None` where `error` tells of something else.
 
     gloo raises a plain RuntimeError, which has the place in its source.
@@ -58,7 +58,7 @@ def lost_process(error: BaseException) -> LostProcessError | None:
     if not isinstance(error, group.DistError) and "gloo/transport" not in str(error):
         return None
     reason = str(error).partition("]")[2].partition(". ")[0] if "gloo/transport" in str(error) else str(error)
-    return LostProcessError(
+    return UserError(
         f"another of the {group.get_world_size()} processes is gone, or does not answer ({reason.strip()[:200]}). "
         "What it has printed says why. To go on from the last checkpoint, start all of them with "
         "--resume_from_checkpoint."

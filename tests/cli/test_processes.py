@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +23,6 @@ from hf_galore.cli import main as entry
 from hf_galore.cli.main import COMMANDS, TOGETHER, main
 from hf_galore.cli.noise import quieten
 from hf_galore.cli.run_script import is_own_command
-from hf_galore.errors import LostProcessError
 from hf_galore.log import logger
 from hf_galore.recipes.catalog import catalog, copy, find, listed, next_commands
 from hf_galore.recipes.checkpoints import check_folders, flaw
@@ -35,13 +34,17 @@ from tests.support.ranks import printed
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+ENDED: list[int] = []
+"""The exit statuses with which commands would have ended this process at once."""
 
 
 @pytest.fixture(autouse=True)
-def _as_before() -> Iterator[None]:
-    """Undo what a command does to its process where it is not the first of several."""
+def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Undo what a command does to its process where it is one of several, and let none end the tests."""
     level = logger.level
+    monkeypatch.setattr("hf_galore.cli.main.os._exit", ENDED.append)
     yield
+    ENDED.clear()
     logger.setLevel(level)
     os.environ.pop("TQDM_DISABLE", None)
 
@@ -171,27 +174,12 @@ def test_a_mistake_is_said_once_and_by_others_only_where_nobody_ends_them(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("hf-galore sft: --config nowhere.yaml: there is no such file")
     assert not waited
+    assert ENDED == [2]  # not by way of torch's own end, which may wait for the others
     monkeypatch.setenv("RANK", "1")
     assert main(["sft", "--config", "nowhere.yaml"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("hf-galore sft (process 1): --config nowhere.yaml: there is no such file")
     assert waited == [entry.PATIENCE]
-
-
-def test_where_another_process_is_gone_a_process_ends_at_once(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], small: Embedded, tmp_path: Path
-) -> None:
-    """Not by way of torch's own end, which may wait for the one that is gone."""
-
-    def lost(*_: Any, **__: Any) -> NoReturn:
-        raise LostProcessError("another of the 2 processes is gone.")
-
-    ended: list[int] = []
-    monkeypatch.setattr("hf_galore.recipes.training.run", lost)
-    monkeypatch.setattr("hf_galore.cli.main.os._exit", ended.append)
-    main(["sft", *options(short_run(small.model, small.data, tmp_path / "out"))])
-    assert capsys.readouterr().err == "hf-galore sft: another of the 2 processes is gone.\n"
-    assert ended == [2]
 
 
 def test_the_first_process_alone_makes_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
