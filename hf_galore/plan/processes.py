@@ -21,7 +21,7 @@ from .ranks import RankMemory, memory_a_rank, phases_of
 from .rehearsal import Record
 from .wire import Devices, Exchange, Kind, sent_bytes, wire_bytes
 
-PROJECTED_UNDER_FSDP2 = True
+PROJECTED_UNDER_FSDP2 = False
 """Whether the projected backward serves sharded weights; else their whole gradients are built and reduce-scattered."""
 
 

@@ -12,6 +12,7 @@ from transformers import Trainer
 from hf_galore.cli import plan as command
 from hf_galore.cli.main import main
 from hf_galore.cli.plan_processes import show as show_processes
+from hf_galore.plan import processes
 from hf_galore.plan.planner import GIB
 from hf_galore.plan.processes import ProcessesPlan, RankPlan, rank_plan
 from hf_galore.plan.ranks import RankMemory
@@ -28,7 +29,7 @@ from tests.support.releases import needs_fused_head
 # Embedding, head and 5 norms; two layers of 4 square matrices and 3 of the MLP's.
 NORMS, HEADS, MATRICES = 5 * 64, 2 * 512 * 64, 2 * (4 * 64 * 64 + 3 * 64 * 128)
 NUMBERS = NORMS + HEADS + MATRICES
-LOW_RANK = 2 * 8 * (4 * 64 + 3 * 128)
+LOW_RANK, WIDE_LOW_RANK = 2 * 8 * (4 * 64 + 3 * 128), 2 * 8 * 128
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +56,8 @@ def recipe(tmp_path: Path) -> str:
     return write_recipe(tmp_path, settings, "small.yaml")
 
 
-def test_json_has_what_a_rank_holds_and_sends_beside_adamw(recipe: str) -> None:
+def test_json_has_what_a_rank_holds_and_sends_beside_adamw(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "PROJECTED_UNDER_FSDP2", False)
     found = printed_json(["plan", "--config", recipe, "--json", "--num_processes", "4", "--sharded"])
     assert (found["num_processes"], found["sharded"], found["exchange"]) == (4, True, None)
     assert (found["run"]["optim"], found["adamw"]["optim"]) == ("galore_adamw_layerwise", "adamw_torch_fused")
@@ -70,16 +72,24 @@ def test_json_has_what_a_rank_holds_and_sends_beside_adamw(recipe: str) -> None:
     assert found["adamw"]["memory_bytes"]["moments"] == 2 * 2 * NUMBERS / 4
     assert found["run"]["memory_bytes"]["moments"] == 2 * 4 * (NORMS + HEADS + LOW_RANK) / 4  # in float32
     assert found["adamw"]["payload_bytes_per_step"]["reduce-scatter"] == 2 * NUMBERS
-    reduced = found["run"]["payload_bytes_per_step"]["reduce-scatter"]
-    assert 2 * (NORMS + HEADS) < reduced < 2 * (NORMS + HEADS + MATRICES / 4)
+    # Of the matrices that are wider than tall R is reduced too.
+    assert found["run"]["payload_bytes_per_step"]["reduce-scatter"] == 2 * (NUMBERS + WIDE_LOW_RANK)
     # The same from Python.
     again = plan_processes(recipe, 4, sharded=True).as_dict()
     assert again | {"seconds": 0} == found | {"seconds": 0}
 
 
+def test_where_a_projected_backward_serves_fsdp2_only_r_is_reduced(
+    recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "PROJECTED_UNDER_FSDP2", True)
+    found = printed_json(["plan", "--config", recipe, "--json", "--num_processes", "4", "--sharded"])
+    assert found["run"]["payload_bytes_per_step"]["reduce-scatter"] == 2 * (NORMS + HEADS + LOW_RANK)
+
+
 def test_ddp_is_what_is_not_sharded_and_thousands_are_as_quick(recipe: str) -> None:
     two, many = (
-        printed_json(["plan", "--config", recipe, "--json", f"--num_processes={processes}"]) for processes in (2, 5000)
+        printed_json(["plan", "--config", recipe, "--json", f"--num_processes={number}"]) for number in (2, 5000)
     )
     assert two["exchange"] == "low_rank"
     assert two["run"]["memory_bytes"] == many["run"]["memory_bytes"]
