@@ -207,6 +207,7 @@ def quickstart(name: str, rest: list[str], desk: Path, monkeypatch: pytest.Monke
 
 def plan(name: str, rest: list[str], desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_galore.cli.plan.plan_recipe", reached)
+    monkeypatch.setattr("hf_galore.cli.plan.plan_processes", reached)
     monkeypatch.setattr("hf_galore.cli.suggest.suggest", reached)
     with pytest.raises(Reached):
         main([name, *rest])

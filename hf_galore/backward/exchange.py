@@ -63,6 +63,9 @@ class Exchange:
         self._order_is_known = False
         self._reduces = False
         self._accumulates = False
+        self._sent: set[int] = set()  # what has been exchanged since a forward pass began
+        self._has_begun = False  # a forward pass whose backward pass is to come
+        self._is_part = False  # the present pass, of an accumulation
         self._forget_pass()
         for window in windows:
             window.exchange = self
@@ -103,7 +106,10 @@ class Exchange:
         """
         self.end()
         self._reduces = reduces
-        self._accumulates = self._accumulates or not (reduces and closes_window)
+        self._has_begun = True
+        self._sent.clear()
+        self._is_part = not (reduces and closes_window)
+        self._accumulates = self._accumulates or self._is_part
 
     def kind(self, window: Window) -> Kind | None:
         """What is exchanged for a target in the present backward pass; `None` where nothing is."""
@@ -113,12 +119,14 @@ class Exchange:
 
     def _open(self) -> None:
         """Work out what is exchanged in the present backward pass: the same in all processes."""
+        self._has_begun = False
         # What earlier micro-batches have left is R.
         usual: Kind = "whole" if self.dense and not self._accumulates else "low_rank"
         self._queue = deque()
         for window in self._order:
             refresh = window.refresh_is_due()
-            if refresh or self._reduces:
+            # Autograd may come by again when all has been exchanged that was to be.
+            if id(window) not in self._sent and (refresh or self._reduces):
                 self._queue.append(window)
                 self._kinds[id(window)] = "refresh" if refresh else usual
 
@@ -189,9 +197,12 @@ class Exchange:
         self._reduces = False
 
     def reset(self) -> None:
-        """Forget what has come in the present pass."""
+        """Forget what backward passes have brought; a forward pass may have begun the next."""
+        if not self._has_begun:
+            self._reduces = self._is_part = False
+        self._sent.clear()
         self._forget_pass()
-        self._reduces = False
+        self._accumulates = self._is_part
 
     def close(self) -> None:
         """Reduce no more."""
@@ -216,6 +227,7 @@ class Exchange:
     # ---- sending
 
     def _send(self, window: Window) -> None:
+        self._sent.add(id(window))
         kind = self._kinds[id(window)]
         if kind == "low_rank":
             low_rank = window.low_rank_to_send()
@@ -256,13 +268,16 @@ class Exchange:
 
     def _used(self, windows: Sequence[Window]) -> Callable[[], list[bool]]:
         """Whether any process has a gradient, for each of some targets; to be asked when all have sent theirs."""
+        here = [self._ready[id(window)] for window in windows]
         if not self._tolerant:
-            return lambda: [True] * len(windows)
-        shares = torch.tensor([float(self._ready[id(window)]) for window in windows], device=windows[0].param.device)
+            return lambda: here
+        shares = torch.tensor([*map(float, here)], device=windows[0].param.device)
         work = self.processes.mean_(shares)
 
         def used() -> list[bool]:
             work.wait()
+            if all(here):
+                return here  # without waiting for the device
             return [share > 0 for share in shares.tolist()]
 
         return used

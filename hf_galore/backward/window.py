@@ -167,8 +167,10 @@ class Window:
         )
 
     def refresh_is_due(self) -> bool:
-        """Whether the present micro-batch is to bring a new basis."""
-        return self._refresh_due()
+        """Whether the present micro-batch is to bring a new basis: not on top of R in the present one."""
+        gradient = self.param.grad
+        is_kept = isinstance(gradient, LowRankGradient) and not gradient.is_zero
+        return not is_kept and self._refresh_due()
 
     def bases_for_rows(self) -> Bases | None:
         """The bases that rows of a gradient can be projected with by themselves; `None` where autograd has to build it.
@@ -334,7 +336,7 @@ class Window:
 
     def _must_hold(self) -> bool:
         # Of several processes' gradients none is used before it has been reduced.
-        alone = self.exchange is None and world_size() > 1
+        alone = self.exchange is None and self.trained.ranks is None and world_size() > 1
         return self._mode.must_hold() or self.passes.count() > 1 or alone
 
     def _refresh_due(self) -> bool:

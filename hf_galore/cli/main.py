@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -152,6 +153,11 @@ def _main(given: Sequence[str], streams: Sequence[Outlasting]) -> int:
         status: int = command.run(arguments)
     except (UserError, MissingExtraError) as error:
         _say_error(prog, error)
+        if ranks.count() > 1:
+            # Taking their group apart may wait for the others, which wait for this one, or are gone.
+            for stream in streams:
+                stream.flush()
+            os._exit(USER_ERROR)
         return USER_ERROR
     except Stopped as stopped:  # all processes are, after the same step
         if ranks.speaks():

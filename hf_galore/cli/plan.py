@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -22,6 +23,8 @@ from ..recipes import any_recipe
 from ..recipes.any_recipe import Arguments
 from ..recipes.errors import reporting_complaints
 from ..recipes.planning import plan_recipe
+from ..recipes.planning_processes import check_processes, plan_processes
+from ..recipes.suggestions import Parse
 from . import plan_picture
 from .interrupts import stoppable
 from .options import need_recipe, take_options
@@ -32,7 +35,8 @@ PROG = "hf-galore plan"
 ABOUT = """Find out how much memory a recipe takes and whether that fits a card, from its real training steps with
 tensors that have no numbers: no GPU, no weights and no data are needed. Options of its own: --vram CARD, a card's name
 (4090), label (24GB) or exact memory (23.5GiB), by default the card of this machine if there is one; --json, for one
-JSON object on stdout; --plot FILE.png, for a picture of the memory (or .svg, .pdf); --suggest, for settings that fit.
+JSON object on stdout; --plot FILE.png, for a picture of the memory (or .svg, .pdf); --suggest, for settings that fit;
+--num_processes N, for what each of N processes has and sends under DDP, and with --sharded under FSDP2, beside AdamW.
 The exit status is 0 if it fits or no card is known, 1 if it does not fit, 2 if something that was given is wrong. All
 other options are those of hf-galore sft, below, and override what the recipe says."""
 
@@ -42,6 +46,8 @@ NO_CARD = "give --vram 4090, or 24GB, for a verdict"
 
 def run(arguments: Sequence[str]) -> int:
     """`hf-galore plan --config FILE [--vram 4090] [--json] [--plot FILE.png] [--suggest] [--key value ...]`.
+
+    With `--num_processes N [--sharded]`, of several processes.
 
     Returns:
         0 if it fits or the card is not known, 1 if it does not fit.
@@ -61,6 +67,11 @@ def _run(arguments: Sequence[str]) -> int:
     def parse(overrides: Sequence[str] = ()) -> Arguments:
         return any_recipe.parse([*rest, *overrides], PROG, ABOUT)
 
+    if own.sharded and own.num_processes is None:
+        raise UserError("--sharded needs --num_processes N, over which the model is sharded.")
+    if own.num_processes is not None and (own.suggest or own.plot is not None):
+        other = "--suggest" if own.suggest else "--plot"
+        raise UserError(f"{other} is about one process, and --num_processes about several: leave out one of them.")
     parsed = parse()
     vram = None if own.vram is None else card_size(own.vram)
     if own.suggest:
@@ -74,8 +85,10 @@ def _run(arguments: Sequence[str]) -> int:
         from .suggest import suggest
 
         return suggest(parse, vram, own.json)
+    if own.num_processes is not None and (own.num_processes > 1 or own.sharded):
+        return _of_processes(parse, parsed, own, own.num_processes, vram)
     picture = None if own.plot is None else plan_picture.file_for(own.plot)
-    name = parsed.recipe.name if parsed.recipe else str(parsed.model_name)
+    name = _name_of(parsed)
     # Whatever a library prints has no place in a pipe.
     with contextlib.redirect_stdout(sys.stderr), shown_progress() as progress:
         found = plan_recipe(parsed, vram=vram, progress=progress)
@@ -89,6 +102,10 @@ def _run(arguments: Sequence[str]) -> int:
     return DOES_NOT_FIT if found.fits is False else FITS
 
 
+def _name_of(parsed: Arguments) -> str:
+    return parsed.recipe.name if parsed.recipe else str(parsed.model_name)
+
+
 # ---- what was given
 
 
@@ -99,17 +116,54 @@ class _Own(NamedTuple):
     plot: str | None
     json: bool
     suggest: bool
+    num_processes: int | None
+    sharded: bool
 
 
-_VALUES = {"--vram": "a card, as --vram 4090 or --vram 24GB", "--plot": "a file, as --plot memory.png"}
-_SWITCHES = ("--json", "--suggest")
+_VALUES = {
+    "--vram": "a card, as --vram 4090 or --vram 24GB",
+    "--plot": "a file, as --plot memory.png",
+    "--num_processes": "a number, as --num_processes 8",
+}
+_SWITCHES = ("--json", "--suggest", "--sharded")
 
 
 def _take_own(arguments: Sequence[str]) -> tuple[_Own, list[str]]:
     """Split the arguments into a plan's own options and those of the recipe."""
     given, rest = take_options(arguments, _VALUES, _SWITCHES)
-    vram, plot = (given.get(flag, [None])[0] for flag in _VALUES)
-    return _Own(vram, plot, "--json" in given, "--suggest" in given), rest
+    vram, plot, number = (given.get(flag, [None])[0] for flag in _VALUES)
+    processes = None if number is None else _processes(number, sharded="--sharded" in given)
+    switches = {flag.removeprefix("--"): flag in given for flag in _SWITCHES}
+    return _Own(vram, plot, num_processes=processes, **switches), rest
+
+
+def _processes(text: str, *, sharded: bool) -> int:
+    """The number that `--num_processes` names."""
+    if not re.fullmatch(r"[+-]?\d+", text):
+        raise UserError(f"--num_processes is a number of processes, each with a card, such as 8, but is {text!r}.")
+    try:
+        check_processes(int(text), sharded=sharded)
+    except ValueError as error:
+        raise UserError(f"--num_processes {text}: {error}") from error
+    return int(text)
+
+
+def _of_processes(parse: Parse, parsed: Arguments, own: _Own, num_processes: int, vram: int | None) -> int:
+    """Plan for several processes, and print it."""
+    from .plan_processes import show as show_processes
+
+    first = [parsed]  # parsed already
+
+    def again(overrides: Sequence[str]) -> Arguments:
+        return first.pop() if first and not overrides else parse(overrides)
+
+    with contextlib.redirect_stdout(sys.stderr), shown_progress() as progress:
+        found = plan_processes(again, num_processes, sharded=own.sharded, vram=vram, progress=progress)
+    if own.json:
+        print(json.dumps(found.as_dict(), indent=2))
+    else:
+        show_processes(found, _name_of(parsed), NO_CARD)
+    return DOES_NOT_FIT if found.fits is False else FITS
 
 
 def card_size(text: str) -> int:

@@ -68,12 +68,12 @@ def _table(recipes: Sequence[Listed], others: Sequence[Listed]) -> Iterator[str]
     )
     yield ""
     widths = [max(len(recipe.name) for recipe in recipes), max(len(recipe.command) for recipe in recipes)]
-    widths += [max(_SHORTEST, _WIDTH - sum(widths) - 5 - 9 - 2 * 4), 5]
+    widths += [max(_SHORTEST, _WIDTH - sum(widths) - 6 - 8 - 2 * 4), 6]
     yield _row(("name", "command", "model", "card", "peak"), widths)
     for recipe in recipes:
-        model = "its own" if recipe.model is None else recipe.model.rpartition("/")[2]
+        model = "its own" if recipe.model is None else recipe.model.rpartition("/")[2].removeprefix("Meta-")
         peak = "" if recipe.peak_gib is None else f"{recipe.peak_gib:.1f} GiB"
-        yield _row((recipe.name, recipe.command, _cut(model, widths[2]), recipe.card or "any", peak), widths)
+        yield _row((recipe.name, recipe.command, _cut(model, widths[2]), _cards(recipe), peak), widths)
     yield ""
     yield from textwrap.wrap(
         "peak: planned, of tensors, from the recipe's own settings; 'hf-galore plan --config NAME --vram CARD' says "
@@ -88,9 +88,14 @@ def _table(recipes: Sequence[Listed], others: Sequence[Listed]) -> Iterator[str]
             yield from textwrap.wrap(recipe.about, _WIDTH, initial_indent="    ", subsequent_indent="    ")
 
 
+def _cards(recipe: Listed) -> str:
+    card = recipe.card or "any"
+    return card if recipe.cards == 1 else f"{recipe.cards}×{card}"
+
+
 def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
     padded = [f"{cell:<{width}}" for cell, width in zip(cells[:-1], widths, strict=True)]
-    return "  ".join([*padded, f"{cells[-1]:>9}"]).rstrip()
+    return "  ".join([*padded, f"{cells[-1]:>8}"]).rstrip()
 
 
 def _cut(text: str, width: int) -> str:

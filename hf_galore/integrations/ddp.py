@@ -43,9 +43,10 @@ def active() -> DistributedDataParallel | None:
     return found
 
 
-def wrappers_in(model: nn.Module) -> list[DistributedDataParallel]:
-    """The wrappers among a model and its modules."""
-    return [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
+def inside(model: nn.Module) -> nn.Module:
+    """The model in a wrapper, or the one given where it is none."""
+    found: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
+    return found
 
 
 def reduces_next(wrapper: DistributedDataParallel) -> bool:

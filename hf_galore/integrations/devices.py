@@ -27,7 +27,7 @@ def keep_to_one_gpu(args: TrainingArguments, *, say: bool = True) -> None:
     if say:
         logger.info(
             "%d GPUs are visible; training on one, %s. For another set CUDA_VISIBLE_DEVICES; for all of them start "
-            "torchrun --nproc_per_node %d -m hf_galore with the same arguments, and an optim that is not layerwise.",
+            "torchrun --nproc_per_node %d -m hf_galore with the same arguments.",
             seen,
             args.device,
             seen,

@@ -34,8 +34,7 @@ def supports_fsdp2() -> bool:
 
 def instead() -> str:
     """What to run in place of an engine that is refused, to end a sentence."""
-    several = "under DDP without a layerwise optimizer"
-    return f"run on one GPU, or {several}{', or under FSDP2 (fsdp_version: 2)' if supports_fsdp2() else ''}"
+    return f"run on one GPU, or under DDP{', or under FSDP2 (fsdp_version: 2)' if supports_fsdp2() else ''}"
 
 
 DEEPSPEED = "DeepSpeed: ZeRO-1 and 2 hand an optimizer flat pieces of many weights, and ZeRO-3 shards each weight"

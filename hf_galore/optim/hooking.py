@@ -11,6 +11,7 @@ from ..backward.hooks import BackwardHooks
 from ..config import Exchange
 from ..integrations.engines import will_shard
 from .groups import check_gradient_bits
+from .refreshes import share_when_wrapped
 from .shard import is_sharded
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ def hooks_for(optimizer: GaLoreOptimizer, model: nn.Module | None, options: Mapp
     hooked = layerwise or projected_backward or exchange == "low_rank"
     check_gradient_bits(optimizer.param_groups, hooked=hooked)
     if not hooked:
+        if model is not None:
+            share_when_wrapped(optimizer, model)
         return None
     return (LateHooks if optimizer.waits else BackwardHooks)(
         optimizer,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..backward.gradient import LowRankGradient, UsedGradient
 from ..backward.hooks import BackwardHooks
+from ..backward.processes import Processes
 from ..config import GaLoreConfig
 from ..lowrank import nonfinite
 from ..lowrank.orthonormal import warm_up
@@ -26,6 +27,7 @@ from .groups import check_gradient_bits, check_group_keys, check_options, split_
 from .hooking import hooks_for, waits_for_shards
 from .making import make
 from .names import Names
+from .refreshes import SharedRefreshes
 from .report import Journal, Memory, refresh_figures
 from .skipped import Skipped, uncount
 from .target import Target, forget_phases
@@ -83,6 +85,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         self._waits = False  # for other parameters, which take the place of those that it has
         self._names = Names(model)
         self._trained: dict[int, Trained] = {}  # by the parameter's id
+        self._processes: Processes | None = None  # that have the same gradients, if any are known
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "rule": self.rule}
@@ -176,6 +179,15 @@ class GaLoreOptimizer(torch.optim.Optimizer):
             if isinstance(trained, Target):
                 trained.refresh_asked = True
 
+    def share_refreshes(self, processes: Processes) -> None:
+        """Share the refreshes with processes that have the same gradients, those of `DistributedDataParallel`."""
+        self._processes = processes
+
+    @property
+    def shares_refreshes(self) -> bool:
+        """Whether other processes are known that have the same gradients."""
+        return self._processes is not None
+
     # ---- the update
 
     @overload
@@ -203,6 +215,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         if self._hooks is not None:
             self._hooks.check_before_step(parameters)
         norms = norms_for_step(parameters)
+        refreshes = None if self._processes is None else SharedRefreshes(self._processes, parameters)
         for trained in parameters:
             gradient, norm = trained.local.grad, norms.get(id(trained.param))
             if isinstance(gradient, LowRankGradient) and gradient.addend is None:
@@ -210,7 +223,8 @@ class GaLoreOptimizer(torch.optim.Optimizer):
             elif gradient is not None and not isinstance(gradient, UsedGradient):
                 whole = gradient.addend if isinstance(gradient, LowRankGradient) else gradient
                 assert whole is not None
-                trained.step(whole, norm)
+                if refreshes is None or not refreshes.step(trained):
+                    trained.step(whole, norm)
                 del whole
             if isinstance(trained, Target):
                 trained.refresh_asked = False

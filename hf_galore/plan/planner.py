@@ -28,6 +28,9 @@ from .rehearsal import Progress, Record, rehearse
 
 GIB = 2**30
 
+Look = Callable[[Trainer, Record], None]
+"""Called with the Trainer after its steps, while tensors are still fake, and with what they took."""
+
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
@@ -116,6 +119,7 @@ def plan(
     vram: int | str | None = None,
     target: Target = "cuda",
     progress: Progress | None = None,
+    look: Look | None = None,
 ) -> MemoryPlan:
     """Find the memory of a training run, without a GPU, weights or data.
 
@@ -129,6 +133,7 @@ def plan(
             this machine's, if there is one.
         target: the device that the tensors stand for; `cpu` gives what the run takes on a CPU.
         progress: called with the phase and the number of the step.
+        look: called with the Trainer and what was recorded of it.
 
     Raises:
         ValueError: something that was given is wrong; the message says what.
@@ -146,6 +151,8 @@ def plan(
         record = rehearse(trainer, fakes, progress)
         device = str(trainer.args.device)
         parameters = sum(param.numel() for param in trainer.model.parameters())
+        if look is not None:
+            look(trainer, record)
     stood_for = target if device.startswith(target) else f"{target} (stood in for by {device} tensors)"
     found = _summary(record, stood_for, start, parameters)
     return dataclasses.replace(found, vram_bytes=total, free_bytes=None if card is None else card.free)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -209,6 +209,24 @@ class StorageTracker(TorchDispatchMode):
     def peaks(self) -> list[Peak]:
         """The peak of each phase, highest first."""
         return sorted(self._peaks.values(), key=lambda peak: -peak.nbytes)
+
+    def peaks_by(self, shares: Mapping[str, float]) -> list[Peak]:
+        """The peak of each phase where of some labels only a share counts, as where others hold the rest of them.
+
+        Args:
+            shares: by label; all of the others counts.
+
+        Returns:
+            Peaks whose bytes are the shares, highest first.
+        """
+        found: dict[str, Peak] = {}
+        total = 0.0
+        for number, (index, nbytes) in enumerate(self._events, 1):
+            total += nbytes * shares.get(self._label_of(index), 1.0)
+            phase = self._storages[index].phase
+            if nbytes > 0 and (phase not in found or total > found[phase].nbytes):
+                found[phase] = Peak(int(total), phase, number)
+        return sorted(found.values(), key=lambda peak: -peak.nbytes)
 
     def breakdown(self, event: int | None = None) -> dict[str, int]:
         """Live bytes by label after so many events, largest first; now, where none is given."""

@@ -21,7 +21,11 @@ from .config_file import read
 from .folders import OF_OTHERS, known_recipes, recipes_folder
 from .kinds import QUICKSTART, command_of
 
-_PLAN = re.compile(r"^#   (?:hf-galore plan|axolotl galore-plan) .*?(?:--vram (\S+) *)?# peak: (\d+\.\d+) GiB$", re.M)
+_PLAN = re.compile(
+    r"^#   (?:hf-galore plan|axolotl galore-plan) .*?"
+    r"(?:--num_processes (?P<cards>\d+) --sharded )?(?:--vram (?P<card>\S+) *)?# peak: (?P<peak>\d+\.\d+) GiB$",
+    re.MULTILINE,
+)
 _MODELS = ("model_name_or_path", "config_name", "base_model")
 _ORDER = ("quickstart", "sft", "dpo", "pretrain", "glue")
 _OTHERS = {
@@ -42,8 +46,10 @@ class Listed(NamedTuple):
     """The model's name; `None` where the command makes it."""
     card: str | None
     """What `--vram` has in its header; `None` where any card will do, or none."""
+    cards: int
+    """How many of them it is for: with more than one it is for FSDP2."""
     peak_gib: float | None
-    """The planned peak; `None` where the header has it in words."""
+    """The planned peak, of a rank where there are several; `None` where the header has it in words."""
     about: str
     """The header's first sentence."""
     licence: str | None
@@ -79,8 +85,9 @@ def listed(name: str) -> Listed:
         name=name,
         command=_OTHERS.get(Path(name).parts[0]) or command_of(path),
         model=next((str(keys[key]) for key in _MODELS if key in keys), None),
-        card=plan[1] if plan else None,
-        peak_gib=float(plan[2]) if plan else None,
+        card=plan["card"] if plan else None,
+        cards=int(plan["cards"] or 1) if plan else 1,
+        peak_gib=float(plan["peak"]) if plan else None,
         about=re.split(r"(?<=[.:]) ", header, maxsplit=1)[0].rstrip(":"),
         licence=f"{licence[0]}." if licence else None,
     )
@@ -165,4 +172,10 @@ def next_commands(recipe: Listed, path: Path) -> list[str]:
     if recipe.name == QUICKSTART:  # a copy is a recipe like any other, for a model and data of one's own
         return [f"hf-galore sft --config {file} --model_name_or_path MODEL --dataset_name DATA"]
     card = f" --vram {recipe.card}" if recipe.card else ""
+    if recipe.cards > 1:
+        launch = f"accelerate launch --config_file recipes/accelerate/fsdp2.yaml --num_processes {recipe.cards}"
+        return [
+            f"hf-galore plan --config {file} --num_processes {recipe.cards} --sharded{card}",
+            f"{launch} -m hf_galore {recipe.command} --config {file}",
+        ]
     return [f"hf-galore plan --config {file}{card}", f"hf-galore {recipe.command} --config {file}"]

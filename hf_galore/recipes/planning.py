@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from ..integrations.trainer import registered
 from ..plan.fakes import Target
-from ..plan.planner import MemoryPlan, plan, quiet
+from ..plan.planner import Look, MemoryPlan, plan, quiet
 from ..plan.rehearsal import Progress
 from . import any_recipe, stand_in
 from .any_recipe import Arguments
@@ -24,6 +24,7 @@ def plan_recipe(
     target: Target = "cuda",
     layers: int | None = None,
     progress: Progress | None = None,
+    look: Look | None = None,
 ) -> MemoryPlan:
     """Find the memory of a recipe's training, without a GPU, weights or data.
 
@@ -35,6 +36,7 @@ def plan_recipe(
         target: the device that the tensors stand for; `cpu` gives what the run takes on a CPU.
         layers: how many layers the model is to have, instead of its own number.
         progress: called with the phase and the number of the step.
+        look: called with the Trainer after its steps, and with what was recorded of them.
 
     Raises:
         ValueError: something that was given is wrong; the message says what.
@@ -47,7 +49,7 @@ def plan_recipe(
             arguments = recipe
         arguments.training.output_dir = folder  # the Trainer makes it
         prepared = stand_in.prepare(arguments, layers)
-        found = plan(prepared.make_trainer, vram=vram, target=target, progress=progress)
+        found = plan(prepared.make_trainer, vram=vram, target=target, progress=progress, look=look)
     return dataclasses.replace(
         found,
         seconds=time.perf_counter() - start,  # with the recipe's reading

@@ -34,7 +34,8 @@ def net() -> nn.Module:
 
 def optimizer_of(net: nn.Module) -> GaLoreAdamW:
     """One with two targets, and biases that are full-rank."""
-    targets = {param: {"rank": 3, "proj_bits": 16} for param in net.parameters() if param.ndim == 2}
+    options: dict[str, Any] = {"rank": 3, "proj_bits": 16}
+    targets: dict[Tensor, dict[str, Any]] = {param: options for param in net.parameters() if param.ndim == 2}
     return GaLoreAdamW(net.parameters(), lr=1e-2, param_options=targets, module=net)
 
 

@@ -28,14 +28,25 @@ def test_every_recipe_is_listed_once_and_by_command() -> None:
 @pytest.mark.parametrize("name", EVERY)
 def test_the_header_has_the_one_line_that_the_list_is_made_of(name: str) -> None:
     text = (recipes_folder() / name).read_text(encoding="utf-8")
-    line = re.compile(rf"^#   hf-galore plan --config {re.escape(name)} (?:--vram (\S+) )? *# peak: (\S+) GiB$", re.M)
-    ((card, peak),) = line.findall(text)
+    several = r"(?:--num_processes (\d+) --sharded )?"
+    options = rf"{several}(?:--vram (\S+) )? *# peak: (\S+) GiB$"
+    line = re.compile(rf"^#   hf-galore plan --config {re.escape(name)} {options}", re.M)
+    ((cards, card, peak),) = line.findall(text)
     recipe = EVERY[name]
-    assert (recipe.card or "", recipe.peak_gib) == (card, float(peak))
+    assert (recipe.card or "", recipe.cards, recipe.peak_gib) == (card, int(cards or 1), float(peak))
     keys = read(recipes_folder() / name)
     assert recipe.model == keys.get("model_name_or_path", keys.get("config_name"))
     assert text.replace("\n# ", " ").startswith(f"# {recipe.about}")
     assert (recipe.licence is not None) == ("Needs access to" in text)
+
+
+def test_a_recipe_for_several_cards_is_started_by_accelerate() -> None:
+    recipe = EVERY["llama3_70b_oasst2.yaml"]
+    assert (recipe.cards, recipe.card) == (8, "80GB")
+    planned, started = next_commands(recipe, Path("a b.yaml"))
+    assert planned == "hf-galore plan --config 'a b.yaml' --num_processes 8 --sharded --vram 80GB"
+    assert started.startswith("accelerate launch --config_file recipes/accelerate/fsdp2.yaml --num_processes 8 ")
+    assert started.endswith(" -m hf_galore sft --config 'a b.yaml'")
 
 
 def test_those_of_other_programs_are_apart() -> None:

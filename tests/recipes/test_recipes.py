@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    Trainer,
 )
 
 import hf_galore
@@ -27,7 +28,10 @@ from hf_galore import GaLoreConfig
 from hf_galore.cli.main import main
 from hf_galore.integrations.target_modules import find_targets
 from hf_galore.plan.cards import parse_size
+from hf_galore.plan.needs import needed_at_a_guess
 from hf_galore.plan.planner import GIB, MemoryPlan
+from hf_galore.plan.processes import RankPlan, rank_plan
+from hf_galore.plan.rehearsal import Record
 from hf_galore.recipes import any_recipe, planning, run_record, stand_in
 from hf_galore.recipes.checks import galore_config
 from hf_galore.recipes.embedded_model import CACHE_VARIABLE, Embedded
@@ -35,7 +39,7 @@ from hf_galore.recipes.folders import configs_folder, known_models, known_recipe
 from hf_galore.recipes.kinds import command_of
 from hf_galore.recipes.planning import plan_recipe
 from tests.support.commands import options
-from tests.support.pages import recipe_rows
+from tests.support.pages import recipe_rows, rows_of_several_cards
 from tests.support.releases import needs_fused_head
 
 LLAMA2 = recipes_folder() / "llama2_7b_oasst2.yaml"
@@ -119,7 +123,14 @@ GLUE = {"glue/roberta_base_mrpc.yaml", "glue/roberta_base_cola.yaml", "glue/robe
 
 
 @needs_fused_head
-@pytest.mark.parametrize("name", [name for name in RECIPES if not name.startswith("glue/") or name in GLUE])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name in RECIPES
+        if (not name.startswith("glue/") or name in GLUE) and name not in rows_of_several_cards()
+    ],
+)
 def test_a_recipe_takes_the_memory_that_its_header_says(name: str, small: Embedded) -> None:
     text = (recipes_folder() / name).read_text(encoding="utf-8")
     said = re.findall(r"^# .*hf-galore plan .*# peak: (\d+\.\d+) GiB$", text, flags=re.MULTILINE)
@@ -152,6 +163,36 @@ def test_a_task_of_glue_takes_what_mrpc_takes(name: str) -> None:
     differing = {key for key in mrpc if found[key] != mrpc[key]}
     assert differing <= {"task_name", "learning_rate", "output_dir"}
     assert "--vram 8GB # peak: 5.98 GiB\n" in (recipes_folder() / name).read_text(encoding="utf-8")
+
+
+def of_a_rank(name: str, layers: int) -> tuple[RankPlan, int]:
+    """What a rank of a recipe for several cards has and its tokens a step, with so many layers."""
+    found: list[RankPlan] = []
+
+    def look(trainer: Trainer, record: Record) -> None:
+        found.append(rank_plan(trainer, record, 8, sharded=True))
+
+    planned = plan_recipe(recipes_folder() / name, layers=layers, look=look)
+    return found[0], int(planned.tokens_per_step or 0)
+
+
+@needs_fused_head
+@pytest.mark.parametrize("name", rows_of_several_cards())
+def test_a_recipe_for_several_cards_takes_of_each_what_its_header_says(name: str) -> None:
+    """Of the 80 layers each adds the same: a few tell."""
+    (few, tokens), (more, _) = (of_a_rank(name, layers) for layers in (2, 6))
+    layers = AutoConfig.from_pretrained(
+        configs_folder() / str(model_of(settings(recipes_folder() / name)))
+    ).num_hidden_layers
+    total = few.memory.total + (layers - 2) * (more.memory.total - few.memory.total) / 4
+    text, row = (recipes_folder() / name).read_text(encoding="utf-8"), rows_of_several_cards()[name]
+    said = re.search(r"--num_processes 8 --sharded --vram (\d+)GB # peak: (\d+\.\d+) GiB$", text, flags=re.MULTILINE)
+    assert said is not None
+    assert total / GIB == pytest.approx(float(said[2]), rel=0.01)
+    needed = needed_at_a_guess(int(total), expandable=True)
+    assert needed <= parse_size(f"{said[1]}GB")
+    assert (row.card, row.tokens, row.peak) == (f"8 × {said[1]} GB", f"{8 * tokens:,}", said[2])
+    assert float(row.needs) == pytest.approx(needed / GIB, rel=0.01)
 
 
 def tokens_per_step(name: str) -> int:
@@ -244,6 +285,7 @@ def test_every_models_config_is_here() -> None:
 PARAMETERS = {
     "meta-llama/Llama-2-7b-hf": 6_738_415_616,
     "meta-llama/Meta-Llama-3-8B": 8_030_261_248,
+    "meta-llama/Meta-Llama-3-70B": 70_553_706_496,
     "mistralai/Mistral-7B-v0.3": 7_248_023_552,
     "Qwen/Qwen3-8B-Base": 8_190_735_360,
     **dict.fromkeys(("Qwen/Qwen3-4B", "Qwen/Qwen3-4B-Base"), 4_022_468_096),
@@ -283,7 +325,14 @@ def test_a_recipe_is_right(name: str, small: Embedded) -> None:
     )
     commands = re.findall(r"^#   (hf-galore .*?)(?: +# .*)?$", text, flags=re.MULTILINE)
     assert commands, "the header has the command that runs it"
-    assert any(line.startswith(f"hf-galore {command}") for line in commands)
+    if name in rows_of_several_cards():
+        launched = re.search(
+            r"^#   accelerate launch .*--num_processes 8 \\\n# +-m hf_galore (\w+) --config (\S+)$", text, re.M
+        )
+        assert launched is not None
+        assert launched.groups() == (command, name)
+    else:
+        assert any(line.startswith(f"hf-galore {command}") for line in commands)
     for line in commands:
         for word in (word for word in shlex.split(line) if word.endswith(".yaml")):
             assert (recipes_folder() / word).is_file(), line

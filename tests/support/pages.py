@@ -26,6 +26,8 @@ BEGIN, END = "<!-- made by python -m tests.support.pages -->\n", "<!-- end -->\n
 
 PEAK, NEEDS = "peak, GiB", "needs, GiB"
 """Columns of the tables of docs/recipes.md."""
+PEAK_OF_A_RANK, A_CARD_NEEDS = "peak of a rank, GiB", "a card needs, GiB"
+"""Those of the table of recipes for several cards."""
 
 # What a step was measured to take, and on what: docs/cards.md.
 MEASURED = {"llama2_7b_oasst2.yaml": "0.54 s on an H200"}
@@ -51,11 +53,16 @@ class Row(NamedTuple):
 
 
 def recipe_rows() -> dict[str, Row]:
-    """The rows of docs/recipes.md that are of a recipe as it is, by its name."""
-    return dict(_rows(RECIPES_PAGE.read_text("utf-8")))
+    """The rows of docs/recipes.md that are of a recipe for one card as it is, by its name."""
+    return dict(_rows(RECIPES_PAGE.read_text("utf-8"), PEAK, NEEDS))
 
 
-def _rows(text: str) -> Iterator[tuple[str, Row]]:
+def rows_of_several_cards() -> dict[str, Row]:
+    """The same of recipes for several cards; what they say of memory is of each."""
+    return dict(_rows(RECIPES_PAGE.read_text("utf-8"), PEAK_OF_A_RANK, A_CARD_NEEDS))
+
+
+def _rows(text: str, peak: str, needs: str) -> Iterator[tuple[str, Row]]:
     columns: list[str] = []
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -63,17 +70,17 @@ def _rows(text: str) -> Iterator[tuple[str, Row]]:
             columns = []
         elif not columns:
             columns = cells
-        elif NEEDS in columns and (name := re.match(r"\[`([\w./]+\.yaml)`\]", cells[0])):
+        elif needs in columns and (name := re.match(r"\[`([\w./]+\.yaml)`\]", cells[0])):
             found = dict(zip(columns, cells, strict=True))
             yield (
                 name[1],
                 Row(
-                    found["card"],
+                    found.get("card") or found["cards"],
                     found.get("model", ""),
                     found.get("rank", ""),
                     found["tokens a step"],
-                    found[PEAK],
-                    found[NEEDS],
+                    found[peak],
+                    found[needs],
                 ),
             )
 
