@@ -74,7 +74,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         admission.say_if_nothing_is_projected(type(self).__name__, self.param_groups)
         for device in {target.param.device for target in self.targets() if nonfinite.has_numbers(target.param)}:
             warm_up(device)
-        self._hooks = hooks_for(self, model, options)
+        self._hooks = hooks_for(self, model, options, waits=self._waits)
 
     def _init_unsaved(self, rule: str, model: nn.Module | None) -> None:
         """Set what is not in `state_dict()`."""
@@ -241,11 +241,6 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         target.update(gradient.low_rank, norm, before=before)
 
     # ---- hooks into the backward pass, and gradients
-
-    @property
-    def waits(self) -> bool:
-        """Whether it has no state and no hooks yet, as accelerate is to shard its parameters (FSDP2)."""
-        return self._waits
 
     @property
     def hooks(self) -> BackwardHooks | None:
