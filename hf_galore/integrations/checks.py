@@ -20,6 +20,7 @@ from ..rules import RULES, without_own_name
 from .accelerate import compiles, unwrapped
 from .callback import galore_callback, galore_optimizer
 from .engines import instead, supports_fsdp2
+from .fsdp import say_if_whole_gradients_accumulate
 from .llamafactory import own_optimizer_of
 
 
@@ -39,6 +40,7 @@ def check_optimizer(trainer: Trainer, optimizer: GaLoreOptimizer) -> None:
         if compiles(trainer.accelerator):
             optimizer.hooks.notices.compiled()
     _check_targets(trainer, optimizer)
+    say_if_whole_gradients_accumulate(trainer, optimizer)
     if trainer.model is not None:
         trained = {id(param) for group in optimizer.param_groups for param in group["params"]}
         named = ((name, param) for name, param in trainer.model.named_parameters() if id(param) in trained)

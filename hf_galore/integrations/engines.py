@@ -85,6 +85,14 @@ def check_no_accelerator(asked: str) -> None:
         raise refusal(asked, FSDP1)
 
 
+def will_shard() -> bool:
+    """Whether accelerate is going to shard the parameters that an optimizer is given now, by FSDP2."""
+    module = sys.modules.get("accelerate.state")
+    state = {} if module is None else module.AcceleratorState._shared_state or {}
+    kind = str(getattr(state.get("distributed_type"), "value", ""))
+    return kind == "FSDP" and getattr(state.get("fsdp_plugin"), "fsdp_version", 1) == 2
+
+
 def check_whole(asked: str, members: Iterable[_Member]) -> None:
     """Refuse a step on parameters that an engine has replaced, flattened or emptied since the optimizer was made.
 

@@ -67,7 +67,7 @@ def check_group(group: Group, own: Rule, name_of: Callable[[Tensor], str]) -> No
         if engine is not None:
             raise refusal(f"GaLore, with {name_of(param)} among its parameters,", engine)
         if is_sharded(param):
-            _check_sharded(name_of(param), param, group)
+            check_sharded(name_of(param), param, group)
         rule.check_parameter(name_of(param), param)
         if "rank" not in group:
             continue
@@ -100,7 +100,12 @@ def check_refresh(group: Mapping[str, Any]) -> None:
         )
 
 
-def _check_sharded(name: str, param: Tensor, group: Group) -> None:
+def check_sharded(name: str, param: Tensor, group: Group) -> None:
+    """Check that a DTensor can be what its group says.
+
+    Raises:
+        ValueError: it is divided in a way that GaLore does not know, or its group asks for what needs it whole.
+    """
     check_sharding(name, param)
     if is_target(param, group) and not METHODS[group["refresh"]].from_factors:
         others = ", ".join(method for method, row in METHODS.items() if row.from_factors)

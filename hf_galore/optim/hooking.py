@@ -2,19 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..backward.hooks import BackwardHooks
 from ..config import Exchange
+from ..integrations.engines import will_shard
 from .groups import check_gradient_bits
 from .refreshes import share_when_wrapped
 from .shard import is_sharded
 
 if TYPE_CHECKING:
     from .optimizer import GaLoreOptimizer
+    from .trained import Trained
+
+
+class LateHooks(BackwardHooks):
+    """Hooks on parameters that are still to be sharded: they come on the model when those are there.
+
+    A Trainer puts them on when it has prepared the model. In a loop of one's own the first step does.
+    """
+
+    _waits = True
+
+    def attach(self) -> None:
+        """Put the hooks on the model, if its parameters are sharded by now."""
+        optimizer = self._optimizer()
+        if optimizer is not None and all(trained.ranks for trained in optimizer.trained_parameters()):
+            self._waits = False
+            super().attach()
+
+    def start_window(self, parameters: list[Trained]) -> None:
+        """Begin the next window."""
+        super().start_window(parameters)
+        if self._waits:
+            self.attach()
+
+    def detach(self) -> None:
+        """Take the hooks off the model, and wait no more."""
+        super().detach()
+        self._waits = False
+
+
+def waits_for_shards(groups: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether the parameters that an optimizer is given are to be replaced by sharded ones.
+
+    Args:
+        groups: of parameters, alone or in pairs with their names.
+    """
+    if not will_shard():
+        return False
+    entries = (entry for group in groups for entry in group["params"])
+    return not any(is_sharded(entry[1] if isinstance(entry, tuple) else entry) for entry in entries)
 
 
 def hooks_for(optimizer: GaLoreOptimizer, model: nn.Module | None, options: Mapping[str, Any]) -> BackwardHooks | None:
@@ -30,7 +71,7 @@ def hooks_for(optimizer: GaLoreOptimizer, model: nn.Module | None, options: Mapp
     """
     layerwise: bool = options.get("layerwise", False)
     projected_backward: bool | None = options.get("projected_backward")
-    sharded = any(is_sharded(param) for group in optimizer.param_groups for param in group["params"])
+    sharded = optimizer.waits or any(is_sharded(param) for group in optimizer.param_groups for param in group["params"])
     if sharded:
         _check_sharded(options)
     if projected_backward is None:
@@ -42,7 +83,7 @@ def hooks_for(optimizer: GaLoreOptimizer, model: nn.Module | None, options: Mapp
         if model is not None:
             share_when_wrapped(optimizer, model)
         return None
-    return BackwardHooks(
+    return (LateHooks if optimizer.waits else BackwardHooks)(
         optimizer,
         _hooked(model, type(optimizer).__name__),
         layerwise=layerwise,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..rules import Rule, rule_of
+from .admission import check_sharded
 from .groups import is_target
 from .shard import is_sharded
 from .sharded import ShardedFullRank, ShardedTarget
@@ -21,10 +22,14 @@ def make(owner: Owner, param: Tensor, place: Place, index: int, rule: Rule) -> T
         place: where it is in the optimizer's groups.
         index: of the parameter in the optimizer.
         rule: the optimizer's own.
+
+    Raises:
+        ValueError: it is sharded in a way that GaLore does not know, or for a refresh that needs whole gradients.
     """
     group = owner.param_groups[place.group]
     kinds: tuple[type[Trained], type[Trained]] = (Target, FullRank)
     if is_sharded(param):
+        check_sharded(owner.name_of(param), param, group)  # by now: accelerate replaces those that there were
         kinds = (ShardedTarget, ShardedFullRank)
     kind = kinds[0] if is_target(param, group) else kinds[1]
     return kind(owner, param, place, index, rule_of(rule, group))

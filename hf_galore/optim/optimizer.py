@@ -24,7 +24,7 @@ from . import admission, checkpoint
 from .gradients import clip_, norm_of_gradients, norms_for_step
 from .groups import GaLoreOptions as GaLoreOptions
 from .groups import check_gradient_bits, check_group_keys, check_options, split_groups, with_seeds
-from .hooking import hooks_for
+from .hooking import hooks_for, waits_for_shards
 from .making import make
 from .names import Names
 from .refreshes import SharedRefreshes
@@ -65,6 +65,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         defaults = {key: options.get(key, default) for key, default in own.items()}
         if options.get("stochastic_rounding", False):
             defaults["stochastic_rounding"] = True
+        self._waits = waits_for_shards(groups)
         self._constructing = True
         super().__init__(self._names.in_groups(groups), defaults)
         self._constructing = False
@@ -81,6 +82,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         self.journal = Journal()
         self._hooks = None
         self._constructing = False
+        self._waits = False  # for other parameters, which take the place of those that it has
         self._names = Names(model)
         self._trained: dict[int, Trained] = {}  # by the parameter's id
         self._processes: Processes | None = None  # that have the same gradients, if any are known
@@ -120,7 +122,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
             del self.param_groups[-1]
             raise
         for param in group["params"]:
-            if param.requires_grad:
+            if param.requires_grad and not self._waits:
                 _ = self.trained(param).state  # made now, not in the first step
         if self._hooks is not None and self._hooks.attached:
             self._hooks.attach_new()
@@ -144,6 +146,13 @@ class GaLoreOptimizer(torch.optim.Optimizer):
                 found.append(trained)
         if len(found) < len(self._trained):  # some have left the groups
             self._trained = {id(trained.param): trained for trained in found}
+            self._names.refresh()
+            for param in [param for param in self.state if id(param) not in self._trained]:
+                del self.state[param]
+        if self._waits:
+            self._names.refresh()
+            self._waits = not any(trained.ranks for trained in found)
+            self._trained = {} if self._waits else self._trained  # what is to be replaced must not be kept alive
         return found
 
     def trained(self, param: Tensor) -> Trained:
@@ -154,8 +163,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         """
         trained = self._trained.get(id(param))
         if trained is None or not trained.is_current():
-            self.trained_parameters()
-            trained = self._trained.get(id(param))
+            trained = next((found for found in self.trained_parameters() if found.param is param), None)
         if trained is None:
             raise ValueError(f"{self.name_of(param)} is in no group of this optimizer.")
         return trained
@@ -243,6 +251,11 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         target.update(gradient.low_rank, norm, before=before)
 
     # ---- hooks into the backward pass, and gradients
+
+    @property
+    def waits(self) -> bool:
+        """Whether it has no state and no hooks yet, as accelerate is to shard its parameters (FSDP2)."""
+        return self._waits
 
     @property
     def hooks(self) -> BackwardHooks | None:

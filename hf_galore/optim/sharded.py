@@ -85,6 +85,16 @@ class Sharded(Trained):
     def _rounding_seed(self, group: Group) -> int:
         return mixed_seed(super()._rounding_seed(group), self.ranks.rank, 0)  # other rows, other numbers
 
+    def step(self, gradient: Tensor, norm: Tensor | None = None) -> None:
+        """One optimizer step from this process's part of the gradient.
+
+        None from a gradient of zero at a learning rate of zero: `torch.distributed.checkpoint` makes state so.
+        """
+        if float(self.group["lr"]) == 0 and norm is not None and not norm.any():
+            _ = self.state
+            return
+        super().step(gradient, norm)
+
     # ---- checkpoints
 
     def to_saved(self, state: State) -> State:

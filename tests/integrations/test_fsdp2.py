@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.fsdp2_script import CASES, CHECKPOINTED, CORE, make_model, plan, unsharded
+from tests.support.fsdp2_script import BY_TRAINER, CASES, CHECKPOINTED, CORE, by_trainer, make_model, plan, unsharded
+from tests.support.helpers import assert_same_but_for_rounding, perturbed, snapshot, tiny_llama
 
 pytestmark = pytest.mark.slow
 
@@ -105,6 +106,28 @@ def test_a_checkpoint_of_two_processes_resumes_on_any_number(found: Found, name:
             assert 0 < share(weights, expected) < LOOSE[name]
         else:
             assert largest(weights, expected) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["adafactor_columns", "layerwise", "layerwise_clipped"])
+def test_accelerate_may_replace_the_parameters(found: Found, name: str) -> None:
+    prepared, expected = found[f"{name}/accelerate"], found[f"{name}/unsharded"]["weights"]
+    assert largest(prepared["weights"], expected) < 1e-6
+    if name.startswith("layerwise"):  # it was given the model
+        assert prepared["name"] == "up.weight"
+
+
+@pytest.mark.parametrize("kind", ["SHARDED_STATE_DICT", "FULL_STATE_DICT"])
+def test_checkpoints_of_accelerate_resume_bit_for_bit(found: Found, kind: str) -> None:
+    expected, resumed = found[f"{kind}/uninterrupted"], found[f"{kind}/resumed"]
+    assert all(torch.equal(resumed[key], value) for key, value in expected.items())
+
+
+@pytest.mark.parametrize("name", BY_TRAINER)
+def test_a_trainer_trains_what_transformers_has_sharded(found: Found, tmp_path: Path, name: str) -> None:
+    sharded, expected = found[f"{name}/at_load"], by_trainer(tiny_llama(), tmp_path, name, 1)
+    nearby = by_trainer(perturbed(tiny_llama()), tmp_path, name, 1)
+    assert_same_but_for_rounding(sharded["weights"], expected["weights"], nearby["weights"], snapshot(tiny_llama()))
+    assert sharded["norms"] == pytest.approx(expected["norms"], rel=1e-4)
 
 
 def test_all_cases_are_run() -> None:

@@ -7,14 +7,18 @@ saves what it found. Whoever has launched them meanwhile trains the model unshar
 from __future__ import annotations
 
 import copy
+import gc
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType, load_fsdp_model, load_fsdp_optimizer, save_fsdp_model, save_fsdp_optimizer
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -22,11 +26,18 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
+from transformers import LlamaForCausalLM
+from transformers.distributed import DistributedConfig
 
 from hf_galore.optim import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, GaLoreOptimizer
+from tests.support.helpers import EXACT_ARGS, logged, make_trainer, tiny_llama
 
 BATCH = 24
 GALORE = {"rank": 8, "update_proj_gap": 4, "scale": 1.0}
+
+
+class Wide(nn.Linear):
+    """A layer that accelerate shards by itself."""
 
 
 class Model(nn.Module):
@@ -35,14 +46,20 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(53, 32)
-        self.up = nn.Linear(32, 520)
-        self.down = nn.Linear(520, 32, bias=False)
+        self.up = Wide(32, 520)
+        self.down = Wide(520, 32, bias=False)
         self.square = nn.Linear(32, 32, bias=False)
         self.norm = nn.LayerNorm(32)
         self.nine = nn.Linear(32, 9)  # none for the last of 4 processes
         self.four = nn.Linear(9, 4)  # none for the last of 3, and too small to be projected
         self.head = nn.Linear(32, 53, bias=False)
         self.head.weight = self.embedding.weight
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
 
     def start(self) -> dict[str, Tensor]:
         """Its weights, by name; what is tied once."""
@@ -268,6 +285,94 @@ def checkpoints(folder: Path, meshes: dict[tuple[int, ...], DeviceMesh]) -> dict
     return found if rank == 0 else {}
 
 
+# ---- accelerate
+
+
+def prepared(case: Case, kind: str = "SHARDED_STATE_DICT") -> tuple[Accelerator, Model, GaLoreOptimizer]:
+    """A model and its optimizer as accelerate's FSDP2 makes them, which it has not on a CPU: it is told that it has."""
+    accelerator = Accelerator(cpu=True)
+    state: Any = accelerator.state
+    state.distributed_type = DistributedType.FSDP
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["Wide"],
+        cpu_ram_efficient_loading=False,
+        state_dict_type=kind,
+    )
+    model, optimizer = made(case, None)
+    assert isinstance(optimizer, GaLoreOptimizer)
+    before = [weakref.ref(param) for param in model.parameters()]
+    model, _ = accelerator._prepare_fsdp2(model, optimizer)
+    state.distributed_type = DistributedType.FSDP  # preparing has made it anew
+    gc.collect()
+    # The whole weights are not kept alive, nor was any state made for them.
+    assert not any(param() is not None for param in before)
+    assert not optimizer.state
+    return accelerator, model, optimizer
+
+
+def accelerated(folder: Path) -> dict[str, Any]:
+    """What comes of training by accelerate's FSDP2, and of its checkpoints, in all processes."""
+    found: dict[str, Any] = {}
+    for name in ("adafactor_columns", "layerwise", "layerwise_clipped"):
+        case = CASES[name]
+        _, model, optimizer = prepared(case)
+        mesh: Any = model.up.weight.device_mesh  # type: ignore[attr-defined]
+        if optimizer.hooks is not None and case.accumulation > 1:
+            optimizer.hooks.attach()  # as a Trainer does when it has prepared the model; else the first step does
+        train(model, optimizer, case, mesh, range(case.steps))
+        found[f"{name}/accelerate"] = {"weights": weights_of(model), "name": optimizer.name_of(model.up.weight)}
+        optimizer.close()
+    case = CORE["adam_8bit"]
+    for kind in ("SHARDED_STATE_DICT", "FULL_STATE_DICT"):
+        accelerator, model, optimizer = prepared(case, kind)
+        plugin = accelerator.state.fsdp_plugin
+        train(model, optimizer, case, mesh, range(SAVED_AFTER))
+        save_fsdp_model(plugin, accelerator, model, str(folder / kind))
+        save_fsdp_optimizer(plugin, accelerator, optimizer, model, str(folder / kind))
+        train(model, optimizer, case, mesh, range(SAVED_AFTER, RESUMED_UNTIL))
+        found[f"{kind}/uninterrupted"] = weights_of(model)
+        accelerator, model, optimizer = prepared(case, kind)
+        load_fsdp_model(accelerator.state.fsdp_plugin, accelerator, model, str(folder / kind))
+        load_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, optimizer, model, str(folder / kind))
+        train(model, optimizer, case, mesh, range(SAVED_AFTER, RESUMED_UNTIL))
+        found[f"{kind}/resumed"] = weights_of(model)
+    return found if dist.get_rank() == 0 else {}
+
+
+# ---- transformers
+
+
+def by_trainer(model: nn.Module, folder: Path, name: str, processes: int) -> dict[str, Any]:
+    """What a Trainer makes of a model."""
+    overrides: dict[str, Any] = {"per_device_train_batch_size": 4 // processes, "optim_args": EXACT_ARGS}
+    overrides |= {"max_grad_norm": 0.5, "gradient_accumulation_steps": 2}
+    if "layerwise" in name:  # whose bases come from the first micro-batch, where that is reduced
+        overrides["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
+    if "adamw" in name:
+        overrides["adam_epsilon"] = 1e-3  # as in test_windows
+    trainer = make_trainer(model, folder, name, **overrides)
+    trainer.train()
+    return {"weights": weights_of(model), "norms": logged(trainer, "grad_norm")}
+
+
+def sharded_at_load(folder: Path) -> dict[str, Any]:
+    """What a Trainer makes of models that transformers itself shards, in all processes."""
+    found: dict[str, Any] = {}
+    if dist.get_rank() == 0:
+        tiny_llama().save_pretrained(folder / "tiny")
+    dist.barrier()
+    for name in BY_TRAINER:
+        config = DistributedConfig(fsdp_size=dist.get_world_size())
+        model = LlamaForCausalLM.from_pretrained(folder / "tiny", distributed_config=config)
+        found[f"{name}/at_load"] = by_trainer(model, folder, name, dist.get_world_size())
+    return found if dist.get_rank() == 0 else {}
+
+
+BY_TRAINER = ("galore_adamw", "galore_adafactor_layerwise")
+
+
 def refused(mesh: DeviceMesh) -> dict[str, str]:
     """What is said of what cannot be done with sharded parameters."""
     said = {}
@@ -320,6 +425,8 @@ def main(folder: Path) -> None:
         if rank == ranks[0]:
             found[f"{name}/{len(ranks)}"] = result
     found |= checkpoints(folder, meshes)
+    found |= sharded_at_load(folder)
+    found |= accelerated(folder)
     if rank == 0:
         found["refused"] = refused(meshes[0,])
     torch.save(found, folder / f"{rank}.pt")
