@@ -29,11 +29,27 @@ class ShardHooks(BackwardHooks):
         super().__init__(*args, **options)
 
     def attach_new(self) -> None:
-        """Put hooks on parameters that have none yet; the model's have to be sharded, as they are between passes."""
+        """Put hooks on parameters that have none yet; the model's have to be sharded, as they are between passes.
+
+        Raises:
+            ValueError: a projected backward is asked for, and others reduce their gradients too.
+        """
+        self._check()
         super().attach_new()
         for module in self._model.modules():
             if isinstance(module, ProjectedLinear) and id(module.weight) in self._windows:
                 self._shards[id(module)] = weakref.ref(module.weight)
+
+    def _check(self) -> None:
+        optimizer = self._optimizer()
+        if optimizer is None or not self.projected_backward:
+            return
+        meshes: list[Any] = [getattr(trained.param, "device_mesh", None) for trained in optimizer.trained_parameters()]
+        if any(mesh is not None and mesh.ndim > 1 for mesh in meshes):
+            raise ValueError(
+                "projected_backward=True does not work with parameters that FSDP2 shards and replicates, on a mesh of "
+                "two dimensions: low-rank gradients are reduced over one. Leave it out, or shard over all processes."
+            )
 
     def detach(self) -> None:
         """Take the hooks off the model."""

@@ -75,9 +75,9 @@ def hooks_for(
     """
     layerwise: bool = options.get("layerwise", False)
     projected_backward: bool | None = options.get("projected_backward")
-    sharded = [param for group in optimizer.param_groups for param in group["params"] if is_sharded(param)]
+    sharded = any(is_sharded(param) for group in optimizer.param_groups for param in group["params"])
     if waits or sharded:
-        _check_sharded(options, sharded)
+        _check_sharded(options)
     if projected_backward is None:
         projected_backward = layerwise and not (waits or sharded)
     exchange = _exchange(options.get("exchange"), projected_backward=projected_backward)
@@ -98,17 +98,12 @@ def hooks_for(
     )
 
 
-def _check_sharded(options: Mapping[str, Any], sharded: Iterable[Any]) -> None:
+def _check_sharded(options: Mapping[str, Any]) -> None:
     """Check what is asked for of sharded parameters.
 
     Raises:
         ValueError: it does not go with them.
     """
-    if options.get("projected_backward") and any(param.device_mesh.ndim > 1 for param in sharded):
-        raise ValueError(
-            "projected_backward=True does not work with parameters that FSDP2 shards and replicates, on a mesh of two "
-            "dimensions: low-rank gradients are reduced over one. Leave it out, or shard over all processes."
-        )
     if options.get("exchange") is not None:
         raise ValueError(
             f"exchange={options['exchange']!r} says what the processes of DistributedDataParallel reduce. FSDP2 "
