@@ -64,7 +64,7 @@ class Ranks:
             return own
         chunk = self._chunk(rows)
         gathered = own.new_empty(chunk * self.size, *own.shape[1:])
-        dist.all_gather_into_tensor(gathered, _with_rows(own, chunk), group=self.group)
+        _named("all_gather_single", "all_gather_into_tensor")(gathered, _with_rows(own, chunk), group=self.group)
         return gathered[:rows]
 
     def sum_to_rows(self, partial: Tensor) -> Tensor:
@@ -74,7 +74,8 @@ class Ranks:
         rows = len(partial)
         chunk = self._chunk(rows)
         summed = partial.new_empty(chunk, *partial.shape[1:])
-        dist.reduce_scatter_tensor(summed, _with_rows(partial, chunk * self.size), group=self.group)
+        whole = _with_rows(partial, chunk * self.size)
+        _named("reduce_scatter_single", "reduce_scatter_tensor")(summed, whole, group=self.group)
         return summed[: self.count(rows)]
 
     def of_first(self, tensor: Tensor) -> Tensor:
@@ -97,6 +98,11 @@ class Ranks:
         """Whether a flag, 0-dimensional, is set on all processes."""
         missing = self.sum((~flag.bool()).to(torch.float32))
         return missing == 0
+
+
+def _named(name: str, before: str) -> Any:
+    """A collective by its name from torch 2.13 on, which warns of the name before."""
+    return getattr(dist, name, None) or getattr(dist, before)
 
 
 def _with_rows(tensor: Tensor, rows: int) -> Tensor:
