@@ -25,6 +25,8 @@ GradientBits = Literal[16, 8]
 GRADIENT_BITS: tuple[GradientBits, ...] = get_args(GradientBits)
 RuleName = Literal["adam", "adafactor", "lion"]
 RULE_NAMES: tuple[RuleName, ...] = get_args(RuleName)
+Exchange = Literal["low_rank", "dense"]
+EXCHANGES: tuple[Exchange, ...] = get_args(Exchange)
 EmbeddingBits = Literal[32, 8]
 EMBEDDING_BITS: tuple[EmbeddingBits, ...] = get_args(EmbeddingBits)
 
@@ -97,6 +99,7 @@ _OPTIONS: dict[str, _Option] = {
     **_GROUP_OPTIONS,
     "stochastic_rounding": _bool(),
     "projected_backward": _or_none(_bool()),
+    "exchange": _or_none(_one_of(EXCHANGES)),
     "embedding_bits": _one_of(EMBEDDING_BITS),
 }
 
@@ -120,9 +123,14 @@ _MEANINGS = {
     "rule": "the rule, if not optim's",
     "stochastic_rounding": "of bfloat16 weights",
     "projected_backward": "no full gradient; on if layerwise",
+    "exchange": "what the processes of DDP reduce",
     "embedding_bits": "of moments of embeddings, in 8-bit optimizers",
 }
-_DEFAULTS_ELSEWHERE = {"rule": "as optim says", "projected_backward": "layerwise: true, else false"}
+_DEFAULTS_ELSEWHERE = {
+    "rule": "as optim says",
+    "projected_backward": "layerwise: true, else false",
+    "exchange": "with projected_backward low_rank, else dense",
+}
 
 
 class Key(NamedTuple):
@@ -232,6 +240,9 @@ class GaLoreConfig:
             than to the nearest: small ones would vanish.
         projected_backward: whether linear layers compute the low-rank gradient without the gradient; `None` stands
             for: where the optimizer is layerwise.
+        exchange: what the processes of `DistributedDataParallel` reduce of a target: `low_rank` gradients, or, `dense`,
+            gradients; `None` stands for: low-rank ones where the backward pass is projected, and has no others.
+            `low_rank` leaves low-rank gradients in `.grad`, whose norms clipping goes by.
         embedding_bits: bits of the moments of embeddings that are not projected, in the 8-bit optimizers. 32 is
             bitsandbytes' rule, for stability in long runs; 8 saves 6 bytes a parameter.
 
@@ -253,6 +264,7 @@ class GaLoreConfig:
     rule: RuleName | None = None
     stochastic_rounding: bool = False
     projected_backward: bool | None = None
+    exchange: Exchange | None = None
     embedding_bits: EmbeddingBits = 32
 
     def __post_init__(self) -> None:

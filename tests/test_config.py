@@ -310,6 +310,7 @@ def test_a_groups_options_are_those_of_its_matrices() -> None:
     expected = {field.name for field in dataclasses.fields(GaLoreConfig)} - {
         "stochastic_rounding",
         "projected_backward",
+        "exchange",
         "embedding_bits",
     }
     assert set(GaLoreConfig().group_options()) == expected

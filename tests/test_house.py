@@ -22,7 +22,7 @@ LONGEST = 350  # lines
 MOST_METHODS = 20
 
 # Each room may import those before it. The kernels of bitsandbytes stand beside the arithmetic that calls them, and
-# windows ask accelerate whether theirs is over.
+# windows ask accelerate whether theirs is over. What engines do to parameters, the optimizers look for themselves.
 ROOMS = (
     "config",
     "log",
@@ -44,6 +44,8 @@ BESIDE = {
     "hf_galore.integrations.bitsandbytes_calls",
     "hf_galore.integrations.bitsandbytes_checks",
     "hf_galore.integrations.accelerate",
+    "hf_galore.integrations.ddp",
+    "hf_galore.integrations.engines",
 }
 # Makes optimizers from a model and names of layers, as a Trainer does: above the integrations, though it is an
 # optimizer's.

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import shutil
-from collections.abc import Sequence
+import subprocess
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 import transformers.training_args
 import yaml
+from accelerate.commands.launch import launch_command_parser
+from torch.distributed.run import get_args_parser
 from transformers import AutoTokenizer
 
 from hf_galore.bench.jobs import Job
@@ -29,6 +33,7 @@ from hf_galore.recipes.checks import galore_config
 from hf_galore.recipes.embedded_model import Embedded
 from hf_galore.recipes.folders import recipes_folder
 from hf_galore.recipes.planning import plan_recipe
+from tests.support.commands import write_checkpoint
 from tests.support.pages import README, ROOT
 from tests.support.releases import needs_fused_head
 from tests.support.snippets import (
@@ -58,8 +63,8 @@ NOT_OURS = {
     "make ": "makes an environment; its target is looked up",
     "python -m tests": "hours; tests/test_docs.py looks whether it exists",
     "python -m hf_galore": "tests/cli/test_run_script.py runs such lines",
-    "torchrun": "tests/cli/test_run_script.py runs such a line",
-    "accelerate launch": "tests/integrations/test_ddp.py starts processes",
+    "torchrun": "tests/cli/test_processes.py and test_run_script.py run such lines; below, their words are read",
+    "accelerate launch": "tests/cli/test_processes.py runs such a line; below, its words are read",
     "axolotl": "tests/beside/test_axolotl.py runs it where axolotl is installed",
     "lm-eval": "tests/recipes/test_lm_eval.py runs the task",
     "jupyter": "tests/test_notebooks.py runs the notebooks",
@@ -276,6 +281,60 @@ def test_other_lines_are_known(command: Command) -> None:
             assert (ROOT / word).exists()
 
 
+LAUNCHERS: dict[str, Callable[[list[str]], list[str]]] = {
+    "torchrun": lambda words: get_args_parser().parse_args(words[1:]).training_script_args,
+    "accelerate": lambda words: launch_command_parser().parse_args(words[2:]).training_script_args,
+}
+"""Of a launcher's line, what the program is given that it starts, as its own parser sees it."""
+
+
+def is_started(words: Sequence[str]) -> bool:
+    """Whether a line has a launcher start one of our commands by its name."""
+    return words[0] in LAUNCHERS and "hf_galore" in words and words[words.index("hf_galore") + 1] in COMMANDS
+
+
+@pytest.mark.parametrize(
+    "command", [one for one in not_ours() if is_started(one.words)], ids=lambda one: one.line.split("  ")[0]
+)
+def test_a_launchers_line_is_read_by_it_and_by_what_it_starts(
+    command: Command, desk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, *rest = LAUNCHERS[command.words[0]](command.words)
+    assert command.words[-len(rest) - 3 : -len(rest)] == ["-m", "hf_galore", name]
+    CHECKS.get(name, trains)(name, rest, desk, monkeypatch)
+
+
+@pytest.mark.parametrize("snippet", snippets("bash"), ids=lambda one: one.name)
+def test_a_script_of_slurm_runs(snippet: Snippet, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins for Slurm's programs and torchrun: what that is given, and that a second job goes on."""
+    programs = {
+        "scontrol": "printf 'one\\ntwo\\n'",
+        "srun": 'while [[ $1 == -* ]]; do shift; done; exec "$@"',
+        "torchrun": 'printf "%s\\n" "$@" > "$GIVEN"',
+    }
+    folder = desk / "bin"
+    folder.mkdir()
+    for name, text in programs.items():
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n", "utf-8")
+        (folder / name).chmod(0o755)
+    for name, value in (("JOB_NODELIST", "n[1-2]"), ("NNODES", "2"), ("GPUS_PER_NODE", "8"), ("JOB_ID", "7")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("GIVEN", str(desk / "given"))
+    monkeypatch.setenv("USER", "me")
+    script = desk / "job.sh"
+    script.write_text(snippet.text.replace("/shared/", f"{desk}/shared/"), "utf-8")
+    for goes_on in (False, True):
+        subprocess.run(["bash", "-eu", str(script)], check=True, timeout=60)
+        given = get_args_parser().parse_args((desk / "given").read_text("utf-8").splitlines())
+        assert (given.nnodes, given.nproc_per_node, given.rdzv_endpoint, given.rdzv_id) == ("2", "8", "one:29500", "7")
+        assert (given.module, given.training_script) == (True, "hf_galore")
+        name, *rest = given.training_script_args
+        assert ("--resume_from_checkpoint" in rest) == goes_on
+        trains(name, rest, desk, monkeypatch)
+        write_checkpoint(desk / "shared" / "me" / "run1" / "checkpoint-3")
+
+
 def test_every_reason_is_needed() -> None:
     for beginning in NOT_OURS:
         assert any(" ".join(one.words).startswith(beginning) for one in not_ours()), beginning
@@ -310,6 +369,6 @@ def test_json_is_a_line_of_data(snippet: Snippet) -> None:
 def test_no_kind_of_block_is_left_out() -> None:
     """A block of no kind is a table of figures, and has nothing that could be run."""
     every = [one for path in PAGES for one in snippets_of(path)]
-    assert {one.kind for one in every} == {"python", "console", "yaml", "json", ""}
+    assert {one.kind for one in every} == {"python", "console", "bash", "yaml", "json", ""}
     for one in every:
         assert one.kind or not re.search(r"^(\$|import|hf-galore|python) ", one.text, re.MULTILINE), one.name

@@ -8,18 +8,20 @@ window, which uses it at once or leaves it for `step()` (`hf_galore.backward.win
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
+from ..config import Exchange as ExchangeName
 from ..lowrank.projection import Bases
 from .gradient import HOLD, LowRankGradient
 from .linear import ProjectedLinear, patch_linear, why_not_patchable
+from .mode import Mode
 from .notices import Notices, is_compiled
 from .passes import PassCounter, Passes
-from .processes import check_processes
-from .window import Mode, Window
+from .window import Window
+from .wrapped import Wrappers
 
 if TYPE_CHECKING:
     from ..optim.bases import Before
@@ -48,9 +50,7 @@ class BackwardHooks:
         layerwise: whether weights are updated during the backward pass.
         projected_backward: whether linear targets compute R without building their gradient.
         hold_gradients: whether layerwise keeps R until `step()`.
-
-    Raises:
-        ValueError: torch.distributed runs more than one process.
+        exchange: what processes reduce, where the model is in `DistributedDataParallel`.
     """
 
     def __init__(
@@ -61,18 +61,21 @@ class BackwardHooks:
         layerwise: bool,
         projected_backward: bool,
         hold_gradients: bool,
+        exchange: ExchangeName,
     ) -> None:
         self._mode = Mode(layerwise, projected_backward, hold_gradients)
+        # Where the others' norms are those of R: be consistent.
+        self._mode.whole_norms = not projected_backward and exchange == "dense"
         self._optimizer = weakref.ref(optimizer)
         self._model = model
         self._handles: list[Any] = []  # each with a remove()
+        self._wrappers = Wrappers(model, self._handles, dense=exchange == "dense")
         # A model outlives its trainers: hooks must not outlive theirs.
         self._finalizer = weakref.finalize(self, _remove, self._handles)
         self._windows: dict[int, Window] = {}  # of each hooked parameter, by its id
         self._counted: set[int] = set()  # modules that have a counter, by their ids
         self._attached = False
         self.notices = Notices(layerwise=layerwise, projected_backward=projected_backward)
-        check_processes()
         self.attach()
 
     @property
@@ -107,6 +110,9 @@ class BackwardHooks:
             return
         detach_all(self._model)
         self._attached = True
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        self._wrappers.expect(trained.param for trained in optimizer.trained_parameters() if trained.projected)
         self.attach_new()
 
     def attach_new(self) -> None:
@@ -118,6 +124,7 @@ class BackwardHooks:
             handle = trained.param.register_post_accumulate_grad_hook(_GradientHook(me))
             self._handles.append(handle)
             self._windows[id(trained.param)] = Window(trained, self._mode, handle)
+            self._wrappers.forget()
         not_served: dict[str, str] = {}
         projecting = 0
         for name, module in model.named_modules():
@@ -127,7 +134,7 @@ class BackwardHooks:
                 continue
             if id(module) not in self._counted:
                 self._counted.add(id(module))
-                counter = PassCounter(_passes_by(me), weakref.ref(module))
+                counter = PassCounter(me, weakref.ref(module))
                 self._handles.append(module.register_forward_pre_hook(counter))
             if not self.projected_backward or not any(window.trained.projected for window in owned):
                 continue
@@ -150,6 +157,7 @@ class BackwardHooks:
             if trained.param.requires_grad
             and id(trained.param) not in self._windows
             and (self.layerwise or trained.projected)
+            and not self._wrappers.is_left(trained.param)
         ]
 
     def detach(self) -> None:
@@ -163,6 +171,7 @@ class BackwardHooks:
         self.drop_gradients()
         _remove(self._handles)
         self._start_windows()
+        self._wrappers.close()
         self._windows.clear()
         self._counted.clear()
         self._attached = False
@@ -181,6 +190,7 @@ class BackwardHooks:
 
     def norms(self) -> list[Tensor]:
         """The norms of the gradients that updates have used in this window, one a parameter."""
+        self._wrappers.end()
         return [window.norm for window in self._mode.touched.values() if window.norm is not None]
 
     def before(self, param: Tensor) -> Before | None:
@@ -195,11 +205,12 @@ class BackwardHooks:
             parameters: what each of the optimizer's is by now.
 
         Raises:
-            RuntimeError: gradients were dropped after the backward pass had updated weights with them.
-            ValueError: torch.distributed runs more than one process by now.
+            RuntimeError: gradients were dropped after the backward pass had updated weights with them; or are of this
+                process, of several, alone.
         """
-        check_processes()
         self._renew(parameters)
+        self._wrappers.end()
+        self._wrappers.check(self._windows.values())
         for window in self._windows.values():
             if window.was_dropped:
                 raise RuntimeError(
@@ -216,6 +227,7 @@ class BackwardHooks:
             self.attach_new()
 
     def _start_windows(self) -> None:
+        self._wrappers.start_window()
         for window in self._present():
             window.start()
         self._mode.touched.clear()
@@ -237,6 +249,7 @@ class BackwardHooks:
 
     def drop_gradients(self) -> None:
         """Forget what the backward passes of this window brought; a forward pass may have begun the next."""
+        self._wrappers.reset()
         for window in self._present():
             window.drop()
         self._mode.touched.clear()
@@ -259,6 +272,11 @@ class BackwardHooks:
         return window
 
     # ---- what autograd brings
+
+    def begin(self) -> None:
+        """Note that a module of the model runs forward, before a backward pass."""
+        if self.attached:
+            self._wrappers.begin(self._windows)
 
     def serves(self, weight: Tensor) -> bool:
         """Whether the projected backward is for this weight: not for a copy of it, nor after `detach()`."""
@@ -303,14 +321,6 @@ class _GradientHook:
         hooks = self.hooks()
         if hooks is not None:
             hooks.receive(param)
-
-
-def _passes_by(ref: weakref.ref[BackwardHooks]) -> Callable[[Iterable[Tensor]], list[Passes]]:
-    def passes_of(params: Iterable[Tensor]) -> list[Passes]:
-        hooks = ref()
-        return [] if hooks is None else hooks.passes_of(params)
-
-    return passes_of
 
 
 def detach_all(model: nn.Module) -> None:

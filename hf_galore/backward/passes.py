@@ -10,7 +10,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -52,42 +52,45 @@ class Passes:
         self._outside = False
 
 
+class Listener(Protocol):
+    """What forward passes of modules are told to."""
+
+    def begin(self) -> None:
+        """A module runs forward, and a backward pass may follow."""
+
+    def passes_of(self, params: Iterable[Tensor]) -> list[Passes]:
+        """The records of those among some parameters that have one."""
+
+
 class PassCounter:
     """A module's forward pre-hook: notes how its parameters are used.
 
     Args:
-        passes_of: gives the records of those among some parameters that have one; refers weakly to what it needs, as
-            the module's copies have this hook too.
+        listener: gives what is told; refers weakly to what it needs, as the module's copies have this hook too.
         module: gives the module that it is for.
     """
 
-    def __init__(
-        self,
-        passes_of: Callable[[Iterable[Tensor]], list[Passes]],
-        module: Callable[[], nn.Module | None],
-    ) -> None:
-        self._passes_of = passes_of
+    def __init__(self, listener: Callable[[], Listener | None], module: Callable[[], nn.Module | None]) -> None:
+        self._listener = listener
         self._module = module
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         # Recomputation during the backward pass is the same run again.
-        if module is not self._module() or in_backward():
+        listener = self._listener()
+        if listener is None or module is not self._module() or in_backward():
             return
-        passes = self._passes_of(param for param in module._parameters.values() if param is not None)
+        params = [param for param in module._parameters.values() if param is not None]
         if torch.is_grad_enabled():
-            for record in passes:
+            listener.begin()
+            for record in listener.passes_of(params):
                 record.note_use()
         elif _in_function_forward():
             node = _present_node()
-            for record in passes:
+            for record in listener.passes_of(params):
                 record.note_segment(node)
 
     def __reduce__(self) -> Any:
-        return PassCounter, (_nothing, _gone)  # weak references cannot be pickled
-
-
-def _nothing(params: Iterable[Tensor]) -> list[Passes]:
-    return []
+        return PassCounter, (_gone, _gone)  # weak references cannot be pickled
 
 
 def _gone() -> None:
@@ -114,6 +117,16 @@ def _present_node() -> Callable[[], Any]:
                 break
         frame = frame.f_back
     return _a_node
+
+
+def in_segment() -> bool:
+    """Whether the present backward pass is that of a reentrant checkpoint's segment, within another."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "backward" and frame.f_code.co_varnames[:1] == ("ctx",):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _a_node() -> bool:

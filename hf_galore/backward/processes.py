@@ -1,21 +1,95 @@
-"""Low-rank gradients and several processes, which do not go together yet."""
+"""The processes that train copies of one model, and what they send each other."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
 import torch
+from torch import Tensor
+from torch import distributed as dist
+
+# Where the parts of a message begin, so that each can be read in its own dtype.
+_ALIGNMENT = 16
 
 
-def check_processes() -> None:
-    """Check that no other process trains the same model.
+def world_size() -> int:
+    """How many processes torch.distributed runs; 1 where it does not run."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
-    Raises:
-        ValueError: torch.distributed runs more than one process.
+
+class Processes:
+    """The processes of a group, for sums, means and messages between them; each of these is a collective of all.
+
+    Args:
+        group: of torch.distributed.
     """
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise ValueError(
-            f"layerwise=True and projected_backward=True do not work with {distributed.get_world_size()} "
-            "processes: low-rank gradients are not reduced over them, and the processes' weights would drift "
-            "apart. Launch one process, or make the optimizer with layerwise=False and projected_backward=False, "
-            "which trains under DistributedDataParallel."
-        )
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+        self.size: int = dist.get_world_size(group)
+        self.rank: int = dist.get_rank(group)
+
+    def mean_(self, tensor: Tensor) -> Any:
+        """Begin to set a tensor to its mean over the processes; returned is what has `wait()` and `is_completed()`."""
+        # Divided before it is summed, as DistributedDataParallel does: sums of half precision may overflow.
+        return dist.all_reduce(tensor.div_(self.size), group=self.group, async_op=True)
+
+    def mean_in_(self, tensor: Tensor, owner: int) -> Any:
+        """Begin to set a tensor to its mean over the processes, in the one whose rank is `owner`; spoilt in others."""
+        return dist.reduce(tensor.div_(self.size), self._globally(owner), group=self.group, async_op=True)
+
+    def send_(self, tensor: Tensor, owner: int) -> Any:
+        """Begin to set a tensor to what it is in the process whose rank is `owner`."""
+        return dist.broadcast(tensor, self._globally(owner), group=self.group, async_op=True)
+
+    def sum_(self, tensor: Tensor) -> None:
+        """Set a tensor to its sum over the processes."""
+        dist.all_reduce(tensor, group=self.group)
+
+    def _globally(self, rank: int) -> int:
+        return dist.get_global_rank(self.group, rank)
+
+
+class Part(NamedTuple):
+    """One tensor of a message."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Layout:
+    """How tensors of several dtypes lie in one message of bytes.
+
+    Args:
+        parts: the tensors by their names, in their order.
+    """
+
+    def __init__(self, parts: Mapping[str, Part]) -> None:
+        self._parts = dict(parts)
+        self._places: dict[str, tuple[int, int]] = {}
+        start = 0
+        for name, part in self._parts.items():
+            size = math.prod(part.shape) * part.dtype.itemsize
+            self._places[name] = (start, start + size)
+            start += -(-size // _ALIGNMENT) * _ALIGNMENT
+        self.nbytes = start
+
+    def empty(self, device: torch.device) -> Tensor:
+        """Room for a message."""
+        return torch.empty(self.nbytes, dtype=torch.uint8, device=device)
+
+    def packed(self, tensors: Mapping[str, Tensor], device: torch.device) -> Tensor:
+        """The message of these tensors."""
+        message = self.empty(device)
+        for name, view in self.unpacked(message).items():
+            view.copy_(tensors[name])
+        return message
+
+    def unpacked(self, message: Tensor) -> dict[str, Tensor]:
+        """The tensors in a message; they are views of it."""
+        return {
+            name: message[slice(*self._places[name])].view(part.dtype).view(part.shape)
+            for name, part in self._parts.items()
+        }

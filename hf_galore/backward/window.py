@@ -20,46 +20,23 @@ refresh.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from ..integrations.accelerate import closes_window
-from ..log import logger
-from ..lowrank.projection import Bases, FactoredGradient, Gradient, norm_of, project
+from ..lowrank.projection import Bases, FactoredGradient, Gradient, low_rank_shape, norm_of, project
 from ..lowrank.seeds import held_seed
-from .gradient import HOLD, BasisVersion, LowRankGradient, UncommittedRefresh, UsedGradient
+from .gradient import BasisVersion, LowRankGradient, UncommittedRefresh, UsedGradient
+from .mode import Mode
 from .passes import Passes
+from .processes import world_size
 
 if TYPE_CHECKING:
-    from ..optim.bases import Before
+    from ..optim.bases import Before, NewBasis
     from ..optim.target import Target
     from ..optim.trained import Trained
-
-
-@dataclasses.dataclass
-class Mode:
-    """What holds for all windows of a model."""
-
-    layerwise: bool
-    """Whether weights are updated during the backward pass."""
-    projected_backward: bool
-    """Whether linear targets compute R without building their gradient."""
-    hold_gradients: bool
-    """Whether layerwise keeps R until `step()`."""
-    accumulating: bool = False
-    """Whether the present window has more than one micro-batch."""
-    said_dropped: bool = False
-    touched: dict[int, Window] = dataclasses.field(default_factory=dict)
-    """The windows that the present step's backward passes have come to, in that order, by their parameters' ids."""
-
-    def must_hold(self) -> bool:
-        """Whether gradients are kept until `step()`."""
-        # The last micro-batch of several holds as the others did.
-        self.accumulating = self.accumulating or not closes_window()
-        return not self.layerwise or self.hold_gradients or self.accumulating
+    from .exchange import Exchange
 
 
 class Window:
@@ -74,11 +51,13 @@ class Window:
     def __init__(self, trained: Trained, mode: Mode, handle: Any) -> None:
         self.handle = handle
         self.trained = trained
-        self.param = trained.param
+        self.param: Tensor = trained.local
         self.passes = Passes()
         self._mode = mode
         self._shared = False  # whether several modules or functions have used the weight in one backward pass
         self._used: UsedGradient | None = None
+        self.exchange: Exchange | None = None
+        """What reduces its gradient over the processes that train copies of the model, if any do."""
         self._forget()
 
     def _forget(self) -> None:
@@ -104,7 +83,7 @@ class Window:
     @property
     def norm(self) -> Tensor | None:
         """The norm of the gradient that the weight was updated with, if it was."""
-        return self._norm if self._updated else None
+        return self.trained.over_ranks(self._norm) if self._updated and self._norm is not None else None
 
     @property
     def before(self) -> Before | None:
@@ -136,27 +115,16 @@ class Window:
 
     def look(self) -> None:
         """Look whether somebody has dropped what was left in `.grad`, and take back what came of it."""
-        self._mode.touched.setdefault(id(self.param), self)
+        self._mode.touched.setdefault(id(self.trained.param), self)
         gradient = self.param.grad
         if self._updated:
             if self.was_dropped:
-                self._say_dropped()
+                self._mode.say_dropped(self.trained.name)
                 self._forget()
         elif self._filled and (not isinstance(gradient, LowRankGradient) or gradient.is_zero):
             if self._before is not None:
                 self.target.take_back(self._before)
             self._forget()
-
-    def _say_dropped(self) -> None:
-        if not self._mode.said_dropped:
-            self._mode.said_dropped = True
-            logger.warning(
-                "The gradients of a backward pass were dropped, but a layerwise optimizer had updated weights with "
-                "them already (%s for one), and these stay. To be able to drop them make the optimizer with %s. This "
-                "is said once.",
-                self.trained.name,
-                HOLD,
-            )
 
     # ---- what a linear layer's backward brings
 
@@ -169,8 +137,9 @@ class Window:
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
             if not self._refresh_due():
                 return LowRankGradient(weight, self._projected(factors).to(weight.dtype), target.version)
-            # With several uses each would be a refresh, and none that of the sum.
-            if self._shared or self.passes.count() > 1 or not target.cheaper_from_factors(len(inputs)):
+            # With several uses each would be a refresh, and none that of the sum; nor is one process's that of all.
+            several = self._shared or self.passes.count() > 1 or self.exchange is not None
+            if several or not target.cheaper_from_factors(len(inputs)):
                 return None
             made = target.new_basis(factors)
             low_rank = made.low_rank.to(weight.dtype)
@@ -181,9 +150,10 @@ class Window:
 
     def _projected(self, gradient: Gradient) -> Tensor:
         """The low-rank gradient in the present basis, which is kept for an update that is to follow at once."""
-        bases = self.target.bases()
-        self._bases_at_hand = None if self._must_hold() else (self.target.version, bases)
-        return project(gradient, bases)
+        bases = self.target.bases_here()
+        at_once = self.exchange is None and not self._must_hold()
+        self._bases_at_hand = (self.target.version, bases) if at_once else None
+        return self.target.projected_by(gradient, bases)
 
     def _whole(self, factors: FactoredGradient) -> Tensor:
         self._shared = True
@@ -195,6 +165,12 @@ class Window:
         return bool(weight._backward_hooks) or not (
             weight.grad is None or isinstance(weight.grad, (LowRankGradient, UsedGradient))
         )
+
+    def refresh_is_due(self) -> bool:
+        """Whether the present micro-batch is to bring a new basis: not on top of R in the present one."""
+        gradient = self.param.grad
+        is_kept = isinstance(gradient, LowRankGradient) and not gradient.is_zero
+        return not is_kept and self._refresh_due()
 
     def bases_for_rows(self) -> Bases | None:
         """The bases that rows of a gradient can be projected with by themselves; `None` where autograd has to build it.
@@ -229,10 +205,13 @@ class Window:
             elif not self._must_hold():
                 assert param.grad is not None
                 self._norm = norm_of(param.grad)
-                self.trained.step(param.grad, self._norm)
+                self.trained.step(param.grad, self.trained.over_ranks(self._norm))
                 self._leave_used()
 
     def _receive_target(self) -> None:
+        if self.exchange is not None:
+            self._receive_to_send(self.exchange)
+            return
         param, target = self.param, self.target
         gradient = param.grad
         assert gradient is not None
@@ -247,6 +226,11 @@ class Window:
         elif gradient.uncommitted is not None:
             made, gradient.uncommitted = gradient.uncommitted.made, None
             self._before = target.use_basis(made, gradient.basis, keep=self._must_hold())
+        self._use(gradient)
+
+    def _use(self, gradient: LowRankGradient) -> None:
+        """Hold a low-rank gradient, or update the weight with it."""
+        param, target = self.param, self.target
         if self._must_hold():
             self._filled = True
             self._hold(gradient)
@@ -259,6 +243,7 @@ class Window:
         version, bases = self._bases_at_hand or (None, None)
         if version is not target.version:
             bases = None
+        low_rank_norm = target.over_ranks(low_rank_norm)
         target.update(gradient.low_rank, low_rank_norm, before=self._before, bases=bases)
         self._before = self._bases_at_hand = None
         self._leave_used()
@@ -266,8 +251,7 @@ class Window:
     def _project(self, whole: Tensor) -> LowRankGradient:
         """The low-rank gradient of G, with a new basis from it where that is due."""
         param, target = self.param, self.target
-        # With a projected backward the others' norms are those of R: be consistent.
-        norm = None if self._mode.projected_backward else norm_of(whole)
+        norm = norm_of(whole) if self._mode.whole_norms else None
         if not self._refresh_due():
             return LowRankGradient(param, self._projected(whole), target.version, norm=norm)
         made = target.new_basis(whole)
@@ -275,6 +259,63 @@ class Window:
             self._before = target.use_basis(made, target.new_version(), keep=self._must_hold())
         is_lost = not (made.usable or made.is_zero)
         return LowRankGradient(param, made.low_rank, target.version, norm=norm, is_zero=made.is_zero, is_lost=is_lost)
+
+    # ---- what processes reduce together
+
+    def _receive_to_send(self, exchange: Exchange) -> None:
+        """Keep the gradient of this pass, as R if no more than that is needed, and send it."""
+        kind = exchange.kind(self)
+        self._mode.accumulating = self._mode.accumulating or exchange.accumulates
+        if kind is None or kind == "low_rank":
+            gradient = self.param.grad
+            whole = gradient.addend if isinstance(gradient, LowRankGradient) else gradient
+            if whole is not None:
+                low_rank = project(whole, self.target.bases())
+                self.param.grad = gradient = LowRankGradient(self.param, low_rank, self.target.version)
+            assert isinstance(gradient, LowRankGradient)
+            self._filled = True
+            if kind is None:
+                self._hold(gradient)
+        exchange.receive(self)
+
+    def low_rank_to_send(self) -> Tensor:
+        """R of this process, of all passes of the window; zeros where there is none."""
+        gradient = self.param.grad
+        if isinstance(gradient, LowRankGradient):
+            return gradient.low_rank
+        return self.param.new_zeros(low_rank_shape(self.param.shape, self.target.side, self.target.rank))
+
+    def hold_sent(self, low_rank: Tensor) -> None:
+        """Hold R where its mean is going to be."""
+        gradient = self.param.grad
+        if isinstance(gradient, LowRankGradient):
+            gradient.kept = low_rank
+
+    def whole_to_send(self) -> Tensor:
+        """G of this process, which is taken out of `.grad`; zeros where there is none."""
+        gradient, self.param.grad = self.param.grad, None
+        if isinstance(gradient, LowRankGradient):
+            gradient = gradient.addend  # R itself is zero: else no basis would be due
+        return torch.zeros_like(self.param) if gradient is None else gradient.contiguous()
+
+    def use_low_rank(self, low_rank: Tensor) -> None:
+        """Use R that was reduced."""
+        self._use(LowRankGradient(self.param, low_rank, self.target.version))
+
+    def use_whole(self, whole: Tensor) -> None:
+        """Use G that was reduced, between refreshes."""
+        self._use(self._project(whole))
+
+    def use_refresh(self, made: NewBasis) -> None:
+        """Use the basis, and R, that come from a gradient that was reduced."""
+        param, target = self.param, self.target
+        if made.usable:
+            self._before = target.use_basis(made, target.new_version(), keep=self._must_hold())
+        is_lost = not (made.usable or made.is_zero)
+        norm = torch.tensor(made.norm, device=param.device) if self._mode.whole_norms else None
+        self._use(
+            LowRankGradient(param, made.low_rank, target.version, norm=norm, is_zero=made.is_zero, is_lost=is_lost)
+        )
 
     def _hold(self, gradient: LowRankGradient) -> None:
         """Let a low-rank gradient take no more memory until `step()` than it has to."""
@@ -294,7 +335,9 @@ class Window:
         param.grad = used
 
     def _must_hold(self) -> bool:
-        return self._mode.must_hold() or self.passes.count() > 1
+        # Of several processes' gradients none is used before it has been reduced.
+        alone = self.exchange is None and self.trained.ranks is None and world_size() > 1
+        return self._mode.must_hold() or self.passes.count() > 1 or alone
 
     def _refresh_due(self) -> bool:
         return self.before is None and self.target.due()

@@ -19,7 +19,7 @@ def leaving_at_once(message: str) -> Iterator[None]:
     initialized module"), or none at all: extension modules clear it, and the command goes on.
 
     Args:
-        message: the line.
+        message: the line; none where it is empty.
     """
     handled = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if not handled or threading.current_thread() is not threading.main_thread():  # somebody else's business
@@ -27,7 +27,8 @@ def leaving_at_once(message: str) -> Iterator[None]:
         return
 
     def leave(*_: object) -> None:
-        os.write(2, f"\n{message}\n".encode())  # print() may be in the middle of something
+        if message:
+            os.write(2, f"\n{message}\n".encode())  # print() may be in the middle of something
         os._exit(INTERRUPTED)
 
     signal.signal(signal.SIGINT, leave)

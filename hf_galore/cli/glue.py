@@ -14,6 +14,7 @@ from ..recipes import glue
 from ..recipes.config_file import take_config
 from ..recipes.glue import Arguments, Score
 from ..recipes.glue_tasks import PUBLISHED, PUBLISHED_IN
+from . import ranks
 from .options import need_recipe
 from .training_command import dry_run, train
 
@@ -38,19 +39,20 @@ def run(arguments: Sequence[str]) -> int:
     if every[0].output.dry_run:
         return max(dry_run(PROG, parsed) for parsed in every)
     scores: dict[str, list[Score]] = {}
-    runs = glue.runs_of(every)
+    runs, last = glue.runs_of(every), None
     for index, (one, known) in enumerate(runs):
-        score = known or _train(one, arguments, others=index > 0, further=index < len(runs) - 1)
-        scores.setdefault(one.data_name, []).append(score)
+        if known is None:
+            last = train(PROG, arguments, one, others=index > 0, further=index < len(runs) - 1)
+            if ranks.count() == 1:  # the runs to come need the other processes
+                end(last)
+            known = glue.score_of(last.state.log_history, one)
+        scores.setdefault(one.data_name, []).append(known)
+    if last is not None and ranks.count() > 1:
+        end(last)
     published = all(parsed.glue.task_name and parsed.glue.train_file is None for parsed in every)
-    Console(highlight=False).print(score_table(scores, published=published))
+    if ranks.speaks():
+        Console(highlight=False).print(score_table(scores, published=published))
     return 0
-
-
-def _train(parsed: Arguments, arguments: Sequence[str], *, others: bool, further: bool) -> Score:
-    trainer = train(PROG, arguments, parsed, others=others, further=further)
-    end(trainer)
-    return glue.score_of(trainer.state.log_history, parsed)
 
 
 def _take_configs(arguments: Sequence[str]) -> tuple[list[str | None], list[str]]:

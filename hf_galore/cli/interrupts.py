@@ -15,6 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from ..errors import Interrupted
+from . import ranks
 
 if TYPE_CHECKING:  # which brings torch
     from ..recipes.stopping import StopAfterStep
@@ -69,6 +70,9 @@ def finishing_the_step(callback: StopAfterStep, prog: str, message: Callable[[],
         again = number in asked
         if again and number == SIGHUP:  # of the terminal, and of its shell, which passes it on: nobody insists
             return
+        # Slurm sends it to all processes of a job, and torchrun passes it on to those that it has started.
+        if again and number == signal.SIGTERM and ranks.count() > 1:
+            return
         asked.add(number)
         if again or not (callback.waits or callback.ended):
             callback.waits = callback.ended = False
@@ -100,6 +104,8 @@ def handled(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
 
 
 def _say(text: str) -> None:
-    """Write to stderr within a signal's handler, where its stream may be in use."""
+    """Write to stderr within a signal's handler, where its stream may be in use; once for several processes."""
+    if not ranks.speaks():
+        return
     with contextlib.suppress(OSError):
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())

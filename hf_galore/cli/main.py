@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
+import time
 from collections.abc import Sequence
 
 from ..config import nearest
@@ -13,6 +15,7 @@ from ..expandable_segments import use_expandable_segments
 from ..extras import MissingExtraError, require
 from ..version import __version__
 from . import help as command_help
+from . import ranks
 from .arguments import OneLineParser
 from .first_seconds import leaving_at_once
 from .help_screens import SCREENS
@@ -46,7 +49,13 @@ WITHOUT_CARD = ("plan", "recipes", "doctor", "completion")
 # What they do is worth more than what they print of it.
 LASTING = ("quickstart", "sft", "dpo", "pretrain", "glue", "compare", "bench")
 
+# What several processes can do together.
+TOGETHER = ("quickstart", "sft", "dpo", "pretrain", "glue")
+
 USER_ERROR = 2
+
+PATIENCE = 5.0
+"""Seconds that a process waits before it says what the first one says too, and a launcher ends it for."""
 
 NOTHING_BEGUN = "interrupted before training began; run the same command again."
 
@@ -129,28 +138,56 @@ def _main(given: Sequence[str], streams: Sequence[Outlasting]) -> int:
         chosen = _parser().parse_args(given)
         _check_command(chosen.command)
         prog = f"hf-galore {chosen.command}"
+        _check_processes(chosen.command)
         arguments = _show_help(chosen.command, chosen.arguments)
         for stream in streams:
             stream.lasts = chosen.command in LASTING
-        with leaving_at_once(f"{prog}: {NOTHING_BEGUN}"):
+        with leaving_at_once(f"{prog}: {NOTHING_BEGUN}" if ranks.speaks() else ""):
             if EXTRAS[chosen.command]:
                 require(EXTRAS[chosen.command], "The command")
             if chosen.command not in WITHOUT_CARD:
                 advice = use_expandable_segments()  # before anything starts CUDA; a sweep's processes inherit it
-                if advice is not None:
+                if advice is not None and ranks.speaks():
                     print(f"{prog}: {advice}", file=sys.stderr)
             command = importlib.import_module(f"{__package__}.{chosen.command}")
         status: int = command.run(arguments)
     except (UserError, MissingExtraError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        _say_error(prog, error)
+        if ranks.count() > 1:
+            # Taking their group apart may wait for the others, which wait for this one, or are gone.
+            for stream in streams:
+                stream.flush()
+            os._exit(USER_ERROR)
         return USER_ERROR
-    except Stopped as stopped:
-        print(f"\n{prog}: {stopped}", file=sys.stderr)
+    except Stopped as stopped:  # all processes are, after the same step
+        if ranks.speaks():
+            print(f"\n{prog}: {stopped}", file=sys.stderr)
         return stopped.status
     except KeyboardInterrupt:  # before there was anything to resume
-        print(f"\n{prog}: {NOTHING_BEGUN}", file=sys.stderr)
+        if ranks.speaks():
+            print(f"\n{prog}: {NOTHING_BEGUN}", file=sys.stderr)
         return INTERRUPTED
     return status
+
+
+def _check_processes(command: str) -> None:
+    """Refuse what would only be done several times where a launcher has started several processes."""
+    if ranks.count() > 1 and command not in TOGETHER:
+        raise UserError(
+            f"{ranks.count()} processes were started for what one does. Run it without a launcher: only "
+            f"{', '.join(TOGETHER)} are for several."
+        )
+
+
+def _say_error(prog: str, error: Exception) -> None:
+    """Print a mistake, once for all processes: what is given is the same for each of them.
+
+    Those behind the first wait until their launcher has ended them for its failure. What only they have found they say.
+    """
+    if not ranks.speaks():
+        time.sleep(PATIENCE)
+        prog = f"{prog} (process {ranks.number()})"
+    print(f"{prog}: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

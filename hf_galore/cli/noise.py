@@ -12,6 +12,9 @@ import re
 import sys
 import warnings
 
+from ..log import logger
+from . import ranks
+
 # ---- logs
 
 _BESIDE_THE_POINT = {
@@ -83,12 +86,17 @@ _FOR_DEVELOPERS = (
 def quieten() -> None:
     """Hide what is named here, in this process and in those that it starts, and let progress bars be rare.
 
+    Of several processes that train together the first one shows bars, and says what all would say of the same recipe.
+
     A bar of a library shows once it takes seconds: loading a model of 7B, and not one of 2M. Where there is no
     terminal, it says so every ten. What the environment says of tqdm already stays.
     """
     os.environ.setdefault("TQDM_DELAY", "3")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "10")
+    if not ranks.speaks():
+        os.environ["TQDM_DISABLE"] = "1"
+        logger.setLevel(logging.ERROR)
     for name, words in _BESIDE_THE_POINT.items():
         logging.getLogger(name).addFilter(_Saying(words))
     logging.getLogger("transformers.modeling_utils").addFilter(_has_more_than_a_new_head)

@@ -16,7 +16,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
 from trl import SFTTrainer
 
 from ..errors import UserError
@@ -31,6 +31,7 @@ from ..recipes.run_record import optimizer_bytes
 from ..recipes.sft import RecordedSFTTrainer
 from ..recipes.stopping import StopAfterStep
 from ..recipes.training import run_recorded, with_callbacks
+from . import ranks
 from .interrupts import finishing_the_step
 from .progress import ProgressLine
 from .training_command import dry_run, how_to_go_on
@@ -74,14 +75,16 @@ def run(arguments: Sequence[str]) -> int:
     stop = StopAfterStep()
     stopping = finishing_the_step(stop, PROG, lambda: _how_to_go_on(arguments, output_dir, since))
     with stopping, contextlib.closing(ProgressLine(console=console)) as line:
-        trainer = _train(arguments, [line, stop])
+        trainer = _train(arguments, given.training, [line, stop])
+    end(trainer)  # what is left is one process' work
+    if not ranks.speaks():
+        return 0
     answers = ask(Path(trainer.args.output_dir), trainer.args.device)
     train, _ = split(conversations())
     console.print(
         conversation_table(answers, {answer.question: is_asked_in(answer.question, train) for answer in answers})
     )
     console.print(summary_table(trainer))
-    end(trainer)
     return 0
 
 
@@ -95,10 +98,13 @@ def _how_to_go_on(arguments: Sequence[str], output_dir: str, since: float | None
     return how_to_go_on(PROG, arguments, output_dir, since=since)
 
 
-def _train(arguments: Sequence[str], callbacks: Sequence[TrainerCallback]) -> SFTTrainer:
+def _train(
+    arguments: Sequence[str], given: TrainingArguments, callbacks: Sequence[TrainerCallback]
+) -> RecordedSFTTrainer:
     _hide_progress_of_libraries()
     _limit_threads()
-    parsed = _parsed(arguments)
+    with given.main_process_first(desc="the quickstart's model and data"):
+        parsed = _parsed(arguments)
 
     def make(checked: Any) -> RecordedSFTTrainer:
         return with_callbacks(parsed.make_trainer(checked), callbacks)

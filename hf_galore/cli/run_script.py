@@ -25,6 +25,8 @@ from ..config import nearest
 from ..errors import UserError
 from ..expandable_segments import use_expandable_segments
 from ..version import __version__
+from .main import COMMANDS
+from .main import main as run_own_command
 
 PROG = "python -m hf_galore"
 USER_ERROR = 2
@@ -38,11 +40,12 @@ SCRIPT is what stands after 'python', or an installed command:
   train.py           a Python file, or a folder or zip file with a __main__.py
   -m package.module  a module
   trl                a Python command, by its name
+or a command of hf-galore: sft, quickstart, ...
 
   {PROG} train.py --optim galore_adamw_8bit_layerwise
   {PROG} trl sft --config recipe.yaml
   torchrun --nproc_per_node 2 -m hf_galore train.py
-  accelerate launch -m hf_galore train.py
+  accelerate launch -m hf_galore sft --config recipe.yaml
 
 The Python processes that the script starts are registered too, if they get its environment.
 What stands after SCRIPT is the script's. Before it:
@@ -68,6 +71,8 @@ def main(arguments: Sequence[str]) -> int:
     if arguments[0] == "--version":
         print(f"hf_galore {__version__}")
         return 0
+    if is_own_command(arguments[0]):
+        return run_own_command(arguments)
     try:
         _check_interpreter()
         command = python_arguments(arguments)
@@ -146,6 +151,14 @@ def environment(inherited: Mapping[str, str]) -> dict[str, str]:
 
 
 # ---- what there is to run
+
+
+def is_own_command(name: str) -> bool:
+    """Whether a name is a command of hf-galore, which a launcher of several processes can start by it alone.
+
+    A file of that name comes before it; a folder does not.
+    """
+    return name in COMMANDS and not Path(name).is_file()
 
 
 def _check_interpreter() -> None:

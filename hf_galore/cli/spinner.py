@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from . import ranks
+
 
 @contextlib.contextmanager
 def spinner(first: str) -> Iterator[Callable[[str], None] | None]:
-    """A spinner with `first`, and a way to say something else; `None` where stderr is no terminal."""
-    if not sys.stderr.isatty():
+    """A spinner with `first`, and a way to say something else; `None` where no terminal or another process shows it."""
+    if not sys.stderr.isatty() or not ranks.speaks():
         yield None
         return
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())

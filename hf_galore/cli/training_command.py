@@ -17,6 +17,7 @@ from ..recipes.config_file import key_of
 from ..recipes.resuming import FinishedError
 from ..recipes.run_record import RecordedTrainer
 from ..recipes.stopping import StopAfterStep
+from . import ranks
 from .interrupts import finishing_the_step, stoppable
 from .plan import DOES_NOT_FIT, FITS, show, shown_progress
 from .progress import ProgressLine
@@ -67,9 +68,11 @@ def train_and_say(
             return dry_run(prog, parsed)
         trainer = train(prog, arguments, parsed)
     except FinishedError as finished:  # which is no failure of a job that is started until it is done
-        print(f"{prog}: {finished}")
+        if ranks.speaks():
+            print(f"{prog}: {finished}")
         return 0
-    trainer.accelerator.print(closing_line(trainer))
+    if ranks.speaks():
+        print(closing_line(trainer))
     end(trainer)
     return 0
 
@@ -104,6 +107,8 @@ def how_to_go_on(
         others: whether there are finished runs of the same command, which are not run again by one that goes on.
     """
     last, again = last_checkpoint(Path(output_dir)), shlex.join([*prog.split(), *to_go_on(arguments)])
+    if ranks.count() > 1:  # by torchrun or another launcher, whose options nobody here knows
+        again = f"{ranks.LAUNCHERS} {again.removeprefix('hf-galore ')}"
     if last is None or (since is not None and last.stat().st_mtime < since):
         if others:
             return f"interrupted; what is finished is kept, so go on with: {again}"

@@ -122,8 +122,7 @@ def _check_other_keys(config: Mapping[str, Any], known: Mapping[str, Any], name:
         if value and not (most and isinstance(value, int) and value <= most):
             raise ValueError(
                 f"{OPTIMIZER}: {name} does not work with {key}, which shards or splits the matrices that GaLore "
-                "projects, or their gradients. Leave it out, and train on one GPU, or in several processes (DDP) "
-                "without a layerwise optimizer."
+                "projects, or their gradients. Leave it out, and train on one GPU, or in several processes (DDP)."
             )
     if config.get("adapter"):
         raise ValueError(

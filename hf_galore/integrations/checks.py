@@ -19,6 +19,8 @@ from ..optim.optimizer import GaLoreOptimizer
 from ..rules import RULES, without_own_name
 from .accelerate import compiles, unwrapped
 from .callback import galore_callback, galore_optimizer
+from .engines import instead, supports_fsdp2
+from .fsdp import say_if_whole_gradients_accumulate
 from .llamafactory import own_optimizer_of
 
 
@@ -38,6 +40,7 @@ def check_optimizer(trainer: Trainer, optimizer: GaLoreOptimizer) -> None:
         if compiles(trainer.accelerator):
             optimizer.hooks.notices.compiled()
     _check_targets(trainer, optimizer)
+    say_if_whole_gradients_accumulate(trainer, optimizer)
     if trainer.model is not None:
         trained = {id(param) for group in optimizer.param_groups for param in group["params"]}
         named = ((name, param) for name, param in trainer.model.named_parameters() if id(param) in trained)
@@ -101,20 +104,101 @@ def check_asked_for(trainer: Trainer, given: bool) -> None:
 
 
 def check_no_engine(asked: str, args: TrainingArguments, trainer: Trainer | None = None) -> None:
-    """Refuse engines that shard, also where they are asked for and not had: on CPUs accelerate leaves FSDP out."""
-    for engine in ("fsdp", "deepspeed"):
-        variable = f"ACCELERATE_USE_{engine.upper()}"
-        given = [key for key in (engine, f"{engine}_config") if _asks(getattr(args, key, None))]
-        # accelerate leaves the variable behind where a trainer has failed: one process has nothing to shard.
-        several = args.parallel_mode == ParallelMode.DISTRIBUTED
-        in_environment = several and os.environ.get(variable, "").lower() == "true"
-        if given or in_environment or getattr(trainer, f"is_{engine}_enabled", False):
-            where = f"in the training arguments: {' and '.join(given)}" if given else f"by accelerate ({variable})"
-            raise ValueError(
-                f"{asked} does not work under {engine.upper()}, which shards or flattens the matrices that GaLore "
-                f"projects. It is asked for {where}. Leave that out, and run on one GPU, or under DDP without a "
-                "layerwise optimizer."
-            )
+    """Refuse engines that shard or flatten, also where they are asked for and not had.
+
+    Args:
+        asked: what was asked for, to begin a sentence.
+        args: the training arguments.
+        trainer: the Trainer, where there is one: `accelerate launch` may have given it an engine.
+
+    Raises:
+        ValueError: DeepSpeed, FSDP, or tensor, context or pipeline parallelism is asked for; the message says where.
+    """
+    where = _engine_asked_for("deepspeed", args, trainer)
+    if where is not None:
+        raise ValueError(
+            f"{asked} does not work under DEEPSPEED: ZeRO-1 and 2 hand an optimizer flat pieces of many weights, and "
+            f"ZeRO-3 shards each weight, so no matrix is there to project. It is asked for {where}. Leave that out, "
+            f"and {instead()}."
+        )
+    _check_fsdp(asked, args, trainer)
+    found = _parts_of_matrices(args, trainer)
+    if found is not None:
+        raise ValueError(
+            f"{asked} does not work under tensor, context, expert or pipeline parallelism, where processes have parts "
+            f"of a matrix, of a sequence or of the model. It is asked for by {found}. Leave that out, and {instead()}."
+        )
+
+
+def _check_fsdp(asked: str, args: TrainingArguments, trainer: Trainer | None) -> None:
+    where = _engine_asked_for("fsdp", args, trainer)
+    if where is None:
+        return
+    version = _fsdp_version(args, trainer)
+    if supports_fsdp2() and args.device.type == "cpu":
+        raise ValueError(
+            f"{asked} does not work under FSDP on a CPU: accelerate has none there, and trains under DDP without a "
+            f"word. It is asked for {where}. Leave that out, or shard the model by torch's fully_shard in a loop of "
+            "your own."
+        )
+    if supports_fsdp2() and version != 2:
+        raise ValueError(
+            f"{asked} does not work under FSDP1, which flattens the matrices that GaLore projects. It is asked for "
+            f"{where}. Set version 2: fsdp_version: 2 in accelerate's file, fsdp_config={{'version': 2}} in "
+            f"TrainingArguments; or {instead()}."
+        )
+    if not supports_fsdp2():
+        raise ValueError(
+            f"{asked} does not work under FSDP, which shards or flattens the matrices that GaLore projects. It is "
+            f"asked for {where}. Leave that out, and {instead()}."
+        )
+
+
+def _engine_asked_for(engine: str, args: TrainingArguments, trainer: Trainer | None) -> str | None:
+    """Where `fsdp` or `deepspeed` is asked for, in words; `None` where it is not."""
+    given = [key for key in (engine, f"{engine}_config") if _asks(getattr(args, key, None))]
+    if given:
+        return f"in the training arguments: {' and '.join(given)}"
+    variable = f"ACCELERATE_USE_{engine.upper()}"
+    # accelerate leaves the variable behind where a trainer has failed: one process has nothing to shard.
+    several = args.parallel_mode == ParallelMode.DISTRIBUTED
+    in_environment = several and os.environ.get(variable, "").lower() == "true"
+    if in_environment or getattr(trainer, f"is_{engine}_enabled", False):
+        return f"by accelerate ({variable})"
+    return None
+
+
+def _fsdp_version(args: TrainingArguments, trainer: Trainer | None) -> int:
+    """Which FSDP is asked for: by accelerate's plugin, the training arguments, or `accelerate launch`."""
+    accelerator = getattr(trainer, "accelerator", None)
+    plugin = getattr(getattr(accelerator, "state", None), "fsdp_plugin", None)
+    if plugin is not None:
+        return int(plugin.fsdp_version)
+    from_args = [getattr(args, "fsdp_plugin_args", None), args.fsdp_config]  # older transformers have the second only
+    for config in from_args:
+        for key in ("fsdp_version", "version"):
+            if isinstance(config, dict) and config.get(key) is not None:
+                return int(config[key])
+    return int(os.environ.get("FSDP_VERSION", "1"))  # accelerate's default
+
+
+_PARTS = ("tp_size", "cp_size", "sp_size", "ep_size", "pp_size")
+
+
+def _parts_of_matrices(args: TrainingArguments, trainer: Trainer | None) -> str | None:
+    """What splits matrices, sequences or layers among processes, in words; `None` where nothing does."""
+    model = getattr(trainer, "model", None)
+    for name, config in (
+        ("parallelism_config", getattr(args, "parallelism_config", None)),
+        ("accelerate's parallelism_config", getattr(getattr(trainer, "accelerator", None), "parallelism_config", None)),
+        ("the model's DistributedConfig", getattr(getattr(model, "config", None), "distributed_config", None)),
+    ):
+        for key in _PARTS:
+            size = config.get(key) if isinstance(config, dict) else getattr(config, key, None)
+            if isinstance(size, int) and size > 1:
+                return f"{name}: {key} {size}"
+    size = getattr(model, "_tp_size", None)
+    return f"the model's tp_plan, over {size} processes" if isinstance(size, int) and size > 1 else None
 
 
 def _asks(value: object) -> bool:
@@ -127,8 +211,6 @@ def check_can_hook(asked: str, instead: str, args: TrainingArguments) -> None:
     problem = None
     if args.fp16:
         problem = "fp16: its loss scaling unscales and checks gradients that are not there. Set bf16=True"
-    elif args.parallel_mode == ParallelMode.DISTRIBUTED:
-        problem = "more than one process: low-rank gradients are not reduced over them. Launch one"
     elif args.n_gpu > 1:
         problem = "several GPUs in one process. Set CUDA_VISIBLE_DEVICES=0"
     if problem is not None:

@@ -26,11 +26,31 @@ def keep_to_one_gpu(args: TrainingArguments, *, say: bool = True) -> None:
     args._n_gpu = 1  # type: ignore[assignment, unused-ignore]
     if say:
         logger.info(
-            "%d GPUs are visible; training on one, %s. For another set CUDA_VISIBLE_DEVICES; for several start this "
-            "under accelerate launch or torchrun, with an optim that is not layerwise.",
+            "%d GPUs are visible; training on one, %s. For another set CUDA_VISIBLE_DEVICES; for all of them start "
+            "torchrun --nproc_per_node %d -m hf_galore with the same arguments.",
             seen,
             args.device,
+            seen,
         )
+
+
+def say_global_batch(args: TrainingArguments) -> None:
+    """Say how many rows a step trains on where several processes train together: a recipe has those of one device."""
+    if args.world_size == 1 or args.process_index != 0:
+        return
+    if args.accelerator_config.split_batches:  # accelerate divides each batch among the processes
+        logger.info("%d processes train together, and divide each batch of rows among them.", args.world_size)
+        return
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    logger.info(
+        "%d processes train together: a step has %d rows, of per_device_train_batch_size %d x "
+        "gradient_accumulation_steps %d x %d processes.",
+        args.world_size,
+        rows,
+        args.per_device_train_batch_size,
+        args.gradient_accumulation_steps,
+        args.world_size,
+    )
 
 
 def one_device_map(args: TrainingArguments) -> dict[str, str] | None:

@@ -21,6 +21,7 @@ PARTS: dict[str, str] = {
     "training_step": "(self, model, inputs, num_items_in_batch=None)",
     "evaluate": "(self, eval_dataset=None, ignore_keys=None, metric_key_prefix='eval')",
     "_save_checkpoint": "(self, model, trial)",
+    "_save_rng_state": "(self, output_dir)",
     "_get_output_dir": "(self, trial)",
     "_load_from_checkpoint": "(self, resume_from_checkpoint, model=None)",
 }
@@ -85,3 +86,8 @@ class TrainerParts:
             folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")  # type: ignore[attr-defined]
             self.before_checkpoint(folder)
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Save the random states, of every process: the Trainer's state, written next, says that all is there."""
+        super()._save_rng_state(output_dir)  # type: ignore[misc]
+        self.accelerator.wait_for_everyone()  # type: ignore[attr-defined]

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..config import ProjType
+from .ranks import Ranks
 
 Side = Literal["left", "right", "full"]
 
@@ -56,13 +57,38 @@ class FactoredGradient(NamedTuple):
         return self.output_gradient.device
 
 
-Gradient = Tensor | FactoredGradient
+class ShardedGradient(NamedTuple):
+    """A gradient G, m × n, of which each process has some rows or columns; products with it all make together.
+
+    What comes of it is whole, and the same everywhere: only narrow matrices are gathered and summed, never G.
+    """
+
+    part: Tensor  # what this process has: m' × n, or m × n'
+    shape: tuple[int, int]
+    dim: int  # which of its dimensions is divided
+    ranks: Ranks
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of all parts."""
+        return self.part.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process's part."""
+        return self.part.device
+
+
+Gradient = Tensor | FactoredGradient | ShardedGradient
 
 
 def transposed(gradient: Gradient) -> Gradient:
     """Gᵀ, n × m, without copying anything."""
     if isinstance(gradient, FactoredGradient):
         return FactoredGradient(gradient.inputs, gradient.output_gradient)
+    if isinstance(gradient, ShardedGradient):
+        part, (m, n), dim, ranks = gradient
+        return ShardedGradient(part.mT, (n, m), 1 - dim, ranks)
     return gradient.mT
 
 
@@ -75,6 +101,9 @@ def times(gradient: Gradient, matrix: Tensor) -> Tensor:
     """GM for an n × k matrix M, computed in the dtype of M."""
     if isinstance(gradient, FactoredGradient):
         return _transposed_product(gradient.output_gradient, gradient.inputs, matrix)
+    if isinstance(gradient, ShardedGradient):
+        part, (m, n), dim, ranks = gradient
+        return ranks.gather(times(part, matrix), m) if dim == 0 else ranks.sum(times(part, matrix[ranks.own(n)]))
     if gradient.dtype == matrix.dtype:
         return gradient @ matrix
     product = matrix.new_empty(len(gradient), matrix.shape[1])
@@ -87,6 +116,8 @@ def transposed_times(gradient: Gradient, matrix: Tensor) -> Tensor:
     """GᵀM for an m × k matrix M, computed in the dtype of M."""
     if isinstance(gradient, FactoredGradient):
         return _transposed_product(gradient.inputs, gradient.output_gradient, matrix)
+    if isinstance(gradient, ShardedGradient):
+        return times(transposed(gradient), matrix)
     if gradient.dtype == matrix.dtype:
         return gradient.mT @ matrix
     product = matrix.new_zeros(gradient.shape[1], matrix.shape[1])
@@ -108,7 +139,7 @@ def _transposed_product(a: Tensor, b: Tensor, matrix: Tensor) -> Tensor:
 
 def _parts(*tensors: Tensor) -> Iterator[slice]:
     """The rows of the tensors, as many at a time as may be cast."""
-    size = max(1, CAST_ELEMENTS // max(tensor.shape[1] for tensor in tensors))
+    size = max(1, CAST_ELEMENTS // max(1, *(tensor.shape[1] for tensor in tensors)))
     for start in range(0, len(tensors[0]), size):
         yield slice(start, start + size)
 
@@ -190,11 +221,12 @@ def project(gradient: Gradient, bases: Bases, *, out: Tensor | None = None) -> T
     rmn of projecting it, and no m × n tensor ever exists. (GaLore is cheaper than AdamW for r < mn/(m + n).)
 
     Args:
-        gradient: G, or its factors.
+        gradient: G, or its factors; of a sharded one a process projects its part (`hf_galore.optim.sharded`).
         bases: cast to the gradient's dtype for the products.
         out: a tensor of R's shape to add R to; returned.
     """
     left, right = bases
+    assert not isinstance(gradient, ShardedGradient)
     if isinstance(gradient, FactoredGradient):
         factor = gradient.output_gradient
         factor = factor if left is None else factor @ left.to(factor.dtype)

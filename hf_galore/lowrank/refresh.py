@@ -19,6 +19,7 @@ from .projection import (
     Bases,
     FactoredGradient,
     Gradient,
+    ShardedGradient,
     Side,
     at_least_float32,
     nonzero_columns,
@@ -164,9 +165,11 @@ def _noise_floor(gradient: Gradient) -> Tensor:
     spread = 2 * min(gradient.shape) ** -0.5
     if gradient.dtype in (torch.bfloat16, torch.float16):
         return floor.add_(torch.finfo(gradient.dtype).eps * spread)
-    sample = gradient[:_SAMPLE_ROWS]
+    sample = (gradient.part if isinstance(gradient, ShardedGradient) else gradient)[:_SAMPLE_ROWS]
     for dtype in (torch.bfloat16, torch.float16):
         rounded: Tensor = (sample.to(dtype).to(sample.dtype) == sample).all()
+        if isinstance(gradient, ShardedGradient):
+            rounded = gradient.ranks.all(rounded)
         floor = torch.maximum(floor, rounded * (precise + torch.finfo(dtype).eps * spread))
     return floor
 
@@ -218,7 +221,7 @@ def figures_of(
 
     Args:
         gradient: G.
-        low_rank: R, in the new bases.
+        low_rank: R, in the new bases; what this process has of it, of a sharded gradient.
         new: the new bases as they are kept.
         old: those before, if there were any.
         computed: the new bases before they were quantised, to be told what `full_rank` says of them, and their defect.
@@ -230,7 +233,9 @@ def figures_of(
     Source: the estimate is Hutchinson's (1989).
     """
     captured = norm_of(low_rank)
-    if isinstance(gradient, FactoredGradient):
+    if isinstance(gradient, ShardedGradient):
+        captured, total = gradient.ranks.norms([captured, norm_of(gradient.part)]).unbind()
+    elif isinstance(gradient, FactoredGradient):
         probes = gaussian(gradient.shape[1], PROBES, gradient) * (gradient.shape[1] / PROBES) ** 0.5
         narrow = probes if new.right is None else new.right.mT.to(probes.dtype) @ probes
         back = low_rank.to(probes.dtype) @ narrow

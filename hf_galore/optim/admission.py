@@ -8,12 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..integrations.engines import check_no_accelerator as check_no_accelerator
+from ..integrations.engines import check_whole as check_whole
+from ..integrations.engines import holder_of, refusal
 from ..log import and_others, logger
 from ..lowrank.methods import METHODS
 from ..lowrank.nonfinite import has_numbers
 from ..lowrank.projection import is_projectable, norm_of
 from ..rules import Rule, rule_of
 from .groups import Group, is_target
+from .shard import check_sharding, is_sharded, local_of
 
 
 def check_parameters(
@@ -59,11 +63,11 @@ def check_group(group: Group, own: Rule, name_of: Callable[[Tensor], str]) -> No
     check_refresh(group)
     too_small = []
     for param in group["params"]:
-        if _is_dtensor(param):
-            raise ValueError(
-                "GaLore cannot train a parameter that is sharded over processes (a DTensor, as FSDP2 makes "
-                "them). Run it on one GPU, or under DDP without a layerwise optimizer."
-            )
+        engine = holder_of(param)
+        if engine is not None:
+            raise refusal(f"GaLore, with {name_of(param)} among its parameters,", engine)
+        if is_sharded(param):
+            check_sharded(name_of(param), param, group)
         rule.check_parameter(name_of(param), param)
         if "rank" not in group:
             continue
@@ -96,8 +100,19 @@ def check_refresh(group: Mapping[str, Any]) -> None:
         )
 
 
-def _is_dtensor(param: Tensor) -> bool:
-    return hasattr(param, "device_mesh")  # without importing torch.distributed.tensor, which takes a second
+def check_sharded(name: str, param: Tensor, group: Group) -> None:
+    """Check that a DTensor can be what its group says.
+
+    Raises:
+        ValueError: it is divided in a way that GaLore does not know, or its group asks for what needs it whole.
+    """
+    check_sharding(name, param)
+    if is_target(param, group) and not METHODS[group["refresh"]].from_factors:
+        others = ", ".join(method for method, row in METHODS.items() if row.from_factors)
+        raise ValueError(
+            f"GaLore's refresh={group['refresh']} needs the whole gradient of a matrix, but {name} is sharded over "
+            f"processes. Take one of {others}, which need products with it only."
+        )
 
 
 def check_stochastic_rounding(groups: Iterable[Group]) -> None:
@@ -125,12 +140,13 @@ def say_if_decay_is_lost(groups: Iterable[Group]) -> None:
             continue
         for param in group["params"]:
             half = torch.finfo(param.dtype).eps / 4  # of the larger numbers between two powers of 2
-            if torch.finfo(param.dtype).bits >= 32 or decay >= half or not has_numbers(param) or not param.numel():
+            weight = local_of(param.detach())
+            if torch.finfo(param.dtype).bits >= 32 or decay >= half or not has_numbers(param) or not weight.numel():
                 continue
             # Adam's direction has elements of about 1, of which a target gets a part.
             part = group["scale"] * (group["rank"] / min(param.shape)) ** 0.5 if is_target(param, group) else 1.0
             moves.append(rate * part / half)
-            sample = param.detach().view(-1)[:4096] if param.is_contiguous() else param.detach()
+            sample = weight.view(-1)[:4096] if weight.is_contiguous() else weight
             sizes.append(norm_of(sample) / sample.numel() ** 0.5)
     measured = torch.stack([size.cpu() for size in sizes]).tolist() if sizes else []
     lost = sum(move < size for move, size in zip(moves, measured, strict=True))

@@ -66,6 +66,14 @@ class BasisLayout:
             )
         )
 
+    def read_here(self, state: State, dtype: torch.dtype) -> Bases:
+        """The bases as far as the part of the weight that this process has is projected with them."""
+        return self.read(state, dtype)
+
+    def here(self, whole: Bases) -> Bases:
+        """What `read_here` reads, of bases that are whole."""
+        return whole
+
     def kept(self, bases: Bases, dtype: torch.dtype) -> State:
         """New bases in the form and under the keys that a target's state keeps them.
 
@@ -84,6 +92,10 @@ def _entries(key: str, basis: QuantizedBasis) -> State:
     return {key: basis.codes} if basis.absmax is None else {key: basis.codes, f"{key}_absmax": basis.absmax}
 
 
+# Beside the bases, whose keys are those of a state.
+_LOW_RANK, _FIGURES = "low_rank", "figures"
+
+
 @dataclasses.dataclass(frozen=True)
 class NewBasis:
     """A refresh that has been computed, and of which the target's state has nothing yet."""
@@ -97,6 +109,30 @@ class NewBasis:
     captured_energy: float
     overlap: float
     watch: Stopwatch
+
+    def tensors(self) -> State:
+        """All of it as tensors by name, to be sent to other processes."""
+        figures = torch.tensor([self.norm, self.captured_energy, self.overlap], dtype=torch.float64)
+        return {**self.kept, _LOW_RANK: self.low_rank, _FIGURES: figures}
+
+    @classmethod
+    def from_tensors(cls, tensors: State, watch: Stopwatch) -> NewBasis:
+        """What another process has sent. Waits for the device."""
+        kept = {key: value for key, value in tensors.items() if key not in (_LOW_RANK, _FIGURES)}
+        norm, captured_energy, overlap = tensors[_FIGURES].tolist()
+        return cls(kept, tensors[_LOW_RANK], norm, captured_energy, overlap, watch)
+
+    @staticmethod
+    def parts(kept: State, low_rank: torch.Size, dtype: torch.dtype) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """The shapes and dtypes of `tensors()`.
+
+        Args:
+            kept: bases as they are kept, which the new ones are like.
+            low_rank: the shape of R.
+            dtype: of R.
+        """
+        of_bases = {key: (value.shape, value.dtype) for key, value in kept.items()}
+        return {**of_bases, _LOW_RANK: (low_rank, dtype), _FIGURES: (torch.Size([3]), torch.float64)}
 
     @property
     def is_zero(self) -> bool:

@@ -101,7 +101,7 @@ def make_optimizer(
 
 def needs_hooks(optim: str, config: GaLoreConfig) -> bool:
     """Whether an optimizer by this name and with these options hooks into the backward pass."""
-    return KINDS[optim].layerwise or bool(config.projected_backward)
+    return KINDS[optim].layerwise or bool(config.projected_backward) or config.exchange == "low_rank"
 
 
 def optimizer_cls_and_kwargs(
@@ -153,8 +153,9 @@ def optimizer_cls_and_kwargs(
         "param_options": options,
         "module": model,
         "layerwise": kind.layerwise,
-        "projected_backward": kind.layerwise if config.projected_backward is None else config.projected_backward,
+        "projected_backward": config.projected_backward,
         "hold_gradients": hold_gradients,
+        "exchange": config.exchange,
         "stochastic_rounding": config.stochastic_rounding,
     }
 

@@ -34,12 +34,12 @@ def saving(optimizer: GaLoreOptimizer) -> Iterator[None]:
 
     def complete(_: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
         saved[FORMAT_KEY] = FORMAT
-        if optimizer.hooks is None:
-            return
         for trained in optimizer.trained_parameters():
-            before = optimizer.hooks.before(trained.param)
-            if before is not None and before.complete:
-                saved["state"][trained.index] = before.restored(trained.state)
+            before = None if optimizer.hooks is None else optimizer.hooks.before(trained.param)
+            if trained.index in saved["state"]:
+                undone = before is not None and before.complete
+                state = before.restored(trained.state) if before is not None and undone else trained.present_state
+                saved["state"][trained.index] = trained.to_saved(state)
 
     # The first of the hooks on it: others see what is saved.
     handle = optimizer.register_state_dict_post_hook(complete, prepend=True)
@@ -109,16 +109,16 @@ def _checked(optimizer: GaLoreOptimizer, saved: Mapping[str, Any]) -> Iterator[C
             of_param = saved["state"].get(index, {})
             trained = optimizer.trained(param)
             _check_same_state(type(optimizer).__name__, trained, index, of_param)
-            yield from ((trained, key, value) for key, value in of_param.items())
+            if of_param:
+                yield from ((trained, key, value) for key, value in trained.of_saved(of_param).items())
 
 
 def _check_same_state(cls_name: str, trained: Trained, index: int, saved: Mapping[str, Tensor]) -> None:
     present = trained.present_state
     if not saved and not present:
         return
-    needed = trained.new_state_on_meta()
-    check_fits(trained.name, trained.param.shape, present, needed)
-    expected = {key: (tuple(value.shape), value.dtype) for key, value in needed.items()}
+    check_fits(trained.name, trained.param.shape, present, trained.new_state_on_meta())
+    expected = trained.saved_shapes()
     found = {key: (tuple(value.shape), value.dtype) for key, value in saved.items()}
     if found == expected:
         return

@@ -9,32 +9,68 @@ from torch import Tensor
 
 from ..backward.gradient import LowRankGradient, UsedGradient
 from ..lowrank import nonfinite
-from ..lowrank.projection import norm_of, norms_of
+from ..lowrank.projection import at_least_float32, norm_of, norms_of
+from ..lowrank.ranks import Ranks
 from .trained import Trained
 
 
 def norms_for_step(parameters: Sequence[Trained]) -> dict[int, Tensor]:
     """The norms of what updates are made from, as far as it is there already, by the parameters' ids.
 
-    On a GPU only: a CPU had better take each norm when it reads the gradient for the update anyway.
+    On a GPU only: a CPU had better take each norm when it reads the gradient for the update anyway. And of sharded
+    parameters, for which all processes are asked in one collective.
     """
     found: dict[int, Tensor] = {}
+    sharded: list[Trained] = []
     for trained in parameters:
-        gradient = trained.param.grad
-        if gradient is None or isinstance(gradient, UsedGradient) or nonfinite.host_knows(gradient):
+        gradient = trained.local.grad
+        if gradient is None or isinstance(gradient, UsedGradient):
             continue
-        if isinstance(gradient, LowRankGradient):
+        if trained.ranks is not None:
+            sharded.append(trained)
+        elif nonfinite.host_knows(gradient):
+            continue
+        elif isinstance(gradient, LowRankGradient):
             # In 8 bits it is read for one update at a time: all at once would take what they save.
             if gradient.addend is None and isinstance(gradient.kept, Tensor):
                 found[id(trained.param)] = gradient.kept
         elif not trained.projected and not gradient.is_sparse:
             found[id(trained.param)] = gradient
-    return dict(zip(found, norms_of(list(found.values())), strict=True))
+    norms = dict(zip(found, norms_of(list(found.values())), strict=True))
+    return {**norms, **_norms_over_ranks(sharded)}
 
 
-def norm_of_all(norms: Sequence[Tensor]) -> Tensor | None:
-    """The norm of several tensors together, from the norm of each; `None` where there is none."""
-    return norm_of(torch.stack([norm.to(norms[0].device) for norm in norms])) if norms else None
+def norm_of_gradients(parameters: Sequence[Trained], others: Sequence[Tensor]) -> Tensor | None:
+    """The norm of all that the next step would use; `None` where there is nothing.
+
+    Args:
+        parameters: of the optimizer.
+        others: norms that count too.
+    """
+    gradients = [(trained, trained.local.grad) for trained in parameters]
+    present = [(trained, g) for trained, g in gradients if g is not None and not isinstance(g, UsedGradient)]
+    norms = norms_of([gradient for trained, gradient in present if trained.ranks is None])
+    sharded = _norms_over_ranks([trained for trained, _ in present if trained.ranks is not None])
+    found = [*others, *norms, *sharded.values()]
+    return norm_of(torch.stack([norm.to(found[0].device) for norm in found])) if found else None
+
+
+def _norms_over_ranks(sharded: Sequence[Trained]) -> dict[int, Tensor]:
+    """The norms of the gradients of sharded parameters, by their ids: one collective for all of the same processes."""
+    groups: dict[tuple[Ranks, torch.dtype], list[Trained]] = {}
+    for trained in sharded:
+        assert trained.ranks is not None
+        groups.setdefault((trained.ranks, at_least_float32(trained.param.dtype)), []).append(trained)
+    found: dict[int, Tensor] = {}
+    for (ranks, _), alike in groups.items():
+        norms = ranks.norms(norms_of([_local_gradient(trained) for trained in alike]))
+        found.update(zip((id(trained.param) for trained in alike), norms.unbind(), strict=True))
+    return found
+
+
+def _local_gradient(trained: Trained) -> Tensor:
+    gradient: Tensor = trained.local.grad
+    return gradient
 
 
 def clip_(gradients: Sequence[Tensor], norm: Tensor, max_norm: float) -> None:

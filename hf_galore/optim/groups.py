@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from ..config import GROUP_OPTIONS, GaLoreConfig, nearest
+from ..config import GROUP_OPTIONS, Exchange, GaLoreConfig, nearest
 from ..log import and_others
 from ..lowrank.methods import METHODS
 from ..lowrank.projection import is_projectable
@@ -33,6 +33,9 @@ class GaLoreOptions(TypedDict, total=False):
     """Whether linear layers compute their low-rank gradient without the gradient; by default as `layerwise`."""
     hold_gradients: bool
     """Whether layerwise holds low-rank gradients until `step()`, as clipping needs; an accumulation does so itself."""
+    exchange: Exchange | None
+    """What the processes of `DistributedDataParallel` reduce of a target: `low_rank` gradients, or `dense` ones; by
+    default low-rank ones where the backward pass is projected."""
     stochastic_rounding: bool
     """Whether updates of bfloat16 weights are rounded stochastically, from torch's initial seed."""
 
@@ -97,7 +100,7 @@ def is_target(param: Tensor, group: Group) -> bool:
 # Where an option belongs that is not a group's, by its name.
 _NOT_IN_A_GROUP: dict[str, str] = {
     **dict.fromkeys(
-        ("layerwise", "projected_backward", "hold_gradients", "module", "param_options"),
+        ("layerwise", "projected_backward", "hold_gradients", "exchange", "module", "param_options"),
         "It concerns the optimizer as a whole: give it by keyword, beside the groups, as in "
         "GaLoreAdamW(groups, lr=1e-3, module=model, layerwise=True).",
     ),

@@ -15,19 +15,22 @@ from torch import Tensor, nn
 
 from ..backward.gradient import LowRankGradient, UsedGradient
 from ..backward.hooks import BackwardHooks
+from ..backward.processes import Processes
 from ..config import GaLoreConfig
 from ..lowrank import nonfinite
 from ..lowrank.orthonormal import warm_up
-from ..lowrank.projection import norms_of
 from ..rules import RULES, options_of, without_own_name
 from . import admission, checkpoint
-from .gradients import clip_, norm_of_all, norms_for_step
+from .gradients import clip_, norm_of_gradients, norms_for_step
 from .groups import GaLoreOptions as GaLoreOptions
 from .groups import check_gradient_bits, check_group_keys, check_options, split_groups, with_seeds
+from .hooking import hooks_for, waits_for_shards
+from .making import make
 from .names import Names
+from .refreshes import SharedRefreshes
 from .report import Journal, Memory, refresh_figures
 from .skipped import Skipped, uncount
-from .target import Target, forget_phases, make
+from .target import Target, forget_phases
 from .trained import Place, Trained
 
 
@@ -54,15 +57,15 @@ class GaLoreOptimizer(torch.optim.Optimizer):
             raise ValueError(f"rule has to be one of {', '.join(RULES)}, but is {rule!r}.")
         own = RULES[rule].defaults
         check_options(type(self).__name__, options, [*GaLoreOptions.__annotations__, *own])
+        admission.check_no_accelerator(type(self).__name__)
         model: nn.Module | None = options.get("module")
-        layerwise: bool = options.get("layerwise", False)
-        projected_backward: bool | None = options.get("projected_backward")
         self._init_unsaved(rule, model)
         groups = split_groups(params, options.get("param_options") or {})
         admission.check_parameters(self._names.of_entries(groups), model)
         defaults = {key: options.get(key, default) for key, default in own.items()}
         if options.get("stochastic_rounding", False):
             defaults["stochastic_rounding"] = True
+        self._waits = waits_for_shards(groups)
         self._constructing = True
         super().__init__(self._names.in_groups(groups), defaults)
         self._constructing = False
@@ -71,22 +74,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         admission.say_if_nothing_is_projected(type(self).__name__, self.param_groups)
         for device in {target.param.device for target in self.targets() if nonfinite.has_numbers(target.param)}:
             warm_up(device)
-        if projected_backward is None:
-            projected_backward = layerwise
-        check_gradient_bits(self.param_groups, hooked=layerwise or projected_backward)
-        if layerwise or projected_backward:
-            if model is None:
-                raise ValueError(
-                    f"{type(self).__name__} hooks into the backward pass of the model for layerwise=True and "
-                    "projected_backward=True: pass it, module=model."
-                )
-            self._hooks = BackwardHooks(
-                self,
-                model,
-                layerwise=layerwise,
-                projected_backward=projected_backward,
-                hold_gradients=options.get("hold_gradients", False),
-            )
+        self._hooks = hooks_for(self, model, options)
 
     def _init_unsaved(self, rule: str, model: nn.Module | None) -> None:
         """Set what is not in `state_dict()`."""
@@ -94,8 +82,10 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         self.journal = Journal()
         self._hooks = None
         self._constructing = False
+        self._waits = False  # for other parameters, which take the place of those that it has
         self._names = Names(model)
         self._trained: dict[int, Trained] = {}  # by the parameter's id
+        self._processes: Processes | None = None  # that have the same gradients, if any are known
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "rule": self.rule}
@@ -132,7 +122,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
             del self.param_groups[-1]
             raise
         for param in group["params"]:
-            if param.requires_grad:
+            if param.requires_grad and not self._waits:
                 _ = self.trained(param).state  # made now, not in the first step
         if self._hooks is not None and self._hooks.attached:
             self._hooks.attach_new()
@@ -156,6 +146,13 @@ class GaLoreOptimizer(torch.optim.Optimizer):
                 found.append(trained)
         if len(found) < len(self._trained):  # some have left the groups
             self._trained = {id(trained.param): trained for trained in found}
+            self._names.refresh()
+            for param in [param for param in self.state if id(param) not in self._trained]:
+                del self.state[param]
+        if self._waits:
+            self._names.refresh()
+            self._waits = not any(trained.ranks for trained in found)
+            self._trained = {} if self._waits else self._trained  # what is to be replaced must not be kept alive
         return found
 
     def trained(self, param: Tensor) -> Trained:
@@ -166,8 +163,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         """
         trained = self._trained.get(id(param))
         if trained is None or not trained.is_current():
-            self.trained_parameters()
-            trained = self._trained.get(id(param))
+            trained = next((found for found in self.trained_parameters() if found.param is param), None)
         if trained is None:
             raise ValueError(f"{self.name_of(param)} is in no group of this optimizer.")
         return trained
@@ -182,6 +178,15 @@ class GaLoreOptimizer(torch.optim.Optimizer):
             trained = self.trained(param)
             if isinstance(trained, Target):
                 trained.refresh_asked = True
+
+    def share_refreshes(self, processes: Processes) -> None:
+        """Share the refreshes with processes that have the same gradients, those of `DistributedDataParallel`."""
+        self._processes = processes
+
+    @property
+    def shares_refreshes(self) -> bool:
+        """Whether other processes are known that have the same gradients."""
+        return self._processes is not None
 
     # ---- the update
 
@@ -206,17 +211,20 @@ class GaLoreOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         parameters = self.trained_parameters()
+        admission.check_whole(type(self).__name__, parameters)
         if self._hooks is not None:
             self._hooks.check_before_step(parameters)
         norms = norms_for_step(parameters)
+        refreshes = None if self._processes is None else SharedRefreshes(self._processes, parameters)
         for trained in parameters:
-            gradient, norm = trained.param.grad, norms.get(id(trained.param))
+            gradient, norm = trained.local.grad, norms.get(id(trained.param))
             if isinstance(gradient, LowRankGradient) and gradient.addend is None:
                 self._update_held(trained, gradient, norm)
             elif gradient is not None and not isinstance(gradient, UsedGradient):
                 whole = gradient.addend if isinstance(gradient, LowRankGradient) else gradient
                 assert whole is not None
-                trained.step(whole, norm)
+                if refreshes is None or not refreshes.step(trained):
+                    trained.step(whole, norm)
                 del whole
             if isinstance(trained, Target):
                 trained.refresh_asked = False
@@ -245,6 +253,11 @@ class GaLoreOptimizer(torch.optim.Optimizer):
     # ---- hooks into the backward pass, and gradients
 
     @property
+    def waits(self) -> bool:
+        """Whether it has no state and no hooks yet, as accelerate is to shard its parameters (FSDP2)."""
+        return self._waits
+
+    @property
     def hooks(self) -> BackwardHooks | None:
         """What acts during the backward pass; `None` for a plain optimizer without projected backward."""
         return self._hooks
@@ -270,7 +283,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         where there is nothing.
         """
         norms = [] if self._hooks is None else self._hooks.norms()
-        return norm_of_all(norms + norms_of(self._gradients()))
+        return norm_of_gradients(self.trained_parameters(), norms)
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor | None:
@@ -294,7 +307,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
 
     def _gradients(self) -> list[Tensor]:
         """What `step()` is going to use."""
-        gradients = (param.grad for group in self.param_groups for param in group["params"])
+        gradients = (trained.local.grad for trained in self.trained_parameters())
         return [gradient for gradient in gradients if gradient is not None and not isinstance(gradient, UsedGradient)]
 
     # ---- what it did
@@ -330,7 +343,6 @@ class GaLoreOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The groups and state, as of torch's optimizers; of backward passes before their step it has nothing."""
-
         with checkpoint.saving(self):
             return super().state_dict()
 

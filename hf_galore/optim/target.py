@@ -25,11 +25,11 @@ from ..lowrank.projection import (
     side_of,
 )
 from ..lowrank.refresh import bases_of_lower_rank, cheaper_from_factors, figures_of, may_fail, new_bases
-from ..lowrank.rotation import rotation_between
+from ..lowrank.rotation import Rotation, rotation_between
 from ..lowrank.rounding import decay_unless, is_identity
 from ..lowrank.schedule import NEVER, next_gap_factor, phase_of, refreshes_by, step_of_next_refresh
 from ..lowrank.seeds import basis_seed
-from ..rules import Rule, rule_of
+from ..rules import Rule
 from .bases import (
     BasisLayout,
     Before,
@@ -41,10 +41,10 @@ from .bases import (
     refreshed_at,
     take_back,
 )
-from .groups import is_target
+from .groups import Group
 from .report import Refresh, Stopwatch
 from .skipped import uncount
-from .trained import FullRank, Owner, Place, Trained, decay_of
+from .trained import Owner, Place, Trained, decay_of
 
 
 class Target(Trained):
@@ -118,6 +118,14 @@ class Target(Trained):
         """The present bases, in the weight's dtype; zeros before the first refresh."""
         return self._layout.read(self._with_placed_bases(), self.param.dtype)
 
+    def bases_here(self) -> Bases:
+        """The present bases as gradients are projected with them here."""
+        return self._layout.read_here(self._with_placed_bases(), self.param.dtype)
+
+    def projected_by(self, gradient: Gradient, bases: Bases) -> Tensor:
+        """The low-rank gradient of G, with what `bases_here` gave."""
+        return project(gradient, bases)
+
     def _with_placed_bases(self) -> State:
         """The state, with its bases where the weight is: with 16 bits they have its dtype."""
         state = self.state
@@ -139,7 +147,7 @@ class Target(Trained):
             target = me()
             if target is None or target.is_orphan:
                 raise RuntimeError(f"The optimizer of the low-rank gradient in {name}.grad is gone: set it to None.")
-            return project(gradient, target.bases())
+            return target.projected_by(gradient, target.bases_here())
 
         return BasisVersion(name, low_rank)
 
@@ -154,7 +162,7 @@ class Target(Trained):
         A gradient that is zero or not finite makes no basis: the refresh stays due. R is NaN of one that is not finite.
         """
         if not refresh:
-            return project(gradient, self.bases())
+            return self.projected_by(gradient, self.bases_here())
         made = self.new_basis(gradient)
         if made.usable:
             self._carry_moments(self.use_basis(made, self.new_version(), keep=False))
@@ -197,16 +205,36 @@ class Target(Trained):
         """New bases as they are kept, the gradient in them, and what there is to know of the refresh."""
         kept = self._layout.kept(computed, self.param.dtype)
         new = self._layout.read(kept, self.param.dtype)
-        low_rank = project(gradient, new)
+        low_rank = self.projected_by(gradient, self._layout.here(new))
         figures = figures_of(gradient, low_rank, new, old, computed, check)
         skipped = self.owner.journal.skipped
         uncounted = skipped.uncounted(self.param)
         asked = figures if uncounted is None else torch.cat([figures, uncounted.to(figures.dtype)])
+        asked = asked if self.ranks is None else self.ranks.of_first(asked)
         # The one time that a refresh waits for the device.
         found = [value.item() for value in asked.cpu().unbind()]
         if uncounted is not None:
             uncount(self.state, skipped.settle(self.param, *found[-2:]))
         return kept, low_rank, found[: len(figures)]
+
+    def parts_of_refresh(self, dtype: torch.dtype) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """The shapes and dtypes of what one process sends the others of a refresh, with R in `dtype`."""
+        state = self._with_placed_bases()
+        kept = {key: state[key] for key in self.basis_keys}
+        return NewBasis.parts(kept, torch.Size(self._shape_of_gradient()), dtype)
+
+    def refresh_from(self, tensors: State) -> NewBasis:
+        """The refresh that another process has computed."""
+        watch = Stopwatch(self.param.device)
+        watch.stop()
+        return NewBasis.from_tensors(tensors, watch)
+
+    def settle_skipped(self) -> None:
+        """Put the count of updates right, as `new_basis` does, where another process computes the refresh."""
+        skipped = self.owner.journal.skipped
+        uncounted = skipped.uncounted(self.param)
+        if uncounted is not None:
+            uncount(self.state, skipped.settle(self.param, *uncounted.tolist()))
 
     @torch.no_grad()
     def use_basis(self, made: NewBasis, version: BasisVersion, *, keep: bool) -> Before:
@@ -250,8 +278,8 @@ class Target(Trained):
         if self.due():
             self.update(self.project(gradient, refresh=True))
         else:
-            bases = self.bases()
-            self.update(project(gradient, bases), bases=bases)
+            bases = self.bases_here()
+            self.update(self.projected_by(gradient, bases), bases=bases)
 
     @torch.no_grad()
     def update(
@@ -265,12 +293,12 @@ class Target(Trained):
         """One optimizer step from the low-rank gradient R, which is left as it is.
 
         Args:
-            norm: ‖R‖, where it is known already.
+            norm: ‖R‖, or what is finite where that is, where it is known already.
             before: from `use_basis`, where this is the first update after a refresh.
-            bases: `bases()`, where they are at hand: quantised ones take time to read.
+            bases: `bases_here()`, where they are at hand: quantised ones take time to read.
         """
-        state, group, param = self._with_placed_bases(), self.group, self.param
-        skip = Skip(norm_of(low_rank) if norm is None else norm)
+        state, group, weight = self._with_placed_bases(), self.group, self.weight
+        skip = Skip(self.over_ranks(norm_of(low_rank)) if norm is None else norm)
         if before is not None and before.complete and skip.known:
             self.take_back(before)
             before = None
@@ -281,19 +309,23 @@ class Target(Trained):
             return
         # Moments that began anew at the last refresh have a bias to correct that is no older.
         moments_step = step - refreshed_at(state) if group["moments"] == "reset" else step
-        direction, factor = self.rule.direction(low_rank, self.moments(), group, moments_step, skip)
-        bases = self._layout.read(state, param.dtype) if bases is None else bases
+        direction, factor = self._direction(low_rank, group, moments_step, skip)
+        bases = self.bases_here() if bases is None else bases
         alpha, decay = -factor * group["scale"], decay_of(group)
         if self._rounds_stochastically(group):
             self._add_rounded(group, functools.partial(projected_back, direction, bases), alpha, step, skip)
-        elif skip.known is False or is_identity(param.dtype, decay):
+        elif skip.known is False or is_identity(weight.dtype, decay):
             # Where only the device knows that the update is skipped, N is zero, and the decay alone changes nothing.
-            add_projected_back_(param, direction, bases, alpha, decay=decay)
-        elif param.dtype not in (torch.float32, torch.float64):
+            add_projected_back_(weight, direction, bases, alpha, decay=decay)
+        elif weight.dtype not in (torch.float32, torch.float64):
             self._add_rounded(group, functools.partial(projected_back, direction, bases), alpha, step, skip)
         else:
-            param.mul_(decay_unless(skip.flag, param.dtype, decay))
-            add_projected_back_(param, direction, bases, alpha)
+            weight.mul_(decay_unless(skip.flag, weight.dtype, decay))
+            add_projected_back_(weight, direction, bases, alpha)
+
+    def _direction(self, low_rank: Tensor, group: Group, step: int, skip: Skip) -> tuple[Tensor, float]:
+        """The direction of R, as it is projected back here, and the factor that it is subtracted with."""
+        return self.rule.direction(low_rank, self.moments(), group, step, skip)
 
     def _carry_moments(self, before: Before) -> None:
         """Do to the moments what the option `moments` says, after the basis has changed."""
@@ -304,7 +336,11 @@ class Target(Trained):
             self.rule.reset_(self.moments())
         elif group["moments"] == "rotate":
             old = self._layout.read(before.entries, self.param.dtype)
-            self.rule.rotate_(self.moments(), group, rotation_between(self.bases(), old), step)
+            self.rule.rotate_(self.moments(), group, self._of_moments(rotation_between(self.bases(), old)), step)
+
+    def _of_moments(self, rotation: Rotation) -> Rotation:
+        """A rotation of the low-rank gradient, for moments as they are kept."""
+        return rotation
 
 
 def forget_phases(parameters: Iterable[Trained]) -> None:
@@ -312,18 +348,3 @@ def forget_phases(parameters: Iterable[Trained]) -> None:
     for target in parameters:
         if isinstance(target, Target):
             target._phase = None
-
-
-def make(owner: Owner, param: Tensor, place: Place, index: int, rule: Rule) -> Trained:
-    """The target or the full-rank parameter that a parameter of a group is.
-
-    Args:
-        owner: the optimizer.
-        param: the parameter.
-        place: where it is in the optimizer's groups.
-        index: of the parameter in the optimizer.
-        rule: the optimizer's own.
-    """
-    group = owner.param_groups[place.group]
-    kind = Target if is_target(param, group) else FullRank
-    return kind(owner, param, place, index, rule_of(rule, group))

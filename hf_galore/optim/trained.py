@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..lowrank.nonfinite import Skip
 from ..lowrank.projection import norm_of
+from ..lowrank.ranks import Ranks
 from ..lowrank.rounding import add_rounded_, generator_for
 from ..rules import Rule
 from .bases import ON_HOST, State
@@ -116,6 +117,46 @@ class Trained:
         """Its name in the model, or words for it where none is known."""
         return self.owner.name_of(self.param)
 
+    # ---- where several processes have a part of it each (`hf_galore.optim.sharded`), these differ
+
+    @property
+    def weight(self) -> Tensor:
+        """What updates move: the parameter, or this process's part of it."""
+        return self.param
+
+    @property
+    def local(self) -> Any:
+        """What has the gradient of `weight` in its `.grad`."""
+        return self.param
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """The processes that have a part of it each."""
+        return None
+
+    def over_ranks(self, norm: Tensor) -> Tensor:
+        """The norm of all parts together, from that of this process's."""
+        return norm if self.ranks is None else self.ranks.norms([norm])[0]
+
+    def to_saved(self, state: State) -> State:
+        """A state as a checkpoint has it."""
+        return state
+
+    def of_saved(self, saved: State) -> State:
+        """The state that a checkpoint has."""
+        return saved
+
+    def saved_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """What a checkpoint has to have of it."""
+        return {key: (tuple(value.shape), value.dtype) for key, value in self.new_state_on_meta().items()}
+
+    # ---- what it is
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the parameter that moments and bases were made for."""
+        return self._shape
+
     @property
     def group(self) -> Group:
         """Its parameter group, which schedulers move and loading replaces."""
@@ -137,7 +178,7 @@ class Trained:
         state = cast("State", states[self.param])
         if not state:  # frozen when the optimizer was made, or forgotten on purpose
             self._derive()
-            state = states[self.param] = self.new_state(self.param)
+            state = states[self.param] = self.new_state(self.weight)
             self._fits = True
         elif not self._fits or self.param.shape != self._shape:
             check_fits(self.name, self.param.shape, state, self.new_state_on_meta())
@@ -148,7 +189,7 @@ class Trained:
         """The state that would be made now, of the parameter's present shape and options: its shapes and dtypes."""
         now = type(self)(self.owner, self.param, self._place_in_groups, self.index, self._rule)
         with torch.device("meta"):
-            return now.new_state(self.param.detach().to("meta"))
+            return now.new_state(self.weight.detach().to("meta"))
 
     def new_state(self, like: Tensor) -> State:
         """A state before the first step, on the device of `like`."""
@@ -222,28 +263,31 @@ class Trained:
     def _rounds_stochastically(self, group: Group) -> bool:
         return bool(group.get("stochastic_rounding")) and self.param.dtype == torch.bfloat16
 
+    def _rounding_seed(self, group: Group) -> int:
+        return int(group["rounding_seed"])
+
     def _add_rounded(
         self, group: Group, update: Callable[[slice], Tensor], alpha: float, step: int, skip: Skip
     ) -> None:
         """Add an update in one rounding with the decay: stochastically if the group says so, else to the nearest."""
         generator = None
         if self._rounds_stochastically(group):
-            generator = generator_for(self.param.device, group["rounding_seed"], self.index, step)
-        add_rounded_(self.param, update, alpha=alpha, decay=decay_of(group), skip=skip.flag, generator=generator)
+            generator = generator_for(self.param.device, self._rounding_seed(group), self.index, step)
+        add_rounded_(self.weight, update, alpha=alpha, decay=decay_of(group), skip=skip.flag, generator=generator)
 
 
 class FullRank(Trained):
     """A parameter that trains as it would without GaLore."""
 
     def _step(self, gradient: Tensor, norm: Tensor | None) -> None:
-        state, group, param = self.state, self.group, self.param
-        skip = Skip(norm_of(gradient) if norm is None else norm)
+        state, group, weight = self.state, self.group, self.weight
+        skip = Skip(self.over_ranks(norm_of(gradient)) if norm is None else norm)
         step = self._begin(state, skip)
         if step is None:
             return
         moments = self.moments()
-        to_nearest = param.is_contiguous() and not self._rounds_stochastically(group)
-        if to_nearest and self.rule.update_(param, gradient, moments, group, step, skip):
+        to_nearest = weight.is_contiguous() and not self._rounds_stochastically(group)
+        if to_nearest and self.rule.update_(weight, gradient, moments, group, step, skip):
             return
         direction, factor = self.rule.direction(gradient, moments, group, step, skip)
         rows = direction.reshape(-1) if direction.ndim == 0 else direction

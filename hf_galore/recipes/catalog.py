@@ -28,7 +28,11 @@ _PLAN = re.compile(
 )
 _MODELS = ("model_name_or_path", "config_name", "base_model")
 _ORDER = ("quickstart", "sft", "dpo", "pretrain", "glue")
-_OTHERS = {"axolotl": "axolotl train", "llamafactory": "llamafactory-cli train"}
+_OTHERS = {
+    "accelerate": "accelerate launch",
+    "axolotl": "axolotl train",
+    "llamafactory": "llamafactory-cli train",
+}
 
 
 class Listed(NamedTuple):
@@ -59,7 +63,7 @@ def catalog() -> list[Listed]:
 
 
 def of_others() -> list[Listed]:
-    """The configurations for other programs: axolotl, LLaMA-Factory."""
+    """The configurations for other programs: accelerate's launcher, axolotl, LLaMA-Factory."""
     folder = recipes_folder()
     found = (path for other in OF_OTHERS if other in _OTHERS for path in (folder / other).glob("*.yaml"))
     return [listed(path.relative_to(folder).as_posix()) for path in sorted(found)]
@@ -159,6 +163,8 @@ def next_commands(recipe: Listed, path: Path) -> list[str]:
         path: the copy.
     """
     file = shlex.quote(str(path))
+    if recipe.command == "accelerate launch":
+        return [f"accelerate launch --config_file {file} -m hf_galore sft --config recipe.yaml"]
     if recipe.command == "llamafactory-cli train":
         return [f"python -m hf_galore llamafactory-cli train {file}"]
     if recipe.command == "axolotl train":

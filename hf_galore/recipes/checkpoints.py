@@ -50,7 +50,8 @@ def check_folders(training_args: TrainingArguments) -> None:
     Raises:
         UserError: it cannot be made or written to, or there is no such checkpoint.
     """
-    writable.check_folder("output_dir", Path(training_args.output_dir), make=True)
+    # Of several processes the first makes the folder, and takes it away where nothing comes of the run.
+    writable.check_folder("output_dir", Path(training_args.output_dir), make=training_args.process_index == 0)
     training_args.resume_from_checkpoint = _checkpoint(training_args)
 
 

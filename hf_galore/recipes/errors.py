@@ -18,7 +18,7 @@ from .full_disk import full_disk
 def reporting_errors(output_dir: str, *, leaves_nothing: bool = False) -> Iterator[None]:
     """Turn complaints of libraries into `UserError`, and leave no empty `output_dir` behind.
 
-    Among them are a full disk and a card whose memory has run out.
+    Among them are a full disk, a card whose memory has run out, and another process of the run that is gone.
 
     Args:
         output_dir: the folder, which is made meanwhile.
@@ -34,6 +34,9 @@ def reporting_errors(output_dir: str, *, leaves_nothing: bool = False) -> Iterat
             full = full_disk(error, Path(output_dir))
             if full is not None:
                 raise full from error
+            lost = lost_process(error)
+            if lost is not None:
+                raise lost from error
             if isinstance(error, torch.OutOfMemoryError):
                 raise UserError(
                     f"{str(error).partition('. If reserved')[0]}. Give a lower per_device_train_batch_size, max_length "
@@ -42,6 +45,24 @@ def reporting_errors(output_dir: str, *, leaves_nothing: bool = False) -> Iterat
             raise
         if leaves_nothing:
             remove_empty(missing)
+
+
+def lost_process(error: BaseException) -> UserError | None:
+    """The error that says that another process of the run is gone; `None` where `error` tells of something else.
+
+    gloo raises a plain RuntimeError, which has the place in its source.
+    """
+    group = torch.distributed
+    if not isinstance(error, RuntimeError) or not group.is_available() or not group.is_initialized():
+        return None
+    if not isinstance(error, group.DistError) and "gloo/transport" not in str(error):
+        return None
+    reason = str(error).partition("]")[2].partition(". ")[0] if "gloo/transport" in str(error) else str(error)
+    return UserError(
+        f"another of the {group.get_world_size()} processes is gone, or does not answer ({reason.strip()[:200]}). "
+        "What it has printed says why. To go on from the last checkpoint, start all of them with "
+        "--resume_from_checkpoint."
+    )
 
 
 def remove_empty(folders: Iterable[Path]) -> None:

@@ -10,8 +10,8 @@ from ..errors import UserError
 # What hatch_build.py calls the checkout's recipes/ in a wheel. An editable install has no copy of it.
 BUNDLED = "bundled"
 
-OF_OTHERS = ("axolotl", "llamafactory", "lm_eval")
-"""Folders of what other programs read: their configurations and tasks."""
+OF_OTHERS = ("accelerate", "axolotl", "llamafactory", "lm_eval")
+"""Folders of what other programs read: their configurations and tasks. No command trains by one."""
 
 
 def recipes_folder() -> Path:

@@ -25,7 +25,7 @@ _KEPT = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsi
 # With others of these, the data that a run has seen are not those that a resumed one skips.
 _DATA = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "packing", "seed", "data_seed"),
-    *("dataset_name", "dataset_config", "dataset_train_split", "datasets", "train_file"),
+    *("dataset_name", "dataset_config", "dataset_train_split", "datasets", "train_file", "processes"),
 )
 # The schedule is made anew of these, and asked for the rate at the step that the run is at.
 _SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps", "num_train_epochs")
@@ -172,6 +172,8 @@ def _listed(targets: Any) -> Any:
 
 
 def _change(key: str, old: Any, new: Any) -> str:
+    if key == "processes":  # which settings have where there are several
+        old, new = old or 1, new or 1
     return f"{key} {_text(old)} → {_text(new)}"
 
 

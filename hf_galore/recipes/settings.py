@@ -37,6 +37,8 @@ def settings_of(parsed: Iterable[Any]) -> dict[str, Any]:
         if isinstance(part, TrainingArguments):  # whose to_dict hides the values of keys that end in _token
             found.update(part.to_dict())
             found.update({key: getattr(part, key) for key in found if key in _NO_SECRETS})
+            if part.world_size > 1:
+                found["processes"] = part.world_size
         elif dataclasses.is_dataclass(part) and not isinstance(part, type):
             found.update(dataclasses.asdict(part))
     kept = {key: value for key, value in found.items() if key not in NO_SETTINGS}

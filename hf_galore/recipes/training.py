@@ -12,6 +12,7 @@ import torch
 from transformers import TrainerCallback
 
 from ..errors import UserError
+from ..integrations.devices import say_global_batch
 from ..integrations.trainer import KINDS, optim_name
 from ..log import logger
 from ..plan.planner import MemoryPlan, in_gib
@@ -99,9 +100,12 @@ def run_recorded(
     output_dir = Path(parsed.training.output_dir)
     with reporting_errors(parsed.training.output_dir):
         settings, finished = _check_run(parsed)
-        checked = parsed.check()
+        # The others find then what the first has downloaded, read and mapped. TRL does so with what it maps.
+        with parsed.training.main_process_first(desc="checks and data"):
+            checked = parsed.check()
         memory_plan = plan_first(parsed)
         trainer = make_trainer(checked)
+        say_global_batch(trainer.args)
         trainer.memory_plan = memory_plan
         trainer.record(command, parsed.recipe, model, data, settings, recipe_text(command, parsed.given))
         if parsed.output.overwrite_output_dir:

@@ -10,12 +10,67 @@ import torch
 from torch import Tensor
 
 from ..lowrank.nonfinite import Skip
+from ..lowrank.projection import norm_of
+from ..lowrank.ranks import Ranks
 from ..lowrank.rotation import Rotation, rotate, rotate_factored
 from .rule import Group, Moment, Moments, Rule, check_not_negative, full_precision
 
 
+class Means:
+    """The means of a gradient that Adafactor takes."""
+
+    def of_columns(self, squared: Tensor) -> Tensor:
+        """The mean of each column of squares (..., m, n)."""
+        return squared.mean(dim=-2)
+
+    def of_all(self, row: Tensor, column: Tensor) -> Tensor:
+        """The mean of all squares, from the means of their rows (..., m), with a last dimension of 1."""
+        return row.mean(dim=-1, keepdim=True)
+
+    def root_of_squares(self, direction: Tensor) -> Tensor:
+        """The root mean square of all elements, 0-dimensional."""
+        return norm_of(direction) / math.sqrt(direction.numel())
+
+
+class MeansOverRows(Means):
+    """The same, where each process has some of the rows.
+
+    Args:
+        ranks: the processes.
+        rows: that they have together.
+        transposed: whether rows are what one process would have as columns.
+    """
+
+    def __init__(self, ranks: Ranks, rows: int, *, transposed: bool) -> None:
+        self._ranks = ranks
+        self._rows = rows
+        self._transposed = transposed
+
+    def of_columns(self, squared: Tensor) -> Tensor:
+        """The mean of each column over all processes; of more dimensions none but the first is divided."""
+        if squared.ndim > 2:
+            return super().of_columns(squared)
+        return self._ranks.sum(squared.sum(dim=0)).div_(self._rows)
+
+    def of_all(self, row: Tensor, column: Tensor) -> Tensor:
+        """The mean over all processes. Where one factor was carried into another basis, it is that of this factor."""
+        if row.ndim > 1:
+            return super().of_all(row, column)
+        if self._transposed:
+            return super().of_all(column, row)
+        return self._ranks.sum(row.sum().view(1)).div_(self._rows)
+
+    def root_of_squares(self, direction: Tensor) -> Tensor:
+        """The root mean square over all processes."""
+        elements = self._rows * math.prod(direction.shape[1:])
+        return self._ranks.norms([norm_of(direction)])[0] / math.sqrt(elements)
+
+
 class Adafactor(Rule):
     """A second moment in two factors, means of its rows and of its columns; with `beta1`, a first moment of updates.
+
+    Args:
+        means: how means are taken.
 
     Source: Adafactor (Shazeer and Stern, 2018, arXiv:1804.04235), algorithm 4.
     """
@@ -29,6 +84,13 @@ class Adafactor(Rule):
         "beta1": None,
         "weight_decay": 0.0,
     }
+
+    def __init__(self, means: Means | None = None) -> None:
+        self._means = means or Means()
+
+    def over_rows(self, ranks: Ranks, rows: int, *, transposed: bool) -> Adafactor:
+        """The rule with means over all processes."""
+        return Adafactor(MeansOverRows(ranks, rows, transposed=transposed))
 
     def check(self, group: Group) -> None:
         """Check all options."""
@@ -46,7 +108,7 @@ class Adafactor(Rule):
         found: dict[str, Moment] = {}
         if len(shape) >= 2:
             found["exp_avg_sq_row"] = Moment(shape[:-1], dtype)
-            found["exp_avg_sq_col"] = Moment(shape[:-2] + shape[-1:], dtype)
+            found["exp_avg_sq_col"] = Moment(shape[:-2] + shape[-1:], dtype, by_rows=len(shape) > 2)
         else:
             found["exp_avg_sq"] = Moment(shape, dtype)
         if group["beta1"] is not None:
@@ -67,6 +129,7 @@ class Adafactor(Rule):
             eps=group["eps"],
             clip_threshold=group["clip_threshold"],
             skip=skip.flag,
+            means=self._means,
         )
         lr = float(group["lr"])
         if group["beta1"] is None:
@@ -98,6 +161,7 @@ def adafactor_direction(
     eps: float,
     clip_threshold: float,
     skip: Tensor | None,
+    means: Means,
 ) -> Tensor:
     """The clipped update U of Adafactor, before the learning rate.
 
@@ -111,6 +175,7 @@ def adafactor_direction(
         eps: added to the squared gradient.
         clip_threshold: the largest root mean square of U.
         skip: 0-dimensional float32; at 1 the moments stay and U is zero. `None` for never.
+        means: how means are taken.
     """
     moment = exp_avg_sq if exp_avg_sq is not None else exp_avg_sq_row
     assert moment is not None
@@ -127,11 +192,11 @@ def adafactor_direction(
         assert exp_avg_sq_row is not None
         assert exp_avg_sq_col is not None
         exp_avg_sq_row.lerp_(squared.mean(dim=-1), weight)
-        exp_avg_sq_col.lerp_(squared.mean(dim=-2), weight)
-        row = (exp_avg_sq_row / exp_avg_sq_row.mean(dim=-1, keepdim=True)).rsqrt_().unsqueeze(-1)
+        exp_avg_sq_col.lerp_(means.of_columns(squared), weight)
+        row = (exp_avg_sq_row / means.of_all(exp_avg_sq_row, exp_avg_sq_col)).rsqrt_().unsqueeze(-1)
         column = exp_avg_sq_col.rsqrt().unsqueeze(-2)
         direction = (row * column).mul_(gradient)
-    rms = direction.norm(2) / math.sqrt(direction.numel())
+    rms = means.root_of_squares(direction)
     direction.div_((rms / clip_threshold).clamp_(min=1.0))
     # Moments that are still zero make 0 · ∞ of a gradient that is skipped.
     return direction if skip is None else direction.masked_fill_(skip.bool(), 0.0)

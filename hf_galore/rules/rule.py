@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..lowrank.nonfinite import Skip
+from ..lowrank.ranks import Ranks
 from ..lowrank.rotation import Rotation
 
 Group = Mapping[str, Any]
@@ -20,6 +21,8 @@ class Moment(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    by_rows: bool = True
+    """Whether its first dimension is the gradient's: where rows are divided among processes, each has its own."""
 
 
 class Rule:
@@ -56,6 +59,16 @@ class Rule:
 
     def for_shape(self, shape: tuple[int, ...], group: Group) -> Rule:
         """The rule for moments of a gradient of `shape`: this one, or another that suits small tensors better."""
+        return self
+
+    def over_rows(self, ranks: Ranks, rows: int, *, transposed: bool) -> Rule:
+        """The rule for a gradient of which each process has some rows: this one, if it goes by elements.
+
+        Args:
+            ranks: the processes.
+            rows: that they have together.
+            transposed: whether it is the transpose of what one process would have.
+        """
         return self
 
     def moments(self, shape: tuple[int, ...], dtype: torch.dtype, group: Group) -> dict[str, Moment]:

@@ -1,4 +1,4 @@
-"""Two processes (gloo, CPU) and one on the same global batch give the same weights, by the plain names."""
+"""Several processes (gloo, CPU) and one on the same global batch give the same weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from packaging.version import parse
 from torch import Tensor
 
-from tests.support.helpers import PLAIN, assert_same_but_for_rounding, snapshot, tiny_llama
+from tests.support.helpers import assert_same_but_for_rounding
 
 
 def launch(processes: int, *command: str) -> None:
@@ -37,9 +37,11 @@ def weights_of(processes: int, folder: Path) -> dict[str, dict[str, dict[str, Te
 
 def test_two_processes_are_one(tmp_path: Path) -> None:
     one, two = (weights_of(processes, tmp_path / str(processes)) for processes in (1, 2))
-    for name in PLAIN:
-        found, expected, nearby = two[name]["whole"], one[name]["whole"], one[name]["nearby"]
-        assert_same_but_for_rounding(found, expected, nearby, snapshot(tiny_llama()))  # sums in another order
+    starts = one.pop("start")
+    for words, runs in one.items():
+        found, expected, nearby = two[words]["whole"], runs["whole"], runs["nearby"]
+        start = starts["tied" if len(expected) == len(starts["tied"]) else "untied"]
+        assert_same_but_for_rounding(found, expected, nearby, start)  # sums in another order
 
 
 @pytest.mark.skipif(
@@ -52,7 +54,33 @@ def test_fsdp_is_refused_on_cpus_too(tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.glob("refused-*")) == ["refused-0", "refused-1"]
 
 
-def test_hooks_are_refused_without_a_trainer_too(tmp_path: Path) -> None:
-    """Before: the two processes' weights drifted apart at the first step."""
-    launch(2, "tests.support.own_loop_script", str(tmp_path))
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["refused-0", "refused-1"]
+def farthest(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The largest difference of an element."""
+    return max((found[name] - weight).abs().max().item() for name, weight in expected.items())
+
+
+def test_loops_of_ones_own(tmp_path: Path) -> None:
+    """Each way to train, with 1, 2 and 4 processes, from weights that only the first of them has."""
+    alone = [sys.executable, "-m", "tests.support.ddp_loops_script", str(tmp_path / "0.pt")]
+    subprocess.run(alone, check=True, cwd=Path(__file__).parents[2], timeout=300)
+    one = torch.load(tmp_path / "0.pt")
+    for processes in (1, 2, 4):
+        file = tmp_path / f"{processes}.pt"
+        launch(processes, "tests.support.ddp_loops_script", str(file))
+        found = torch.load(file)["weights"]
+        distances = {words: farthest(found[words], weights) for words, weights in one["weights"].items()}
+        rounding = max(distance for words, distance in distances.items() if words.startswith("AdamW"))
+        for words, distance in distances.items():
+            # Measured: 2.4e-7, as of AdamW; a basis of a gradient in factors is another by rounding, which codes of
+            # 8 bits turn into 3e-6. Rounding shows where one process's sums are in the same order.
+            assert distance < (1e-5 if "8-bit" in words or "8 bits" in words else max(5 * rounding, 2e-6)), words
+            if processes == 1 and words.startswith(("AdamW", "plain")):
+                assert distance == 0, words
+    moved = {words: farthest(weights, one["nearby"][words]) for words, weights in one["weights"].items()}
+    assert all(0 < distance < 1e-5 for distance in moved.values())  # what is compared has learnt something
+
+
+def test_what_a_pass_may_bring(tmp_path: Path) -> None:
+    """Unused parameters, gradients that are not finite or zero in some processes, checkpoints, several wrappers."""
+    launch(2, "tests.support.ddp_passes_script", str(tmp_path))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["done-0", "done-1"]

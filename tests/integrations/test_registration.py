@@ -93,6 +93,7 @@ def test_trainers_and_their_arguments_have_what_we_read(tmp_path: Path) -> None:
     assert [f"TrainingArguments.{name} is gone" for name in ARGUMENTS if not hasattr(trainer.args, name)] == []
     assert hasattr(trainer.accelerator, "unscale_gradients"), "Accelerator.unscale_gradients is gone"
     assert hasattr(trainer.accelerator.state, "dynamo_plugin"), "Accelerator.state.dynamo_plugin is gone"
+    assert hasattr(trainer.accelerator, "parallelism_config"), "Accelerator.parallelism_config is gone"
     assert {"DISTRIBUTED"} <= set(ParallelMode.__members__), "ParallelMode.DISTRIBUTED is gone"
 
 

@@ -32,7 +32,7 @@ from hf_galore.plan.wire import Devices, Exchange, Kind, sent_bytes, wire_bytes
 from tests.support.helpers import tiny_llama
 from tests.support.planning import llama
 from tests.support.wire import CountedBytes
-from tests.support.wire_script import Model
+from tests.support.wire_script import FSDP_WAYS, TOKENS, WAYS, Model, galore
 
 Counted = dict[str, dict[str, dict[str, int]]]
 
@@ -41,9 +41,9 @@ Counted = dict[str, dict[str, dict[str, int]]]
 
 
 @pytest.fixture(scope="module", params=[2, 4])
-def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Counted]:
-    """What each of 2 or 4 processes has counted."""
-    folder = tmp_path_factory.mktemp("ranks")
+def ranks_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where each of 2 or 4 processes has left what it has counted."""
+    folder = tmp_path_factory.mktemp(f"ranks-{request.param}")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(request.param)]
     subprocess.run(
         [*launcher, "-m", "tests.support.wire_script", str(folder)],
@@ -52,7 +52,19 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         timeout=300,
     )
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(request.param)]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(ranks_folder: Path) -> list[Counted]:
+    """What each process has counted of AdamW's steps."""
+    return [json.loads((ranks_folder / f"{rank}.json").read_text()) for rank in range(int(ranks_folder.name[6]))]
+
+
+@pytest.fixture
+def galore_ranks(ranks: list[Counted], ranks_folder: Path) -> list[dict[str, list[dict[str, Any]]]]:
+    """The same of steps of GaLore's optimizers."""
+    return [json.loads((ranks_folder / f"galore-{rank}.json").read_text()) for rank in range(len(ranks))]
 
 
 def of_adamw(model: nn.Module) -> list[Parameter]:
@@ -114,6 +126,42 @@ def test_the_memory_of_a_rank_under_ddp_has_gradients_twice(ranks: list[Counted]
     assert calculated == 5 * whole
     assert counted["backward"] == pytest.approx(calculated, rel=0.02)  # there are activations, too
     assert counted["update"] == pytest.approx(calculated, rel=0.01)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize("words", [f"ddp {way}" for way in WAYS] + [f"fsdp {way}" for way in FSDP_WAYS])
+def test_galore_sends_what_is_calculated(
+    words: str, micro_batches: int, ranks: list[Counted], galore_ranks: list[dict[str, list[dict[str, Any]]]]
+) -> None:
+    """In steps with new bases and without; but for single numbers, of which there are some for each collective."""
+    engine, way = words.split(" ", 1)
+    fsdp = engine == "fsdp"
+    model = Model()
+    options = {**WAYS[way], **({"projected_backward": False} if fsdp else {})}
+    optimizer = galore(model, options)
+    model(torch.arange(TOKENS)).backward()
+    optimizer.step()
+    parameters = parameters_of(model, optimizer, units=fsdp_units(model) if fsdp else None)
+    exchange: Exchange = "low_rank" if way in ("layerwise", "plain, low_rank") else "dense"
+    devices = Devices(
+        len(galore_ranks),
+        sharded=fsdp,
+        exchange=exchange,
+        hooked=way != "plain",
+        micro_batches=micro_batches,
+    )
+    buffers = 0 if fsdp else sum(buffer.nbytes for buffer in model.buffers())
+    of_steps = galore_ranks[0][f"{words} {micro_batches}"]
+    assert {len(step["refreshing"]) for step in of_steps} == {0, 6}
+    for number, step in enumerate(of_steps):
+        if number < 2:
+            continue  # weights and the order of gradients are sent too, and the first bases have no old ones
+        expected = wire_bytes(parameters, devices, refreshing=step["refreshing"], buffer_bytes=buffers)
+        total, found = sum(expected.values()), sum(step["bytes"].values())
+        numbers = 48 * sum(step["calls"].values())
+        assert total <= found <= total + numbers, (number, expected, step)
+        if not step["refreshing"] and not fsdp:
+            assert step["bytes"] == expected
 
 
 # ---- the units
@@ -208,11 +256,11 @@ def test_what_is_accumulated_with_hooks_is_r(exchange: Exchange) -> None:
 WEIGHT, GRADIENT = 2 * 4 * M * N, 4 * M * N
 FSDP: dict[tuple[str, bool], dict[Kind, float]] = {
     ("right", False): {"all-gather": WEIGHT + BASIS, "reduce-scatter": GRADIENT},
-    ("right", True): {"all-gather": WEIGHT + 2 * BASIS, "reduce-scatter": 4 * M * R},
+    ("right", True): {"all-gather": WEIGHT + BASIS, "reduce-scatter": 4 * M * R},
     ("left", False): {"all-gather": WEIGHT + 4 * R * N, "reduce-scatter": GRADIENT + 4 * R * N},
-    ("left", True): {"all-gather": WEIGHT + 2 * BASIS + 4 * R * N, "reduce-scatter": 4 * R * N},
+    ("left", True): {"all-gather": WEIGHT + BASIS + 4 * R * N, "reduce-scatter": 4 * R * N},
     ("full", False): {"all-gather": WEIGHT + BASIS + 4 * R * R, "reduce-scatter": GRADIENT + 4 * R * R},
-    ("full", True): {"all-gather": WEIGHT + 4 * BASIS + 4 * R * R, "reduce-scatter": 4 * R * R},
+    ("full", True): {"all-gather": WEIGHT + 2 * BASIS + 4 * R * R, "reduce-scatter": 4 * R * R},
 }
 
 
@@ -241,8 +289,7 @@ def test_a_refresh_under_fsdp2_moves_products_and_never_g(side: str, without: bo
     # columns, 16, show how far the gradient reaches.
     over_ranks = 4 * N * (R * (2 if side == "full" else 1) + (0 if side == "left" else 16))
     with_rows = 4 * M * (R + (0 if side == "right" else 16))
-    # The old basis and the new one; the old one is gathered in any step where it does not have the weight's rows.
-    bases = {"right": 1, "left": 1 if without else 2, "full": 2 if without else 3}[side] * BASIS
+    bases = (4 if side == "full" else 2) * BASIS  # the old ones and the new ones
     if without:
         assert more == {"all-reduce": over_ranks + with_rows, "all-gather": bases}
     else:
@@ -250,7 +297,7 @@ def test_a_refresh_under_fsdp2_moves_products_and_never_g(side: str, without: bo
 
 
 def test_only_a_projected_backward_gathers_bases_for_each_micro_batch() -> None:
-    for without, times in ((False, 2), (True, 4)):  # and once for the step
+    for without, times in ((False, 1), (True, 3)):
         devices = Devices(4, sharded=True, hooked=True, micro_batches=3)
         found = wire_bytes([target(without=without)], devices, refreshing=())
         assert found["all-gather"] == 3 * WEIGHT + times * BASIS

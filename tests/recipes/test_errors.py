@@ -62,3 +62,41 @@ def test_a_template_that_refuses_a_conversation_in_the_middle_of_the_data(tmp_pa
     with pytest.raises(UserError, match="cannot be put into the chat template: roles must alternate"):  # noqa: SIM117
         with errors.reporting_errors(str(tmp_path / "out")):
             raise TemplateError("roles must alternate")
+
+
+GLOOS = (
+    "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:8861: Connection reset by peer. "
+    "This is typically caused by a remote worker hanging or bugs in the application."
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RuntimeError(GLOOS), "(Read error [127.0.0.1]:8861: Connection reset by peer)"),
+        (
+            torch.distributed.DistBackendError("NCCL error: remote process exited"),
+            "(NCCL error: remote process exited)",
+        ),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
+    ],
+)
+def test_another_process_that_is_gone_is_one_line(
+    error: Exception, words: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        with errors.reporting_errors(str(tmp_path / "out")):
+            raise error
+
+    with pytest.raises(type(error)):  # in one process there is no other
+        fail()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    with pytest.raises((UserError, RuntimeError)) as caught:
+        fail()
+    if words is None:
+        assert caught.value is error
+        return
+    assert isinstance(caught.value, UserError)
+    assert f"another of the 4 processes is gone, or does not answer {words}. What it has" in str(caught.value)
+    assert "with --resume_from_checkpoint" in str(caught.value)

@@ -131,9 +131,12 @@ def test_another_optimizer_is_refused_before_the_model_is_loaded(
             {"warmup_steps": 2},
             "warmup_steps 0 → 2: The learning rate goes on by the new schedule, and may jump here.",
         ),
+        ({}, {"processes": 2}, "processes 1 → 2: A resumed run skips as many batches as it has had, which are others"),
+        ({"processes": 2}, {"processes": None}, "processes 2 → 1: A resumed run skips as many batches as it has had,"),
+        ({"processes": 2}, {"processes": 2}, ""),
     ],
 )
-def test_another_schedule_is_said(
+def test_another_schedule_or_number_of_processes_is_said(
     was: dict[str, Any],
     now: dict[str, Any],
     said: str,

@@ -1,4 +1,4 @@
-"""Run by test_wire.py under torchrun: AdamW's steps under DDP and FSDP2, with their bytes and memory counted.
+"""Run by test_wire.py under torchrun: counts bytes of steps under DDP and FSDP2, and the memory of AdamW's.
 
 The model is plain torch. No transformers: it takes longer to import, in each process, than all of this.
 """
@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from hf_galore.optim.classes import GaLoreAdamW
 from tests.support.live import LiveBytes, held_by
 from tests.support.wire import CountedBytes
 
@@ -119,10 +120,61 @@ def _moments(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
     return (value for state in optimizer.state.values() for value in state.values() if value.ndim)
 
 
+# Keywords of GaLore's optimizers: under DDP what each reduces, and under FSDP2.
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "layerwise": {"layerwise": True},
+    "layerwise, dense": {"layerwise": True, "projected_backward": False},
+    "plain, low_rank": {"exchange": "low_rank"},
+}
+FSDP_WAYS = ("plain", "layerwise")
+GAP = 4
+
+
+def galore(model: nn.Module, way: dict[str, Any], *, proj_type: str = "std") -> GaLoreAdamW:
+    """An optimizer that projects the layers, whose gap is longer than there are targets: some steps refresh none."""
+    group = {"rank": 6, "update_proj_gap": GAP, "proj_type": proj_type, "proj_bits": 16, "stagger": False}
+    named = model.named_parameters()
+    targets: dict[Tensor, dict[str, Any]] = {
+        param: group for name, param in named if "layers" in name and param.ndim == 2
+    }
+    return GaLoreAdamW(model.parameters(), lr=1e-2, module=model, param_options=targets, **way)
+
+
+def counted_galore(way: dict[str, Any], micro_batches: int, *, fsdp: bool) -> list[dict[str, Any]]:
+    """Bytes of each of some steps, and which targets it refreshes."""
+    model: Any = sharded() if fsdp else Model()
+    optimizer = galore(model, way)
+    wrapped: Any = model if fsdp else DistributedDataParallel(model)
+    found = []
+    for _ in range(GAP + 2):
+        refreshing = [target.name for target in optimizer.targets() if target.due()]
+        with CountedBytes() as counted:
+            for number in range(1, micro_batches + 1):
+                last = number == micro_batches
+                if fsdp:
+                    model.set_requires_gradient_sync(last)
+                else:
+                    wrapped.require_backward_grad_sync = last
+                wrapped(torch.arange(dist.get_rank(), TOKENS)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append({"bytes": dict(counted.bytes), "calls": dict(counted.calls), "refreshing": refreshing})
+    optimizer.close()
+    return found
+
+
 def main(output: Path) -> None:
     """Write what each rank counted."""
     dist.init_process_group("gloo")
     torch.manual_seed(0)
+    of_galore = {}
+    for words, way in WAYS.items():
+        for micro_batches in (1, 3):
+            of_galore[f"ddp {words} {micro_batches}"] = counted_galore(way, micro_batches, fsdp=False)
+            if words in FSDP_WAYS:
+                of_galore[f"fsdp {words} {micro_batches}"] = counted_galore(way, micro_batches, fsdp=True)
+    (output / f"galore-{dist.get_rank()}.json").write_text(json.dumps(of_galore))
     found = {}
     for micro_batches in (1, 3):
         found[f"ddp {micro_batches}"] = counted(DistributedDataParallel(Model()), micro_batches)

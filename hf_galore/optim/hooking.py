@@ -1,0 +1,139 @@
+"""Whether an optimizer hooks into the backward pass of its model, and how: by its keywords."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..backward.hooks import BackwardHooks
+from ..config import Exchange
+from ..integrations.engines import will_shard
+from .groups import check_gradient_bits
+from .refreshes import share_when_wrapped
+from .shard import is_sharded
+
+if TYPE_CHECKING:
+    from .optimizer import GaLoreOptimizer
+    from .trained import Trained
+
+
+class LateHooks(BackwardHooks):
+    """Hooks on parameters that are still to be sharded: they come on the model when those are there.
+
+    A Trainer puts them on when it has prepared the model. In a loop of one's own the first step does.
+    """
+
+    _waits = True
+
+    def attach(self) -> None:
+        """Put the hooks on the model, if its parameters are sharded by now."""
+        optimizer = self._optimizer()
+        if optimizer is not None and all(trained.ranks for trained in optimizer.trained_parameters()):
+            self._waits = False
+            super().attach()
+
+    def start_window(self, parameters: list[Trained]) -> None:
+        """Begin the next window."""
+        super().start_window(parameters)
+        if self._waits:
+            self.attach()
+
+    def detach(self) -> None:
+        """Take the hooks off the model, and wait no more."""
+        super().detach()
+        self._waits = False
+
+
+def waits_for_shards(groups: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether the parameters that an optimizer is given are to be replaced by sharded ones.
+
+    Args:
+        groups: of parameters, alone or in pairs with their names.
+    """
+    if not will_shard():
+        return False
+    entries = (entry for group in groups for entry in group["params"])
+    return not any(is_sharded(entry[1] if isinstance(entry, tuple) else entry) for entry in entries)
+
+
+def hooks_for(optimizer: GaLoreOptimizer, model: nn.Module | None, options: Mapping[str, Any]) -> BackwardHooks | None:
+    """The hooks that an optimizer's keywords ask for, on the model; `None` where they ask for none.
+
+    Args:
+        optimizer: the optimizer.
+        model: `module`.
+        options: the keywords, those of `GaLoreOptions`.
+
+    Raises:
+        ValueError: they do not go together, or there is no model.
+    """
+    layerwise: bool = options.get("layerwise", False)
+    projected_backward: bool | None = options.get("projected_backward")
+    sharded = optimizer.waits or any(is_sharded(param) for group in optimizer.param_groups for param in group["params"])
+    if sharded:
+        _check_sharded(options)
+    if projected_backward is None:
+        projected_backward = layerwise and not sharded
+    exchange = _exchange(options.get("exchange"), projected_backward=projected_backward)
+    hooked = layerwise or projected_backward or exchange == "low_rank"
+    check_gradient_bits(optimizer.param_groups, hooked=hooked)
+    if not hooked:
+        if model is not None:
+            share_when_wrapped(optimizer, model)
+        return None
+    return (LateHooks if optimizer.waits else BackwardHooks)(
+        optimizer,
+        _hooked(model, type(optimizer).__name__),
+        layerwise=layerwise,
+        projected_backward=projected_backward,
+        hold_gradients=options.get("hold_gradients", False),
+        exchange=exchange,
+    )
+
+
+def _check_sharded(options: Mapping[str, Any]) -> None:
+    """Check what is asked for of sharded parameters.
+
+    Raises:
+        ValueError: it does not go with them.
+    """
+    if options.get("projected_backward"):
+        raise ValueError(
+            "projected_backward=True does not work with parameters that FSDP2 shards: it reduces gradients, and hands "
+            "on their parts. Leave it out; layerwise=True works without it, and updates each part as it comes."
+        )
+    if options.get("exchange") is not None:
+        raise ValueError(
+            f"exchange={options['exchange']!r} says what the processes of DistributedDataParallel reduce. FSDP2 "
+            "reduces the gradients of what it shards by itself: leave it out."
+        )
+
+
+def _exchange(exchange: Exchange | None, *, projected_backward: bool) -> Exchange:
+    """What processes reduce of a target.
+
+    Raises:
+        ValueError: gradients are to be reduced that a projected backward does not build.
+    """
+    if projected_backward and exchange == "dense":
+        raise ValueError(
+            "exchange='dense' reduces gradients, which a projected backward does not build. Leave exchange out, or "
+            "make the optimizer with projected_backward=False."
+        )
+    return exchange or ("low_rank" if projected_backward else "dense")
+
+
+def _hooked(model: nn.Module | None, cls_name: str) -> nn.Module:
+    """The model whose backward pass an optimizer hooks into.
+
+    Raises:
+        ValueError: it was not given.
+    """
+    if model is None:
+        raise ValueError(
+            f"{cls_name} hooks into the backward pass of the model for layerwise=True, projected_backward=True and "
+            "exchange='low_rank': pass it, module=model."
+        )
+    return model

@@ -1,0 +1,118 @@
+"""Refreshes of an optimizer without hooks, shared among the processes of DistributedDataParallel.
+
+All of them have the same gradients. Each takes the new bases of some targets, and sends them to the others: it takes a
+part of the time, and the bases are the same also where processors round differently.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from ..backward.gradient import StandIn
+from ..backward.processes import Layout, Part, Processes
+from ..integrations import ddp
+from .bases import NewBasis
+from .target import Target
+from .trained import Trained
+
+if TYPE_CHECKING:
+    from .optimizer import GaLoreOptimizer
+
+
+class SharedRefreshes:
+    """The refreshes of one step.
+
+    Args:
+        processes: that have the same gradients.
+        parameters: the optimizer's.
+    """
+
+    def __init__(self, processes: Processes, parameters: Sequence[Trained]) -> None:
+        self._processes = processes
+        self._due = [trained for trained in parameters if isinstance(trained, Target) and _is_whole(trained)]
+        self._due = [target for target in self._due if target.due()]
+        self._made: dict[int, NewBasis] = {}
+
+    def step(self, trained: Trained) -> bool:
+        """One optimizer step of a target whose refresh is due; returns whether it is one.
+
+        The targets come in the order of the optimizer.
+        """
+        if not self._due and id(trained) not in self._made:
+            return False
+        if self._due and self._due[0] is trained:
+            self._compute()
+        made = self._made.pop(id(trained), None)
+        if made is None or not isinstance(trained, Target):
+            return False
+        before = trained.use_basis(made, trained.new_version(), keep=False) if made.usable else None
+        trained.update(made.low_rank, before=before)
+        return True
+
+    def _compute(self) -> None:
+        """Compute the next refreshes, one in each process: no more of them are held at a time."""
+        next_ones, self._due = self._due[: self._processes.size], self._due[self._processes.size :]
+        sent: list[tuple[Target, NewBasis | None, Layout, Tensor]] = []
+        for owner, target in enumerate(next_ones):
+            gradient = target.param.grad
+            assert gradient is not None
+            layout = Layout({name: Part(*part) for name, part in target.parts_of_refresh(gradient.dtype).items()})
+            made = None
+            if owner == self._processes.rank:
+                made = target.new_basis(gradient)
+                message = layout.packed(made.tensors(), gradient.device)
+            else:
+                target.settle_skipped()
+                message = layout.empty(gradient.device)
+            sent.append((target, made, layout, message))
+        works = [self._processes.send_(message, owner) for owner, (*_, message) in enumerate(sent)]
+        for work, (target, made, layout, message) in zip(works, sent, strict=True):
+            work.wait()
+            self._made[id(target)] = made or target.refresh_from(layout.unpacked(message))
+
+
+def _is_whole(trained: Trained) -> bool:
+    """Whether a parameter has a gradient, and it is not one of hooks."""
+    gradient = trained.param.grad
+    return gradient is not None and not isinstance(gradient, StandIn) and not gradient.is_sparse
+
+
+def share_when_wrapped(optimizer: GaLoreOptimizer, model: nn.Module) -> None:
+    """Let an optimizer share its refreshes as soon as its model is found in a wrapper.
+
+    Args:
+        optimizer: without hooks; referred to weakly.
+        model: which may be the wrapper itself.
+    """
+    if not ddp.may_come():
+        return
+    inner = ddp.inside(model)
+    look = _Look(weakref.ref(optimizer))
+    look.handle = inner.register_forward_pre_hook(look)
+
+
+class _Look:
+    """A forward pre-hook that looks for the wrapper that the pass is in, until it has found one."""
+
+    def __init__(self, optimizer: Callable[[], GaLoreOptimizer | None]) -> None:
+        self._optimizer = optimizer
+        self.handle: Any = None
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        optimizer, wrapper = self._optimizer(), ddp.active()
+        if optimizer is not None and wrapper is not None and ddp.trains_next():
+            optimizer.share_refreshes(Processes(wrapper.process_group))
+        if (optimizer is None or optimizer.shares_refreshes) and self.handle is not None:
+            self.handle.remove()
+            self.handle = None
+
+    def __reduce__(self) -> Any:
+        return _Look, (_gone,)  # weak references cannot be pickled
+
+
+def _gone() -> None:
+    """Return what a dead weak reference returns."""
