@@ -54,7 +54,7 @@ from tests.support.snippets import (
 from tests.support.written_runs import write_run
 
 # Whose blocks another test runs, or compares with programs that it runs.
-OF_EXAMPLES = {"loops.md": "tests/loops/test_page.py"}
+OF_EXAMPLES = {"loops.md": "tests/loops/test_page.py", "devices.md": "tests/integrations/test_devices_page.py"}
 
 # Lines that are not of this package, by their beginnings, and why they are not run.
 NOT_OURS = {

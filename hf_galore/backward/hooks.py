@@ -106,12 +106,11 @@ class BackwardHooks:
 
     def attach(self) -> None:
         """Put the hooks on the model; takes those of any other optimizer off first. Does nothing if they are on."""
-        if self.attached or self._optimizer() is None:
+        optimizer = self._optimizer()
+        if self.attached or optimizer is None:
             return
         detach_all(self._model)
         self._attached = True
-        optimizer = self._optimizer()
-        assert optimizer is not None
         self._wrappers.expect(trained.param for trained in optimizer.trained_parameters() if trained.projected)
         self.attach_new()
 
@@ -282,6 +281,9 @@ class BackwardHooks:
         """Whether the projected backward is for this weight: not for a copy of it, nor after `detach()`."""
         return id(weight) in self._windows and self.attached
 
+    def shard_of(self, module: nn.Module, weight: Tensor) -> Tensor | None:
+        """The sharded parameter that a layer's weight is of: `hf_galore.backward.shards` has them."""
+
     def gradient_of(self, weight: Tensor, output_gradient: Tensor, inputs: Tensor) -> Tensor | None:
         """The low-rank gradient from δ (T × m) and X (T × n) of one use of a target; `None` where G is needed."""
         window = self._window_of(weight)
@@ -307,8 +309,7 @@ class BackwardHooks:
 
     def passes_of(self, params: Iterable[Tensor]) -> list[Passes]:
         """The records of backward passes of those parameters that are hooked."""
-        windows = (self._windows.get(id(param)) for param in params)
-        return [window.passes for window in windows if window is not None]
+        return [self._windows[id(param)].passes for param in params if id(param) in self._windows]
 
 
 class _GradientHook:

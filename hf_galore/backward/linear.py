@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import types
 import weakref
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -23,6 +23,14 @@ class LinearGradientSink(Protocol):
 
     def serves(self, weight: Tensor) -> bool:
         """Whether `gradient_of` may be asked for this weight; called in the forward pass."""
+
+    def shard_of(self, module: nn.Module, weight: Tensor) -> Tensor | None:
+        """What `gradient_of_gathered` may be asked for, where a layer's weight is gathered from shards."""
+
+    def gradient_of_gathered(
+        self, shard: Tensor, gathered: Tensor, output_gradient: Tensor, inputs: Tensor
+    ) -> Tensor | None:
+        """As `gradient_of`, where the weight is gathered from shards."""
 
     def gradient_of(self, weight: Tensor, output_gradient: Tensor, inputs: Tensor) -> Tensor | None:
         """What stands for the gradient from δ (T × m) and X (T × n) of one use of a layer; `None` where δᵀX has to."""
@@ -44,8 +52,13 @@ class ProjectedLinear(nn.Linear):
         sink = None if ref is None else ref()
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias  # type: ignore[assignment, unused-ignore]
-        if sink is None or not torch.is_grad_enabled() or not weight.requires_grad or not sink.serves(weight):
+        if sink is None or not torch.is_grad_enabled() or not weight.requires_grad:
             return F.linear(input, weight, bias)
+        shard = None
+        if not sink.serves(weight):
+            shard = sink.shard_of(self, weight)
+            if shard is None:
+                return F.linear(input, weight, bias)
         # Functions that are transformed (torch.func, forward-mode gradients) need operations that torch knows.
         if torch._C._functorch.peek_interpreter_stack() is not None or fwAD._current_level >= 0:
             return F.linear(input, weight, bias)
@@ -57,7 +70,7 @@ class ProjectedLinear(nn.Linear):
             bias = None if bias is None else bias.to(dtype)
         elif input.dtype != weight.dtype:
             return F.linear(input, weight, bias)  # raises, as it does unpatched
-        return cast("Tensor", _ProjectedLinearFunction.apply(input, weight, bias, sink))
+        return cast("Tensor", _ProjectedLinearFunction.apply(input, weight, bias, sink, _Hidden(shard)))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = {key: value for key, value in self.__dict__.items() if key != "_galore_sink"}
@@ -68,10 +81,19 @@ def _new_linear() -> nn.Linear:
     return nn.Linear.__new__(nn.Linear)
 
 
+class _Hidden(NamedTuple):
+    """A tensor that is no input to autograd: it would be sent a gradient of nothing, and its hooks be called."""
+
+    tensor: Tensor | None
+
+
 class _ProjectedLinearFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sink: LinearGradientSink) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sink: LinearGradientSink, shard: _Hidden
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
+        ctx.shard = shard.tensor
         # A checkpointed part gives back a copy of what was saved, which the sink would not know.
         ctx.weight = weight
         ctx.sink = sink
@@ -79,9 +101,9 @@ class _ProjectedLinearFunction(torch.autograd.Function):
         return F.linear(x, weight.to(x.dtype), bias)
 
     @staticmethod
-    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         rows = delta.reshape(-1, delta.shape[-1])
         grad_bias = rows.sum(dim=0) if ctx.has_bias and needs_bias else None
         grad_weight = None
@@ -91,11 +113,14 @@ class _ProjectedLinearFunction(torch.autograd.Function):
             # First of all: a refresh takes the most memory, and the input's gradient is as large as the input. With
             # create_graph=True the gradient itself is to be differentiated.
             if asked == "accumulated" and not torch.is_grad_enabled():
-                grad_weight = ctx.sink.gradient_of(ctx.weight, rows, inputs)
+                if ctx.shard is None:
+                    grad_weight = ctx.sink.gradient_of(ctx.weight, rows, inputs)
+                else:
+                    grad_weight = ctx.sink.gradient_of_gathered(ctx.shard, ctx.weight, rows, inputs)
             if grad_weight is None:
                 grad_weight = (rows.mT @ inputs).to(weight.dtype)
         grad_x = delta @ weight.to(delta.dtype) if needs_x else None
-        return grad_x, grad_weight, grad_bias, None
+        return grad_x, grad_weight, grad_bias, None, None
 
 
 def asked_for(node: Any, weight: Tensor) -> Literal["accumulated", "returned"] | None:

@@ -54,7 +54,7 @@ class Window:
         self.param: Tensor = trained.local
         self.passes = Passes()
         self._mode = mode
-        self._shared = False  # whether several modules or functions have used the weight in one backward pass
+        self.is_shared = False  # whether several modules or functions have used the weight in one backward pass
         self._used: UsedGradient | None = None
         self.exchange: Exchange | None = None
         """What reduces its gradient over the processes that train copies of the model, if any do."""
@@ -138,14 +138,14 @@ class Window:
             if not self._refresh_due():
                 return LowRankGradient(weight, self._projected(factors).to(weight.dtype), target.version)
             # With several uses each would be a refresh, and none that of the sum; nor is one process's that of all.
-            several = self._shared or self.passes.count() > 1 or self.exchange is not None
+            several = self.is_shared or self.passes.count() > 1 or self.exchange is not None
             if several or not target.cheaper_from_factors(len(inputs)):
                 return None
             made = target.new_basis(factors)
             low_rank = made.low_rank.to(weight.dtype)
             if not made.usable:
                 return LowRankGradient(weight, low_rank, target.version, is_zero=made.is_zero, is_lost=not made.is_zero)
-            uncommitted = UncommittedRefresh(made, lambda: self._whole(factors))
+            uncommitted = UncommittedRefresh(made, lambda: self.whole_of(factors))
             return LowRankGradient(weight, low_rank, target.new_version(), uncommitted=uncommitted)
 
     def _projected(self, gradient: Gradient) -> Tensor:
@@ -155,8 +155,9 @@ class Window:
         self._bases_at_hand = (self.target.version, bases) if at_once else None
         return self.target.projected_by(gradient, bases)
 
-    def _whole(self, factors: FactoredGradient) -> Tensor:
-        self._shared = True
+    def whole_of(self, factors: FactoredGradient) -> Tensor:
+        """G of one use of the weight, of several."""
+        self.is_shared = True
         return (factors.output_gradient.mT @ factors.inputs).to(self.param.dtype)
 
     def _needs_whole(self) -> bool:

@@ -79,7 +79,30 @@ class ShardedGradient(NamedTuple):
         return self.part.device
 
 
-Gradient = Tensor | FactoredGradient | ShardedGradient
+class SummedGradient(NamedTuple):
+    """The mean over processes of gradients in factors, of which each process has its own; products are of the mean."""
+
+    factors: FactoredGradient
+    tokens: int  # rows of the factors, of all processes
+    ranks: Ranks
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """m × n."""
+        return self.factors.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the factors."""
+        return self.factors.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process's factors."""
+        return self.factors.device
+
+
+Gradient = Tensor | FactoredGradient | ShardedGradient | SummedGradient
 
 
 def transposed(gradient: Gradient) -> Gradient:
@@ -89,6 +112,8 @@ def transposed(gradient: Gradient) -> Gradient:
     if isinstance(gradient, ShardedGradient):
         part, (m, n), dim, ranks = gradient
         return ShardedGradient(part.mT, (n, m), 1 - dim, ranks)
+    if isinstance(gradient, SummedGradient):
+        return gradient._replace(factors=FactoredGradient(gradient.factors.inputs, gradient.factors.output_gradient))
     return gradient.mT
 
 
@@ -101,6 +126,8 @@ def times(gradient: Gradient, matrix: Tensor) -> Tensor:
     """GM for an n × k matrix M, computed in the dtype of M."""
     if isinstance(gradient, FactoredGradient):
         return _transposed_product(gradient.output_gradient, gradient.inputs, matrix)
+    if isinstance(gradient, SummedGradient):
+        return gradient.ranks.sum(times(gradient.factors, matrix)).div_(gradient.ranks.size)
     if isinstance(gradient, ShardedGradient):
         part, (m, n), dim, ranks = gradient
         return ranks.gather(times(part, matrix), m) if dim == 0 else ranks.sum(times(part, matrix[ranks.own(n)]))
@@ -116,7 +143,7 @@ def transposed_times(gradient: Gradient, matrix: Tensor) -> Tensor:
     """GᵀM for an m × k matrix M, computed in the dtype of M."""
     if isinstance(gradient, FactoredGradient):
         return _transposed_product(gradient.inputs, gradient.output_gradient, matrix)
-    if isinstance(gradient, ShardedGradient):
+    if isinstance(gradient, (ShardedGradient, SummedGradient)):
         return times(transposed(gradient), matrix)
     if gradient.dtype == matrix.dtype:
         return gradient.mT @ matrix
@@ -221,12 +248,12 @@ def project(gradient: Gradient, bases: Bases, *, out: Tensor | None = None) -> T
     rmn of projecting it, and no m × n tensor ever exists. (GaLore is cheaper than AdamW for r < mn/(m + n).)
 
     Args:
-        gradient: G, or its factors; of a sharded one a process projects its part (`hf_galore.optim.sharded`).
+        gradient: G, or its factors; of a sharded one a process projects what it has (`hf_galore.optim.sharded`).
         bases: cast to the gradient's dtype for the products.
         out: a tensor of R's shape to add R to; returned.
     """
     left, right = bases
-    assert not isinstance(gradient, ShardedGradient)
+    assert not isinstance(gradient, (ShardedGradient, SummedGradient))
     if isinstance(gradient, FactoredGradient):
         factor = gradient.output_gradient
         factor = factor if left is None else factor @ left.to(factor.dtype)

@@ -21,6 +21,7 @@ from .projection import (
     Gradient,
     ShardedGradient,
     Side,
+    SummedGradient,
     at_least_float32,
     nonzero_columns,
     norm_of,
@@ -103,10 +104,15 @@ def full_rank(bases: Bases, gradient: Gradient, old: Bases | None) -> Tensor:
     for share in _shares(bases, gradient):
         if share is not None:
             limit = floor.clamp_min(WEAK * share.shape[0] ** -0.5)
-            known = isinstance(gradient, FactoredGradient) and len(gradient.inputs) < share.shape[0]
+            known = isinstance(gradient, (FactoredGradient, SummedGradient)) and _tokens(gradient) < share.shape[0]
             found.append((share > limit).all() & (not known))
     flag: Tensor = torch.stack(found).all()
     return flag.to(at_least_float32(gradient.dtype))
+
+
+def _tokens(gradient: FactoredGradient | SummedGradient) -> int:
+    """The rows of a gradient's factors."""
+    return gradient.tokens if isinstance(gradient, SummedGradient) else len(gradient.inputs)
 
 
 def bases_of_lower_rank(gradient: Gradient, side: Side, rank: int, method: RefreshMethod, bases: Bases) -> Bases:
@@ -160,7 +166,7 @@ def _noise_floor(gradient: Gradient) -> Tensor:
     """
     precise = 32 * torch.finfo(torch.float32).eps  # of the refresh itself; nobody needs less of a float64 gradient
     floor = torch.full((), precise, dtype=at_least_float32(gradient.dtype), device=gradient.device)
-    if isinstance(gradient, FactoredGradient):
+    if isinstance(gradient, (FactoredGradient, SummedGradient)):
         return floor
     spread = 2 * min(gradient.shape) ** -0.5
     if gradient.dtype in (torch.bfloat16, torch.float16):
@@ -235,7 +241,7 @@ def figures_of(
     captured = norm_of(low_rank)
     if isinstance(gradient, ShardedGradient):
         captured, total = gradient.ranks.norms([captured, norm_of(gradient.part)]).unbind()
-    elif isinstance(gradient, FactoredGradient):
+    elif isinstance(gradient, (FactoredGradient, SummedGradient)):
         probes = gaussian(gradient.shape[1], PROBES, gradient) * (gradient.shape[1] / PROBES) ** 0.5
         narrow = probes if new.right is None else new.right.mT.to(probes.dtype) @ probes
         back = low_rank.to(probes.dtype) @ narrow

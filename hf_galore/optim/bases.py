@@ -70,10 +70,6 @@ class BasisLayout:
         """The bases as far as the part of the weight that this process has is projected with them."""
         return self.read(state, dtype)
 
-    def here(self, whole: Bases) -> Bases:
-        """What `read_here` reads, of bases that are whole."""
-        return whole
-
     def kept(self, bases: Bases, dtype: torch.dtype) -> State:
         """New bases in the form and under the keys that a target's state keeps them.
 

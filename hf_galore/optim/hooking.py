@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..backward.hooks import BackwardHooks
+from ..backward.shards import ShardHooks
 from ..config import Exchange
 from ..integrations.engines import will_shard
 from .groups import check_gradient_bits
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from .trained import Trained
 
 
-class LateHooks(BackwardHooks):
+class LateHooks(ShardHooks):
     """Hooks on parameters that are still to be sharded: they come on the model when those are there.
 
     A Trainer puts them on when it has prepared the model. In a loop of one's own the first step does.
@@ -58,24 +59,27 @@ def waits_for_shards(groups: Iterable[Mapping[str, Any]]) -> bool:
     return not any(is_sharded(entry[1] if isinstance(entry, tuple) else entry) for entry in entries)
 
 
-def hooks_for(optimizer: GaLoreOptimizer, model: nn.Module | None, options: Mapping[str, Any]) -> BackwardHooks | None:
+def hooks_for(
+    optimizer: GaLoreOptimizer, model: nn.Module | None, options: Mapping[str, Any], *, waits: bool
+) -> BackwardHooks | None:
     """The hooks that an optimizer's keywords ask for, on the model; `None` where they ask for none.
 
     Args:
         optimizer: the optimizer.
         model: `module`.
         options: the keywords, those of `GaLoreOptions`.
+        waits: whether accelerate is to shard the parameters.
 
     Raises:
         ValueError: they do not go together, or there is no model.
     """
     layerwise: bool = options.get("layerwise", False)
     projected_backward: bool | None = options.get("projected_backward")
-    sharded = optimizer.waits or any(is_sharded(param) for group in optimizer.param_groups for param in group["params"])
-    if sharded:
+    sharded = any(is_sharded(param) for group in optimizer.param_groups for param in group["params"])
+    if waits or sharded:
         _check_sharded(options)
     if projected_backward is None:
-        projected_backward = layerwise and not sharded
+        projected_backward = layerwise and not (waits or sharded)
     exchange = _exchange(options.get("exchange"), projected_backward=projected_backward)
     hooked = layerwise or projected_backward or exchange == "low_rank"
     check_gradient_bits(optimizer.param_groups, hooked=hooked)
@@ -83,7 +87,8 @@ def hooks_for(optimizer: GaLoreOptimizer, model: nn.Module | None, options: Mapp
         if model is not None:
             share_when_wrapped(optimizer, model)
         return None
-    return (LateHooks if optimizer.waits else BackwardHooks)(
+    kind = LateHooks if waits else ShardHooks if sharded else BackwardHooks
+    return kind(
         optimizer,
         _hooked(model, type(optimizer).__name__),
         layerwise=layerwise,
@@ -99,11 +104,6 @@ def _check_sharded(options: Mapping[str, Any]) -> None:
     Raises:
         ValueError: it does not go with them.
     """
-    if options.get("projected_backward"):
-        raise ValueError(
-            "projected_backward=True does not work with parameters that FSDP2 shards: it reduces gradients, and hands "
-            "on their parts. Leave it out; layerwise=True works without it, and updates each part as it comes."
-        )
     if options.get("exchange") is not None:
         raise ValueError(
             f"exchange={options['exchange']!r} says what the processes of DistributedDataParallel reduce. FSDP2 "

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor
 
 from ..rules import Rule, rule_of
@@ -9,8 +12,33 @@ from .admission import check_sharded
 from .groups import is_target
 from .shard import is_sharded
 from .sharded import ShardedFullRank, ShardedTarget
-from .target import Target
+from .target import Target, forget_phases
 from .trained import FullRank, Owner, Place, Trained
+
+
+def make_all(owner: Owner, known: dict[int, Trained], rule: Rule) -> list[Trained]:
+    """What each parameter of an optimizer's groups is, in their order.
+
+    Args:
+        owner: the optimizer.
+        known: what parameters are, by their ids; what is not there, or not up to date, is made and put there.
+        rule: the optimizer's own.
+    """
+    found: list[Trained] = []
+    for group_index, group in enumerate(owner.param_groups):
+        for position, param in enumerate(group["params"]):
+            trained = known.get(id(param))
+            if trained is None or not trained.is_current():
+                trained = known[id(param)] = make(owner, param, Place(group_index, position), len(found), rule)
+                forget_phases(known.values())  # among other targets each has another turn
+            found.append(trained)
+    return found
+
+
+def drop_others(state: Any, kept: Mapping[int, Trained]) -> None:
+    """Take what has left the groups out of an optimizer's state."""
+    for param in [param for param in state if id(param) not in kept]:
+        del state[param]
 
 
 def make(owner: Owner, param: Tensor, place: Place, index: int, rule: Rule) -> Trained:

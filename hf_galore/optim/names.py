@@ -37,6 +37,8 @@ class Names:
 
     def of(self, param: Tensor) -> str:
         """The name of a parameter, or words for it where none is known."""
+        if id(param) not in self._known:
+            self.refresh()  # accelerate replaces parameters
         return self._known.get(id(param), f"a parameter of shape {tuple(param.shape)}")
 
     def of_entries(self, groups: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Tensor]]:

@@ -25,13 +25,13 @@ from .gradients import clip_, norm_of_gradients, norms_for_step
 from .groups import GaLoreOptions as GaLoreOptions
 from .groups import check_gradient_bits, check_group_keys, check_options, split_groups, with_seeds
 from .hooking import hooks_for, waits_for_shards
-from .making import make
+from .making import drop_others, make_all
 from .names import Names
 from .refreshes import SharedRefreshes
 from .report import Journal, Memory, refresh_figures
 from .skipped import Skipped, uncount
-from .target import Target, forget_phases
-from .trained import Place, Trained
+from .target import Target
+from .trained import Trained
 
 
 class GaLoreOptimizer(torch.optim.Optimizer):
@@ -74,7 +74,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         admission.say_if_nothing_is_projected(type(self).__name__, self.param_groups)
         for device in {target.param.device for target in self.targets() if nonfinite.has_numbers(target.param)}:
             warm_up(device)
-        self._hooks = hooks_for(self, model, options)
+        self._hooks = hooks_for(self, model, options, waits=self._waits)
 
     def _init_unsaved(self, rule: str, model: nn.Module | None) -> None:
         """Set what is not in `state_dict()`."""
@@ -135,24 +135,14 @@ class GaLoreOptimizer(torch.optim.Optimizer):
 
     def trained_parameters(self) -> list[Trained]:
         """What each parameter is to this optimizer, in the order of the groups."""
-        found: list[Trained] = []
-        for group_index, group in enumerate(self.param_groups):
-            for position, param in enumerate(group["params"]):
-                trained = self._trained.get(id(param))
-                if trained is None or not trained.is_current():
-                    place = Place(group_index, position)
-                    trained = self._trained[id(param)] = make(self, param, place, len(found), RULES[self.rule])
-                    forget_phases(self._trained.values())  # among other targets each has another turn
-                found.append(trained)
+        found = make_all(self, self._trained, RULES[self.rule])
         if len(found) < len(self._trained):  # some have left the groups
             self._trained = {id(trained.param): trained for trained in found}
-            self._names.refresh()
-            for param in [param for param in self.state if id(param) not in self._trained]:
-                del self.state[param]
+            drop_others(self.state, self._trained)
         if self._waits:
-            self._names.refresh()
             self._waits = not any(trained.ranks for trained in found)
-            self._trained = {} if self._waits else self._trained  # what is to be replaced must not be kept alive
+            if self._waits:
+                self._trained = {}  # what is to be replaced must not be kept alive
         return found
 
     def trained(self, param: Tensor) -> Trained:
@@ -163,7 +153,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         """
         trained = self._trained.get(id(param))
         if trained is None or not trained.is_current():
-            trained = next((found for found in self.trained_parameters() if found.param is param), None)
+            trained = next((other for other in self.trained_parameters() if other.param is param), None)
         if trained is None:
             raise ValueError(f"{self.name_of(param)} is in no group of this optimizer.")
         return trained
@@ -251,11 +241,6 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         target.update(gradient.low_rank, norm, before=before)
 
     # ---- hooks into the backward pass, and gradients
-
-    @property
-    def waits(self) -> bool:
-        """Whether it has no state and no hooks yet, as accelerate is to shard its parameters (FSDP2)."""
-        return self._waits
 
     @property
     def hooks(self) -> BackwardHooks | None:

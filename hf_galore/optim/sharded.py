@@ -19,11 +19,13 @@ are r × r, and whole on each. Which side is projected follows from the whole sh
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 from ..lowrank.nonfinite import Skip
-from ..lowrank.projection import Bases, Gradient, ShardedGradient, project
+from ..lowrank.projection import Bases, FactoredGradient, Gradient, ShardedGradient, SummedGradient, project
 from ..lowrank.ranks import Ranks
 from ..lowrank.rotation import Rotation
 from ..lowrank.seeds import mixed_seed
@@ -205,18 +207,41 @@ class ShardedTarget(Sharded, Target):
     # ---- the basis
 
     def projected_by(self, gradient: Gradient, bases: Bases) -> Tensor:
-        """This process's rows of R, its long side first, with what `bases_here` gave."""
-        part = gradient.part if isinstance(gradient, ShardedGradient) else gradient
-        low_rank = project(part, bases)
+        """This process's rows of R, its long side first.
+
+        Args:
+            gradient: this process's part of it, with the bases that `bases_here` gave; or what else there is of it on
+                each process, with bases that are whole. Of a `SummedGradient` all have all of R, as it is.
+            bases: as said.
+        """
+        if isinstance(gradient, SummedGradient):
+            return self.ranks.sum(self._of_own(gradient.factors, bases))
+        if isinstance(gradient, FactoredGradient):
+            low_rank = self._of_own(gradient, bases)
+            return self.ranks.sum_to_rows(low_rank.mT if self._is_transposed() else low_rank)
+        if isinstance(gradient, ShardedGradient):
+            gradient, bases = gradient.part, self._layout.here(bases)
+        low_rank = project(gradient, bases)
         low_rank = low_rank.mT if self._is_transposed() else low_rank
         return low_rank.contiguous() if self._is_local else self.ranks.sum_to_rows(low_rank)
+
+    def _of_own(self, factors: FactoredGradient, bases: Bases) -> Tensor:
+        """What this process adds to R, which is a mean."""
+        return project(factors, bases).to(self.param.dtype).div_(self.ranks.size)
 
     def new_basis(self, gradient: Gradient) -> NewBasis:
         """Bases from a gradient of which this process has a part; R of it is as `projected_by` gives it."""
         if isinstance(gradient, Tensor):
             m, n = self.param.shape
             gradient = ShardedGradient(gradient, (m, n), self._shard.dim, self.ranks)
-        return super().new_basis(gradient)
+        elif isinstance(gradient, FactoredGradient):
+            tokens = self.ranks.sum(torch.tensor(len(gradient.inputs), device=gradient.device))
+            gradient = SummedGradient(gradient, int(tokens.item()), self.ranks)
+        made = super().new_basis(gradient)
+        if not isinstance(gradient, SummedGradient):
+            return made
+        low_rank = made.low_rank.mT if self._is_transposed() else made.low_rank
+        return dataclasses.replace(made, low_rank=low_rank[self.ranks.own(len(low_rank))].contiguous())
 
     # ---- the update
 

@@ -205,7 +205,7 @@ class Target(Trained):
         """New bases as they are kept, the gradient in them, and what there is to know of the refresh."""
         kept = self._layout.kept(computed, self.param.dtype)
         new = self._layout.read(kept, self.param.dtype)
-        low_rank = self.projected_by(gradient, self._layout.here(new))
+        low_rank = self.projected_by(gradient, new)
         figures = figures_of(gradient, low_rank, new, old, computed, check)
         skipped = self.owner.journal.skipped
         uncounted = skipped.uncounted(self.param)

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
@@ -36,18 +37,26 @@ BATCH = 24
 GALORE = {"rank": 8, "update_proj_gap": 4, "scale": 1.0}
 
 
-class Wide(nn.Linear):
-    """A layer that accelerate shards by itself."""
+class Block(nn.Module):
+    """What is sharded by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(32, 520)
+        self.down = nn.Linear(520, 32, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        out: Tensor = self.down(torch.nn.functional.gelu(self.up(hidden)))
+        return out
 
 
 class Model(nn.Module):
-    """Matrices of which either side is the longer, shards that are uneven and empty, and a tied embedding."""
+    """Matrices of either longer side, one that is used twice, uneven and empty shards, and a tied embedding."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(53, 32)
-        self.up = Wide(32, 520)
-        self.down = Wide(520, 32, bias=False)
+        self.block = Block()
         self.square = nn.Linear(32, 32, bias=False)
         self.norm = nn.LayerNorm(32)
         self.nine = nn.Linear(32, 9)  # none for the last of 4 processes
@@ -67,12 +76,12 @@ class Model(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         hidden = self.embedding(tokens)
-        hidden = hidden + self.down(torch.nn.functional.gelu(self.up(hidden)))
-        hidden = self.norm(hidden + torch.tanh(self.square(hidden)))
+        hidden = hidden + self.block(hidden)
+        hidden = self.norm(hidden + torch.tanh(self.square(torch.tanh(self.square(hidden)))))
         return torch.cat([self.head(hidden), self.four(torch.tanh(self.nine(hidden)))], dim=-1)
 
 
-TARGETS = ("up.weight", "down.weight", "square.weight", "nine.weight")
+TARGETS = ("block.up.weight", "block.down.weight", "square.weight", "nine.weight")
 
 
 def make_model() -> Model:
@@ -121,7 +130,7 @@ FURTHER: dict[str, Case] = {
     "columns": Case(options=ADAM, columns=True),
     "adafactor_columns": Case(GaLoreAdafactor, columns=True),
     "layerwise": Case(options={**ADAM, **LAYERWISE}),
-    "layerwise_both_sides": Case(galore={"proj_type": "full"}, options={**ADAM, **LAYERWISE}),
+    "layerwise_both_sides": Case(galore={"proj_type": "full", "moments": "rotate"}, options={**ADAM, **LAYERWISE}),
     "layerwise_columns": Case(options={**ADAM, **LAYERWISE}, columns=True),
     "layerwise_clipped": Case(
         options={**ADAM, **LAYERWISE, "hold_gradients": True},
@@ -136,8 +145,16 @@ FURTHER: dict[str, Case] = {
         options={**ADAM, **LAYERWISE, "hold_gradients": True}, accumulation=2, max_norm=0.5, torch_clips=True
     ),
     "layerwise_adafactor": Case(GaLoreAdafactor, options=LAYERWISE),
+    "projected": Case(options={**ADAM, "layerwise": True, "projected_backward": True}),
+    "projected_held": Case(
+        options={**ADAM, "projected_backward": True}, galore={"moments": "rotate"}, accumulation=2, max_norm=0.5
+    ),
+    "projected_columns": Case(
+        options={**ADAM, "layerwise": True, "projected_backward": True}, galore={"proj_type": "full"}, columns=True
+    ),
     "no_sync": Case(options={**ADAM, **LAYERWISE}, accumulation=2, no_sync=True),
     "bfloat16": Case(options=ADAM, policy=BFLOAT16),
+    "projected_bfloat16": Case(options={**ADAM, "layerwise": True, "projected_backward": True}, policy=BFLOAT16),
 }
 CASES = {**CORE, **FURTHER, "replicas": CORE["adam"]._replace(replicas=True)}
 
@@ -157,7 +174,7 @@ def shard(model: Model, mesh: DeviceMesh, case: Case) -> Model:
         options["shard_placement_fn"] = lambda param: Shard(int(param.ndim == 2 and param.shape[1] % 4 == 0))
     if case.policy is not None:
         options["mp_policy"] = case.policy
-    fully_shard([model.up, model.down], **options)
+    fully_shard(model.block, **options)
     fully_shard(model, **options)
     return model
 
@@ -222,6 +239,30 @@ def run(case: Case, mesh: DeviceMesh | None) -> dict[str, Any]:
     return found
 
 
+class Products(TorchDispatchMode):
+    """Within, the shapes of matrix products are noted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.mm.default:
+            self.shapes.add(tuple(out.shape))
+        return out
+
+
+def products(name: str, mesh: DeviceMesh) -> set[tuple[int, ...]]:
+    """The shapes of the products in some steps, refreshes among them."""
+    model, optimizer = made(CASES[name], mesh)
+    noted = Products()
+    with noted:
+        train(model, optimizer, CASES[name], mesh, range(6))
+    shapes: set[tuple[int, ...]] = noted.shapes
+    return shapes
+
+
 def made(case: Case, mesh: DeviceMesh | None) -> tuple[Model, torch.optim.Optimizer]:
     model = make_model()
     if mesh is not None:
@@ -229,7 +270,7 @@ def made(case: Case, mesh: DeviceMesh | None) -> tuple[Model, torch.optim.Optimi
     options = dict(case.options)
     if mesh is None and case.no_sync:  # as if there were one micro-batch, of which a basis comes
         options.pop("layerwise")
-    if options.get("layerwise"):
+    if case.make is not torch.optim.AdamW:
         options["module"] = model
     return model, case.make(groups_of(model, case), lr=2e-3, **options)
 
@@ -296,7 +337,7 @@ def prepared(case: Case, kind: str = "SHARDED_STATE_DICT") -> tuple[Accelerator,
     state.fsdp_plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["Wide"],
+        transformer_cls_names_to_wrap=["Block"],
         cpu_ram_efficient_loading=False,
         state_dict_type=kind,
     )
@@ -318,11 +359,11 @@ def accelerated(folder: Path) -> dict[str, Any]:
     for name in ("adafactor_columns", "layerwise", "layerwise_clipped"):
         case = CASES[name]
         _, model, optimizer = prepared(case)
-        mesh: Any = model.up.weight.device_mesh  # type: ignore[attr-defined]
+        mesh: Any = model.block.up.weight.device_mesh  # type: ignore[attr-defined]
         if optimizer.hooks is not None and case.accumulation > 1:
             optimizer.hooks.attach()  # as a Trainer does when it has prepared the model; else the first step does
         train(model, optimizer, case, mesh, range(case.steps))
-        found[f"{name}/accelerate"] = {"weights": weights_of(model), "name": optimizer.name_of(model.up.weight)}
+        found[f"{name}/accelerate"] = {"weights": weights_of(model), "name": optimizer.name_of(model.block.up.weight)}
         optimizer.close()
     case = CORE["adam_8bit"]
     for kind in ("SHARDED_STATE_DICT", "FULL_STATE_DICT"):
@@ -373,16 +414,16 @@ def sharded_at_load(folder: Path) -> dict[str, Any]:
 BY_TRAINER = ("galore_adamw", "galore_adafactor_layerwise")
 
 
-def refused(mesh: DeviceMesh) -> dict[str, str]:
+def refused(mesh: DeviceMesh, with_replicas: DeviceMesh) -> dict[str, str]:
     """What is said of what cannot be done with sharded parameters."""
     said = {}
     asked = {
         "svd": Case(galore={"refresh": "svd"}),
-        "projected_backward": Case(options={"projected_backward": True}),
+        "projected_backward": Case(options={"projected_backward": True}, replicas=True),
         "exchange": Case(options={"exchange": "low_rank"}),
     }
     for name, case in asked.items():
-        model = shard(make_model(), mesh, case)
+        model = shard(make_model(), with_replicas if case.replicas else mesh, case)
         try:
             GaLoreAdamW(groups_of(model, case), module=model, **case.options)
         except ValueError as error:
@@ -402,11 +443,13 @@ Job = tuple[str, list[int]]
 def plan() -> list[Job]:
     """What is run: groups that have no process in common run at the same time."""
     jobs: list[Job] = [(name, [0, 1, 2, 3]) for name in (*CORE, "replicas", "columns")]
-    jobs += [(name, [0, 1, 2]) for name in (*CORE, "both_sides", "4_bits", "layerwise", "layerwise_clipped")]
+    jobs += [
+        (name, [0, 1, 2]) for name in (*CORE, "both_sides", "4_bits", "layerwise", "layerwise_clipped", "projected")
+    ]
     first = ("other_side", "8_bits", "layerwise_both_sides", "layerwise_clipped", "layerwise_adafactor", "no_sync")
     jobs += [(name, [0, 1]) for name in (*CORE, *first)]
     jobs += [(name, [2, 3]) for name in FURTHER if name not in first]
-    jobs += [(name, [0]) for name in (*CORE, "bfloat16")]
+    jobs += [(name, [0]) for name in (*CORE, "bfloat16", "projected_bfloat16")]
     return jobs
 
 
@@ -427,8 +470,10 @@ def main(folder: Path) -> None:
     found |= checkpoints(folder, meshes)
     found |= sharded_at_load(folder)
     found |= accelerated(folder)
+    if rank < 2:
+        found["products"] = {name: products(name, meshes[0, 1]) for name in ("layerwise", "projected")}
     if rank == 0:
-        found["refused"] = refused(meshes[0,])
+        found["refused"] = refused(meshes[0,], with_replicas)
     torch.save(found, folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

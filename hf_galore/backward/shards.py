@@ -1,0 +1,139 @@
+"""The projected backward under FSDP2: low-rank gradients are reduced, and no gradient of a target is ever built.
+
+FSDP2 gathers a layer's weight for its passes, and reduces the gradient that autograd leaves on the gathered weight; one
+that is not there it passes over. So the layer leaves a low-rank gradient R there, which has been reduced over the
+processes already, each of which has its rows; and the hook on the gathered weight takes it to the sharded one.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..lowrank.projection import FactoredGradient
+from .gradient import LowRankGradient, UncommittedRefresh, UsedGradient
+from .hooks import BackwardHooks
+from .linear import ProjectedLinear
+from .window import Window
+
+
+class ShardHooks(BackwardHooks):
+    """Hooks for parameters that FSDP2 shards."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self._shards: dict[int, weakref.ref[Tensor]] = {}  # of projected layers, by the modules' ids
+        self._gathered: dict[int, weakref.ref[Tensor]] = {}  # the gathered weight that has a hook, by its shard's id
+        super().__init__(*args, **options)
+
+    def attach_new(self) -> None:
+        """Put hooks on parameters that have none yet; the model's have to be sharded, as they are between passes.
+
+        Raises:
+            ValueError: a projected backward is asked for, and others reduce their gradients too.
+        """
+        self._check()
+        super().attach_new()
+        for module in self._model.modules():
+            if isinstance(module, ProjectedLinear) and id(module.weight) in self._windows:
+                self._shards[id(module)] = weakref.ref(module.weight)
+
+    def _check(self) -> None:
+        optimizer = self._optimizer()
+        if optimizer is None or not self.projected_backward:
+            return
+        meshes: list[Any] = [getattr(trained.param, "device_mesh", None) for trained in optimizer.trained_parameters()]
+        if any(mesh is not None and mesh.ndim > 1 for mesh in meshes):
+            raise ValueError(
+                "projected_backward=True does not work with parameters that FSDP2 shards and replicates, on a mesh of "
+                "two dimensions: low-rank gradients are reduced over one. Leave it out, or shard over all processes."
+            )
+
+    def detach(self) -> None:
+        """Take the hooks off the model."""
+        super().detach()
+        self._shards.clear()
+        self._gathered.clear()
+
+    def shard_of(self, module: nn.Module, weight: Tensor) -> Tensor | None:
+        """The sharded parameter that a layer's weight is of, while that is gathered; `None` where it is not served."""
+        ref = self._shards.get(id(module))
+        shard = None if ref is None else ref()
+        if ref is None or shard is None or weight is shard or not self.serves(shard):
+            return None
+        known = self._gathered.get(id(shard))
+        if known is None or known() is not weight:
+            self._gathered[id(shard)] = weakref.ref(weight)
+            self._handles.append(weight.register_post_accumulate_grad_hook(_GatheredHook(weakref.ref(self), ref)))
+        return shard
+
+    def gradient_of_gathered(
+        self, shard: Tensor, gathered: Tensor, output_gradient: Tensor, inputs: Tensor
+    ) -> Tensor | None:
+        """The low-rank gradient of all processes from δ and X that each has; `None` where G is needed.
+
+        Args:
+            shard: the sharded parameter.
+            gathered: the weight that δ and X come from.
+            output_gradient: δ, T × m.
+            inputs: X, T × n.
+        """
+        window = self._window_of(shard)
+        return None if window is None else _reduced(window, gathered, FactoredGradient(output_gradient, inputs))
+
+    def receive_reduced(self, shard: Tensor, gradient: LowRankGradient) -> None:
+        """Use a low-rank gradient that was reduced."""
+        window = self._window_of(shard)
+        if window is None:
+            return
+        with torch.no_grad():
+            own = LowRankGradient(
+                window.param,
+                gradient.low_rank,
+                gradient.basis,
+                is_zero=gradient.is_zero,
+                is_lost=gradient.is_lost,
+                uncommitted=gradient.uncommitted,
+            )
+            held = window.param.grad
+            if held is None:
+                window.param.grad = own
+            else:
+                held.add_(own)
+            window.receive()
+
+
+def _reduced(window: Window, gathered: Tensor, factors: FactoredGradient) -> LowRankGradient | None:
+    """This process's rows of the low-rank gradient of all; the basis is renewed from products with the factors."""
+    held, target = window.param.grad, window.target
+    if held is not None and not isinstance(held, (LowRankGradient, UsedGradient)):
+        return None
+    with torch.no_grad(), torch.autocast(gathered.device.type, enabled=False):
+        if not window.refresh_is_due():
+            return LowRankGradient(gathered, target.projected_by(factors, target.bases()), target.version)
+        if window.is_shared:
+            return None
+        made = target.new_basis(factors)
+        if not made.usable:
+            zero = made.is_zero
+            return LowRankGradient(gathered, made.low_rank, target.version, is_zero=zero, is_lost=not zero)
+        # Of several uses of a weight none may bring a basis: autograd adds them up, and asks for G of each, then.
+        uncommitted = UncommittedRefresh(made, lambda: window.whole_of(factors).to(gathered.dtype))
+        return LowRankGradient(gathered, made.low_rank, target.new_version(), uncommitted=uncommitted)
+
+
+class _GatheredHook:
+    """A gathered weight's post-accumulate-grad hook."""
+
+    def __init__(self, hooks: weakref.ref[ShardHooks], shard: weakref.ref[Tensor]) -> None:
+        self._hooks = hooks
+        self._shard = shard
+
+    def __call__(self, gathered: Tensor) -> None:
+        hooks, shard, gradient = self._hooks(), self._shard(), gathered.grad
+        if hooks is None or shard is None or not isinstance(gradient, LowRankGradient) or gradient.addend is not None:
+            return  # FSDP2 reduces what there is
+        gathered.grad = None
+        hooks.receive_reduced(shard, gradient)
