@@ -215,12 +215,15 @@ SCREENS: dict[str, Screen] = {
         (
             "  hf-galore plan --config llama2_7b_oasst2.yaml --vram 4090",
             "  hf-galore plan --config llama2_7b_oasst2.yaml --vram 16GB --suggest",
+            "  hf-galore plan --config llama3_70b_oasst2.yaml --num_processes 8 --sharded",
         ),
         (
             Option("vram", "name, label (24GB) or memory (23.5GiB)", "CARD"),
             Option("suggest", "ranks and batches that fit"),
             Option("json", "one JSON object on stdout"),
             Option("plot", "a picture of the memory (.png, .svg, .pdf)", "FILE"),
+            Option("num_processes", "of each of N processes, under DDP", "N"),
+            Option("sharded", "with that: under FSDP2"),
         ),
     ),
     "bench": Screen(

@@ -143,18 +143,15 @@ def _target(parameter: Parameter, projection: Projection, devices: Devices, shar
       kept in codes, or where δP is computed and not G.
     - `full`: R (r × r) is reduce-scattered, and gathered; Q is gathered, and P as with `left`.
 
-    Bases are gathered for the step, and by an optimizer with hooks before that for the backward pass. A refresh is in
-    `_refresh`.
-
     Source: `hf_galore.optim.sharded`.
     """
     (m, n), r, side, ranks = parameter.shape, projection.rank, projection.side, devices.processes
     without = projection.without_gradient
     payload: dict[Kind, float] = defaultdict(float)
     gathered = projection.right_bytes + (projection.left_bytes if without or projection.in_codes else 0)
-    # A projected backward needs its bases in every micro-batch.
-    times = (devices.micro_batches if without else int(devices.hooked)) + 1
-    payload["all-gather"] += times * gathered
+    # A projected backward needs its bases in every micro-batch. A refresh has the old ones and the new ones besides.
+    times = devices.micro_batches if without else 1
+    payload["all-gather"] += times * gathered + share * 2 * parameter.basis_bytes
     rows = {"right": m, "left": n, "full": r}[side]
     low_rank = padded(rows, ranks) * r
     if side != "right" or without:
@@ -164,7 +161,6 @@ def _target(parameter: Parameter, projection: Projection, devices: Devices, shar
         payload["all-gather"] += low_rank * of_element
     for kind, nbytes in _refresh(m, n, projection, ranks).items():
         payload[kind] += share * nbytes
-    payload["all-gather"] += share * (2 * parameter.basis_bytes - gathered)
     return payload
 
 
@@ -172,7 +168,7 @@ def _refresh(m: int, n: int, projection: Projection, ranks: int) -> dict[Kind, f
     """The products with G that a refresh with an old basis takes, in float32; none of them is m × n.
 
     Those of n × r, and of n × 16 random columns, are sums over the ranks, and all-reduced. Those of m × r have W's
-    rows, and are gathered; without G they are sums too. (Its old basis and its new one are gathered as they are kept.)
+    rows, and are gathered; without G they are sums too.
 
     Source: `hf_galore.lowrank.projection` (`ShardedGradient`).
     """

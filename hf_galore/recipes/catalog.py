@@ -173,8 +173,9 @@ def next_commands(recipe: Listed, path: Path) -> list[str]:
         return [f"hf-galore sft --config {file} --model_name_or_path MODEL --dataset_name DATA"]
     card = f" --vram {recipe.card}" if recipe.card else ""
     if recipe.cards > 1:
-        launch = f"accelerate launch --config_file recipes/accelerate/fsdp2.yaml --num_processes {recipe.cards}"
+        launch = f"accelerate launch --config_file fsdp2.yaml --num_processes {recipe.cards}"
         return [
+            "hf-galore recipes --copy accelerate/fsdp2.yaml",
             f"hf-galore plan --config {file} --num_processes {recipe.cards} --sharded{card}",
             f"{launch} -m hf_galore {recipe.command} --config {file}",
         ]

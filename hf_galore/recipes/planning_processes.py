@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from transformers import Trainer
 
+from ..config import GaLoreConfig
 from ..plan.cards import parse_size
 from ..plan.planner import MemoryPlan
 from ..plan.processes import ProcessesPlan, RankPlan, rank_plan
@@ -57,7 +58,9 @@ def plan_processes(
     size = parse_size(vram) if isinstance(vram, str) else vram
     own = parse([])
     config = galore_config(own.training)
-    exchange = getattr(config, "exchange", None)
+    if sharded and config is not None:
+        _check_sharded(config)
+    exchange = None if config is None else config.exchange
 
     def of(arguments: Arguments, exchange: Exchange | None) -> tuple[MemoryPlan, RankPlan]:
         found: list[RankPlan] = []
@@ -94,6 +97,25 @@ def check_processes(num_processes: int, *, sharded: bool) -> None:
             "A model that is sharded needs at least 2 processes, but num_processes is 1. Give the number of cards, or "
             "leave sharded out."
         )
+
+
+def _check_sharded(config: GaLoreConfig) -> None:
+    """Check that options are not ones that optimizers of sharded parameters refuse.
+
+    Raises:
+        ValueError: one is.
+    """
+    refused = {
+        "exchange": (config.exchange, "it says what the processes of DDP reduce: leave it out"),
+        "projected_backward": (config.projected_backward or None, "FSDP2 reduces whole gradients: leave it out"),
+        "refresh": (
+            config.refresh if config.refresh == "svd" else None,
+            "it needs the whole gradient, which no process has: take subspace or randomized",
+        ),
+    }
+    for key, (value, why) in refused.items():
+        if value is not None:
+            raise ValueError(f"{key}={str(value).lower()} does not go with parameters that FSDP2 shards, for {why}.")
 
 
 def _reader(path: str | os.PathLike[str]) -> Callable[[Sequence[str]], Arguments]:

@@ -208,6 +208,34 @@ def test_a_mistake_is_one_line(
     assert shown.out == ""
 
 
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("exchange=dense", "exchange=dense does not go with parameters that FSDP2 shards"),
+        ("refresh=svd", "take subspace or randomized"),
+        ("projected_backward=true", "FSDP2 reduces whole gradients: leave it out"),
+    ],
+)
+def test_what_the_optimizer_would_refuse_is_not_planned(
+    option: str, words: str, recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--num_processes", "2", "--sharded", f"--optim_args=rank=8, {option}"]
+    assert main(["plan", "--config", recipe, *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+
+
+def test_what_ddp_exchanges_is_an_option(recipe: str) -> None:
+    found = printed_json(
+        ["plan", "--config", recipe, "--json", "--num_processes=2", "--optim_args=rank=8, projected_backward=false"]
+    )
+    assert found["exchange"] == "dense"
+    asked = printed_json(
+        ["plan", "--config", recipe, "--json", "--num_processes=2", "--optim_args=rank=8, exchange=low_rank"]
+    )
+    assert asked["exchange"] == "low_rank"
+
+
 def test_python_says_so_too() -> None:
     with pytest.raises(ValueError, match="num_processes has to be at least 1, but is 0"):
         plan_processes("quickstart.yaml", 0)

@@ -43,9 +43,10 @@ def test_the_header_has_the_one_line_that_the_list_is_made_of(name: str) -> None
 def test_a_recipe_for_several_cards_is_started_by_accelerate() -> None:
     recipe = EVERY["llama3_70b_oasst2.yaml"]
     assert (recipe.cards, recipe.card) == (8, "80GB")
-    planned, started = next_commands(recipe, Path("a b.yaml"))
+    copied, planned, started = next_commands(recipe, Path("a b.yaml"))
+    assert find(copied.removeprefix("hf-galore recipes --copy ")) == recipes_folder() / "accelerate" / "fsdp2.yaml"
     assert planned == "hf-galore plan --config 'a b.yaml' --num_processes 8 --sharded --vram 80GB"
-    assert started.startswith("accelerate launch --config_file recipes/accelerate/fsdp2.yaml --num_processes 8 ")
+    assert started.startswith("accelerate launch --config_file fsdp2.yaml --num_processes 8 ")
     assert started.endswith(" -m hf_galore sft --config 'a b.yaml'")
 
 

@@ -1,6 +1,6 @@
-"""Run by test_wire.py under torchrun: counts the bytes of steps under DDP and FSDP2, on a model of plain torch.
+"""Run by test_wire.py under torchrun: counts bytes of steps under DDP and FSDP2, and the memory of AdamW's.
 
-No transformers: it takes longer to import, in each process, than all of this.
+The model is plain torch. No transformers: it takes longer to import, in each process, than all of this.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_galore.optim.classes import GaLoreAdamW
+from tests.support.live import LiveBytes, held_by
 from tests.support.wire import CountedBytes
 
 WIDTH, INNER, TOKENS, LAYERS = 128, 341, 30, 3  # on 4 ranks shards of 341 and of 30 rows are uneven
@@ -77,28 +78,42 @@ def sharded() -> nn.Module:
 
 
 def counted(model: Any, micro_batches: int) -> dict[str, dict[str, int]]:
-    """Bytes and calls of the fourth step, and what the rank holds. After the first DDP lays out its buckets anew."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    """Of the fourth step bytes and calls, of the fifth the memory, and what the rank holds.
+
+    After the first step DDP lays out its buckets anew.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
     for _ in range(4):
         with CountedBytes() as found:
-            for number in range(1, micro_batches + 1):
-                last = number == micro_batches
-                if isinstance(model, DistributedDataParallel):
-                    model.require_backward_grad_sync = last  # what `no_sync` does
-                else:
-                    model.set_requires_gradient_sync(last)
-                model(torch.arange(dist.get_rank(), TOKENS)).backward()
+            _backward(model, micro_batches)
             optimizer.step()
             optimizer.zero_grad()
+    with LiveBytes(held_by(optimizer)) as live:
+        between = live.now
+        _backward(model, micro_batches)
+        backward, live.peak = live.peak, 0
+        optimizer.step()
     local = {"weights": list(model.parameters()), "moments": [*_moments(optimizer)]}
     return {
         "bytes": dict(found.bytes),
         "calls": dict(found.calls),
+        "memory": {"between": between, "backward": backward, "update": live.peak},
         "local": {
             what: sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors)
             for what, tensors in local.items()
         },
     }
+
+
+def _backward(model: Any, micro_batches: int) -> None:
+    """The forward and backward passes of a step, of which only the last is reduced."""
+    for number in range(1, micro_batches + 1):
+        last = number == micro_batches
+        if isinstance(model, DistributedDataParallel):
+            model.require_backward_grad_sync = last  # what `no_sync` does
+        else:
+            model.set_requires_gradient_sync(last)
+        model(torch.arange(dist.get_rank(), TOKENS)).backward()
 
 
 def _moments(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
