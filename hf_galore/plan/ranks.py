@@ -114,8 +114,8 @@ def _sharded(parameters: Sequence[Parameter], phase: Phase, devices: Devices, bu
 
     Weights of a unit come in one piece and are copied out of it. In the backward pass the next unit is gathered while
     one computes; its gradients are copied into one piece, which stays until that is reduce-scattered. The largest basis
-    is gathered as it is kept. Between the micro-batches of a step gradients are not reduced: a rank has whole ones of all
-    parameters then, but of those that have none.
+    is gathered as it is kept. Between the micro-batches of a step gradients are not reduced: a rank has whole ones, of
+    all parameters whose gradient is built.
 
     Sources: torch, `torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py` (`foreach_all_gather`, `foreach_reduce`),
     `_fsdp_param_group.py` (`post_backward`); accelerate's `no_sync`.
