@@ -85,7 +85,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         self._waits = False  # for other parameters, which take the place of those that it has
         self._names = Names(model)
         self._trained: dict[int, Trained] = {}  # by the parameter's id
-        self._processes: Processes | None = None  # that have the same gradients, if any are known
+        self.processes: Processes | None = None  # that have the same gradients, those of a wrapper, once it is known
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "rule": self.rule}
@@ -169,15 +169,6 @@ class GaLoreOptimizer(torch.optim.Optimizer):
             if isinstance(trained, Target):
                 trained.refresh_asked = True
 
-    def share_refreshes(self, processes: Processes) -> None:
-        """Share the refreshes with processes that have the same gradients, those of `DistributedDataParallel`."""
-        self._processes = processes
-
-    @property
-    def shares_refreshes(self) -> bool:
-        """Whether other processes are known that have the same gradients."""
-        return self._processes is not None
-
     # ---- the update
 
     @overload
@@ -205,7 +196,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         if self._hooks is not None:
             self._hooks.check_before_step(parameters)
         norms = norms_for_step(parameters)
-        refreshes = None if self._processes is None else SharedRefreshes(self._processes, parameters)
+        refreshes = None if self.processes is None else SharedRefreshes(self.processes, parameters)
         for trained in parameters:
             gradient, norm = trained.local.grad, norms.get(id(trained.param))
             if isinstance(gradient, LowRankGradient) and gradient.addend is None:

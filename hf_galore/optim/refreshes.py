@@ -105,8 +105,8 @@ class _Look:
     def __call__(self, module: nn.Module, args: Any) -> None:
         optimizer, wrapper = self._optimizer(), ddp.active()
         if optimizer is not None and wrapper is not None and ddp.trains_next():
-            optimizer.share_refreshes(Processes(wrapper.process_group))
-        if (optimizer is None or optimizer.shares_refreshes) and self.handle is not None:
+            optimizer.processes = Processes(wrapper.process_group)
+        if (optimizer is None or optimizer.processes is not None) and self.handle is not None:
             self.handle.remove()
             self.handle = None
 

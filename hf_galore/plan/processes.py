@@ -21,9 +21,6 @@ from .ranks import RankMemory, memory_a_rank, phases_of
 from .rehearsal import Record
 from .wire import Devices, Exchange, Kind, sent_bytes, wire_bytes
 
-PROJECTED_UNDER_FSDP2 = False
-"""Whether the projected backward serves sharded weights; else their whole gradients are built and reduce-scattered."""
-
 
 @dataclasses.dataclass(frozen=True)
 class RankPlan:
@@ -103,7 +100,13 @@ class ProcessesPlan:
 
 
 def rank_plan(
-    trainer: Trainer, record: Record, processes: int, *, sharded: bool, exchange: Exchange | None = None
+    trainer: Trainer,
+    record: Record,
+    processes: int,
+    *,
+    sharded: bool,
+    exchange: Exchange | None = None,
+    projected_backward: bool | None = None,
 ) -> RankPlan:
     """What a rank of a run has and sends, from what one process was planned to take.
 
@@ -113,6 +116,7 @@ def rank_plan(
         processes: how many there are to be.
         sharded: whether FSDP2 shards the model; else DDP has all of it in each process.
         exchange: what DDP reduces of targets; by default R where the backward pass gives it, else G.
+        projected_backward: as the optimizer was asked for it; under FSDP2 there is none that was not.
     """
     optimizer, model, args = unwrapped(trainer.optimizer), trainer.model, trainer.args
     hooks = getattr(optimizer, "hooks", None)
@@ -126,7 +130,7 @@ def rank_plan(
         units=fsdp_units(model) if sharded else None,
         # accelerate makes trained weights float32 where it is told to compute in less (`fsdp2_prepare_model`).
         float32=sharded and (args.bf16 or args.fp16),
-        projected_backward=PROJECTED_UNDER_FSDP2 or not sharded,
+        projected_backward=bool(projected_backward) or not sharded,
     )
     buffer_bytes = sum(buffer.nbytes for buffer in model.buffers())
     memory = memory_a_rank(parameters, phases_of(record.tracker, devices), devices, buffer_bytes=buffer_bytes)

@@ -52,8 +52,9 @@ def phases_of(tracker: StorageTracker, devices: Devices) -> list[Phase]:
     shares: dict[str, float] = {}
     if devices.sharded:  # what is sharded is the same all the time
         shares = {PARAMETERS: 0.0, REFERENCE_MODEL: 0.0, MOMENTS: 0.0, BASES: 0.0}
+        shares[LOW_RANK] = 1 / devices.processes
         if devices.micro_batches == 1:
-            shares |= {GRADIENTS: 1 / devices.processes, LOW_RANK: 1 / devices.processes}
+            shares[GRADIENTS] = 1 / devices.processes
     return [Phase(peak.phase, tracker.breakdown(peak.event)) for peak in tracker.peaks_by(shares)]
 
 
@@ -113,28 +114,34 @@ def _sharded(parameters: Sequence[Parameter], phase: Phase, devices: Devices, bu
 
     Weights of a unit come in one piece and are copied out of it. In the backward pass the next unit is gathered while
     one computes; its gradients are copied into one piece, which stays until that is reduce-scattered. The largest basis
-    is gathered as it is kept. Between the micro-batches of a step nothing is reduced: a rank has whole gradients, and
-    low-rank gradients, then.
+    is gathered as it is kept. Between the micro-batches of a step gradients are not reduced: a rank has whole ones, of
+    all parameters whose gradient is built.
 
     Sources: torch, `torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py` (`foreach_all_gather`, `foreach_reduce`),
     `_fsdp_param_group.py` (`post_backward`); accelerate's `no_sync`.
     """
     alive, ranks = phase.breakdown, devices.processes
     computing = phase.name in (FORWARD, BACKWARD, EVALUATION, REFERENCE)
-    parts = 1 if devices.micro_batches > 1 and phase.name in (FORWARD, BACKWARD) else ranks
+    accumulates = devices.micro_batches > 1 and phase.name in (FORWARD, BACKWARD)
     gathered = 0
     if computing:
         gathered = _gathered(parameters, backward=phase.name == BACKWARD)
         gathered += max((parameter.basis_bytes for parameter in parameters), default=0)
     trained = [parameter for parameter in parameters if parameter.trained]
-    upcast = max((parameter.itemsize / parameter.wire_itemsize for parameter in trained), default=1) if parts > 1 else 1
+    gradients = alive.get(GRADIENTS, 0)
+    if accumulates:
+        built = (parameter.numel * parameter.wire_itemsize for parameter in trained if parameter.builds_gradient)
+        gradients = max(gradients, sum(built))
+    else:
+        upcast = max((parameter.itemsize / parameter.wire_itemsize for parameter in trained), default=1)
+        gradients = math.ceil(gradients * upcast / ranks)
     return {
         WEIGHTS: sum(parameter.shard_numel(ranks) * parameter.itemsize for parameter in parameters)
         + buffer_bytes
         + math.ceil(alive.get(REFERENCE_MODEL, 0) / ranks),
-        GRADIENTS: math.ceil(alive.get(GRADIENTS, 0) * upcast / parts),
+        GRADIENTS: gradients,
         GATHERED: gathered,
-        LOW_RANK: math.ceil(alive.get(LOW_RANK, 0) / parts),
+        LOW_RANK: math.ceil(alive.get(LOW_RANK, 0) / ranks),
         MOMENTS: sum(parameter.moment_bytes_of(ranks) for parameter in trained),
         BASES: sum(math.ceil(parameter.basis_bytes / ranks) for parameter in trained),
     }

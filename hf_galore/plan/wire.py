@@ -148,13 +148,17 @@ def _target(parameter: Parameter, projection: Projection, devices: Devices, shar
     (m, n), r, side, ranks = parameter.shape, projection.rank, projection.side, devices.processes
     without = projection.without_gradient
     payload: dict[Kind, float] = defaultdict(float)
-    gathered = projection.right_bytes + (projection.left_bytes if without or projection.in_codes else 0)
-    # A projected backward needs its bases in every micro-batch. A refresh has the old ones and the new ones besides.
-    times = devices.micro_batches if without else 1
-    payload["all-gather"] += times * gathered + share * 2 * parameter.basis_bytes
+    of_step = projection.right_bytes + (projection.left_bytes if projection.in_codes else 0)
+    of_backward = devices.micro_batches * parameter.basis_bytes if without else 0
+    payload["all-gather"] += of_step + of_backward
+    # A refresh has the old bases and the new ones besides, in place of those of a projected backward.
+    payload["all-gather"] += share * (1 if without else 2) * parameter.basis_bytes
     rows = {"right": m, "left": n, "full": r}[side]
     low_rank = padded(rows, ranks) * r
-    if side != "right" or without:
+    if without:
+        payload["reduce-scatter"] += (devices.micro_batches - share) * low_rank * parameter.wire_itemsize
+        payload["all-reduce"] += share * 4 * rows * r  # of the micro-batch that has brought a new basis
+    elif side != "right":
         payload["reduce-scatter"] += low_rank * parameter.wire_itemsize
     if side != "right":
         of_element = projection.direction_itemsize if side == "left" else parameter.wire_itemsize
@@ -177,6 +181,6 @@ def _refresh(m: int, n: int, projection: Projection, ranks: int) -> dict[Kind, f
     probes = PROBES if METHODS[projection.method].by_gradient else 0
     with_rows = r * (count // 2) + (probes if side != "right" else 0)
     over_ranks = r * (count - count // 2) + (probes if side != "left" else 0)
-    if projection.without_gradient:
-        return {"all-reduce": 4 * (n * over_ranks + m * with_rows)}
+    if projection.without_gradient:  # for whose norm there are random columns too
+        return {"all-reduce": 4 * (n * over_ranks + m * (with_rows + PROBES))}
     return {"all-reduce": 4 * n * over_ranks, "all-gather": 4 * padded(m, ranks) * with_rows}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from transformers import Trainer
 
@@ -13,7 +14,6 @@ from ..plan.cards import parse_size
 from ..plan.planner import MemoryPlan
 from ..plan.processes import ProcessesPlan, RankPlan, rank_plan
 from ..plan.rehearsal import Progress, Record
-from ..plan.wire import Exchange
 from . import any_recipe
 from .any_recipe import Arguments
 from .checks import galore_config
@@ -60,17 +60,19 @@ def plan_processes(
     config = galore_config(own.training)
     if sharded and config is not None:
         _check_sharded(config)
-    exchange = None if config is None else config.exchange
 
-    def of(arguments: Arguments, exchange: Exchange | None) -> tuple[MemoryPlan, RankPlan]:
+    def of(arguments: Arguments, config: GaLoreConfig | None) -> tuple[MemoryPlan, RankPlan]:
         found: list[RankPlan] = []
+        options: Any = {}
+        if config is not None:
+            options = {"exchange": config.exchange, "projected_backward": config.projected_backward}
 
         def look(trainer: Trainer, record: Record) -> None:
-            found.append(rank_plan(trainer, record, num_processes, sharded=sharded, exchange=exchange))
+            found.append(rank_plan(trainer, record, num_processes, sharded=sharded, **options))
 
         return plan_recipe(arguments, layers=layers, progress=progress, look=look), found[0]
 
-    one, run = of(own, exchange)
+    one, run = of(own, config)
     adamw = run if run.optim == ADAMW else of(parse(["--optim", ADAMW]), None)[1]
     return ProcessesPlan(
         run.devices,
@@ -107,7 +109,6 @@ def _check_sharded(config: GaLoreConfig) -> None:
     """
     refused = {
         "exchange": (config.exchange, "it says what the processes of DDP reduce: leave it out"),
-        "projected_backward": (config.projected_backward or None, "FSDP2 reduces whole gradients: leave it out"),
         "refresh": (
             config.refresh if config.refresh == "svd" else None,
             "it needs the whole gradient, which no process has: take subspace or randomized",

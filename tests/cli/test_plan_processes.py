@@ -12,7 +12,6 @@ from transformers import Trainer
 from hf_galore.cli import plan as command
 from hf_galore.cli.main import main
 from hf_galore.cli.plan_processes import show as show_processes
-from hf_galore.plan import processes
 from hf_galore.plan.planner import GIB
 from hf_galore.plan.processes import ProcessesPlan, RankPlan, rank_plan
 from hf_galore.plan.ranks import RankMemory
@@ -56,8 +55,7 @@ def recipe(tmp_path: Path) -> str:
     return write_recipe(tmp_path, settings, "small.yaml")
 
 
-def test_json_has_what_a_rank_holds_and_sends_beside_adamw(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "PROJECTED_UNDER_FSDP2", False)
+def test_json_has_what_a_rank_holds_and_sends_beside_adamw(recipe: str) -> None:
     found = printed_json(["plan", "--config", recipe, "--json", "--num_processes", "4", "--sharded"])
     assert (found["num_processes"], found["sharded"], found["exchange"]) == (4, True, None)
     assert (found["run"]["optim"], found["adamw"]["optim"]) == ("galore_adamw_layerwise", "adamw_torch_fused")
@@ -79,12 +77,17 @@ def test_json_has_what_a_rank_holds_and_sends_beside_adamw(recipe: str, monkeypa
     assert again | {"seconds": 0} == found | {"seconds": 0}
 
 
-def test_where_a_projected_backward_serves_fsdp2_only_r_is_reduced(
-    recipe: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(processes, "PROJECTED_UNDER_FSDP2", True)
-    found = printed_json(["plan", "--config", recipe, "--json", "--num_processes", "4", "--sharded"])
-    assert found["run"]["payload_bytes_per_step"]["reduce-scatter"] == 2 * (NORMS + HEADS + LOW_RANK)
+def test_with_a_projected_backward_fsdp2_reduces_only_r(recipe: str) -> None:
+    options = [
+        "--num_processes",
+        "4",
+        "--sharded",
+        "--optim_args=rank=8, projected_backward=true, update_proj_gap=1000000",
+    ]
+    found = printed_json(["plan", "--config", recipe, "--json", *options])
+    assert found["run"]["payload_bytes_per_step"]["reduce-scatter"] == pytest.approx(
+        2 * (NORMS + HEADS + LOW_RANK), abs=1
+    )
 
 
 def test_ddp_is_what_is_not_sharded_and_thousands_are_as_quick(recipe: str) -> None:
@@ -213,7 +216,6 @@ def test_a_mistake_is_one_line(
     [
         ("exchange=dense", "exchange=dense does not go with parameters that FSDP2 shards"),
         ("refresh=svd", "take subspace or randomized"),
-        ("projected_backward=true", "FSDP2 reduces whole gradients: leave it out"),
     ],
 )
 def test_what_the_optimizer_would_refuse_is_not_planned(

@@ -137,7 +137,7 @@ def test_galore_sends_what_is_calculated(
     engine, way = words.split(" ", 1)
     fsdp = engine == "fsdp"
     model = Model()
-    options = {**WAYS[way], **({"projected_backward": False} if fsdp else {})}
+    options = FSDP_WAYS[way] if fsdp else WAYS[way]
     optimizer = galore(model, options)
     model(torch.arange(TOKENS)).backward()
     optimizer.step()
@@ -256,11 +256,11 @@ def test_what_is_accumulated_with_hooks_is_r(exchange: Exchange) -> None:
 WEIGHT, GRADIENT = 2 * 4 * M * N, 4 * M * N
 FSDP: dict[tuple[str, bool], dict[Kind, float]] = {
     ("right", False): {"all-gather": WEIGHT + BASIS, "reduce-scatter": GRADIENT},
-    ("right", True): {"all-gather": WEIGHT + BASIS, "reduce-scatter": 4 * M * R},
+    ("right", True): {"all-gather": WEIGHT + 2 * BASIS, "reduce-scatter": 4 * M * R},
     ("left", False): {"all-gather": WEIGHT + 4 * R * N, "reduce-scatter": GRADIENT + 4 * R * N},
     ("left", True): {"all-gather": WEIGHT + BASIS + 4 * R * N, "reduce-scatter": 4 * R * N},
     ("full", False): {"all-gather": WEIGHT + BASIS + 4 * R * R, "reduce-scatter": GRADIENT + 4 * R * R},
-    ("full", True): {"all-gather": WEIGHT + 2 * BASIS + 4 * R * R, "reduce-scatter": 4 * R * R},
+    ("full", True): {"all-gather": WEIGHT + 3 * BASIS + 4 * R * R, "reduce-scatter": 4 * R * R},
 }
 
 
@@ -284,20 +284,26 @@ def test_a_refresh_under_fsdp2_moves_products_and_never_g(side: str, without: bo
     one = target(side, without=without)
     devices = Devices(4, sharded=True)
     plain, refresh = (wire_bytes([one], devices, refreshing=names) for names in ((), {"w"}))
-    more = {kind: nbytes - plain.get(kind, 0) for kind, nbytes in refresh.items() if nbytes != plain.get(kind, 0)}
+    more = {kind: refresh.get(kind, 0) - plain.get(kind, 0) for kind in {*plain, *refresh}}
+    more = {kind: nbytes for kind, nbytes in more.items() if nbytes}
     # One power iteration is two products, of n × r and of m × r; with both bases there is one of n × r more. Random
     # columns, 16, show how far the gradient reaches.
     over_ranks = 4 * N * (R * (2 if side == "full" else 1) + (0 if side == "left" else 16))
     with_rows = 4 * M * (R + (0 if side == "right" else 16))
     bases = (4 if side == "full" else 2) * BASIS  # the old ones and the new ones
-    if without:
-        assert more == {"all-reduce": over_ranks + with_rows, "all-gather": bases}
+    if without:  # R is summed then, for there is a basis only after that; the old ones serve in any step
+        rows = {"right": M, "left": N, "full": R}[side]
+        assert more == {
+            "all-reduce": over_ranks + with_rows + 4 * M * 16 + 4 * rows * R,
+            "all-gather": bases / 2,
+            "reduce-scatter": -4 * rows * R,
+        }
     else:
         assert more == {"all-reduce": over_ranks, "all-gather": with_rows + bases}
 
 
 def test_only_a_projected_backward_gathers_bases_for_each_micro_batch() -> None:
-    for without, times in ((False, 1), (True, 3)):
+    for without, times in ((False, 1), (True, 4)):  # and for the step
         devices = Devices(4, sharded=True, hooked=True, micro_batches=3)
         found = wire_bytes([target(without=without)], devices, refreshing=())
         assert found["all-gather"] == 3 * WEIGHT + times * BASIS

@@ -127,7 +127,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "layerwise, dense": {"layerwise": True, "projected_backward": False},
     "plain, low_rank": {"exchange": "low_rank"},
 }
-FSDP_WAYS = ("plain", "layerwise")
+FSDP_WAYS: dict[str, dict[str, Any]] = {
+    "plain": WAYS["plain"],
+    "layerwise": {"layerwise": True, "projected_backward": False},
+    "projected": {"layerwise": True, "projected_backward": True, "hold_gradients": True},
+}
 GAP = 4
 
 
@@ -172,8 +176,9 @@ def main(output: Path) -> None:
     for words, way in WAYS.items():
         for micro_batches in (1, 3):
             of_galore[f"ddp {words} {micro_batches}"] = counted_galore(way, micro_batches, fsdp=False)
-            if words in FSDP_WAYS:
-                of_galore[f"fsdp {words} {micro_batches}"] = counted_galore(way, micro_batches, fsdp=True)
+    for words, way in FSDP_WAYS.items():
+        for micro_batches in (1, 3):
+            of_galore[f"fsdp {words} {micro_batches}"] = counted_galore(way, micro_batches, fsdp=True)
     (output / f"galore-{dist.get_rank()}.json").write_text(json.dumps(of_galore))
     found = {}
     for micro_batches in (1, 3):
