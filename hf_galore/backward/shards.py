@@ -21,9 +21,16 @@ from .window import Window
 
 
 class ShardHooks(BackwardHooks):
-    """Hooks for parameters that FSDP2 shards."""
+    """Hooks for parameters that FSDP2 shards.
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    Args:
+        args: as of `BackwardHooks`.
+        may_fall_back: whether gradients are built where the projected backward does not work.
+        options: as of `BackwardHooks`.
+    """
+
+    def __init__(self, *args: Any, may_fall_back: bool, **options: Any) -> None:
+        self._may_fall_back = may_fall_back
         self._shards: dict[int, weakref.ref[Tensor]] = {}  # of projected layers, by the modules' ids
         self._gathered: dict[int, weakref.ref[Tensor]] = {}  # the gathered weight that has a hook, by its shard's id
         super().__init__(*args, **options)
@@ -46,6 +53,9 @@ class ShardHooks(BackwardHooks):
             return
         meshes: list[Any] = [getattr(trained.param, "device_mesh", None) for trained in optimizer.trained_parameters()]
         if any(mesh is not None and mesh.ndim > 1 for mesh in meshes):
+            if self._may_fall_back:
+                self._mode.projected_backward, self._mode.whole_norms = False, True
+                return
             raise ValueError(
                 "projected_backward=True does not work with parameters that FSDP2 shards and replicates, on a mesh of "
                 "two dimensions: low-rank gradients are reduced over one. Leave it out, or shard over all processes."

@@ -15,14 +15,16 @@ def say_if_whole_gradients_accumulate(trainer: Trainer, optimizer: GaLoreOptimiz
     of the whole model.
     """
     steps = trainer.args.gradient_accumulation_steps
-    if steps == 1 or optimizer.hooks is None or not optimizer.hooks.layerwise:
+    hooks = optimizer.hooks
+    if steps == 1 or hooks is None or not hooks.layerwise or hooks.projected_backward:
         return
     if trainer.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):
         return
     if any(trained.ranks for trained in optimizer.trained_parameters()):
         logger.warning(
             "FSDP2 keeps the whole gradients of all layers in each process until the last of %d micro-batches, which a "
-            "layerwise optimizer is to avoid. To reduce them in each, and hold low-rank gradients, set "
+            "layerwise optimizer is to avoid. Leave out projected_backward=false, which would build none; or, to reduce "
+            "them in each micro-batch and hold low-rank gradients, set "
             "accelerator_config={'gradient_accumulation_kwargs': {'sync_each_batch': True}}.",
             steps,
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -78,8 +79,9 @@ def hooks_for(
     sharded = any(is_sharded(param) for group in optimizer.param_groups for param in group["params"])
     if waits or sharded:
         _check_sharded(options)
+    is_asked = projected_backward is not None
     if projected_backward is None:
-        projected_backward = layerwise and not (waits or sharded)
+        projected_backward = layerwise and options.get("exchange") != "dense"
     exchange = _exchange(options.get("exchange"), projected_backward=projected_backward)
     hooked = layerwise or projected_backward or exchange == "low_rank"
     check_gradient_bits(optimizer.param_groups, hooked=hooked)
@@ -87,7 +89,9 @@ def hooks_for(
         if model is not None:
             share_when_wrapped(optimizer, model)
         return None
-    kind = LateHooks if waits else ShardHooks if sharded else BackwardHooks
+    kind: Callable[..., BackwardHooks] = BackwardHooks
+    if waits or sharded:
+        kind = functools.partial(LateHooks if waits else ShardHooks, may_fall_back=not is_asked)
     return kind(
         optimizer,
         _hooked(model, type(optimizer).__name__),

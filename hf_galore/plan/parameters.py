@@ -108,7 +108,6 @@ def parameters_of(
     *,
     units: Mapping[str, tuple[str, int]] | None = None,
     float32: bool = False,
-    projected_backward: bool = True,
 ) -> list[Parameter]:
     """The parameters of a model, frozen ones too, as an optimizer that has taken a step trains them. Reads no numbers.
 
@@ -117,13 +116,12 @@ def parameters_of(
         optimizer: any; of a GaLore optimizer what it projects.
         units: for FSDP2, the unit of each parameter by its name and how often it is gathered.
         float32: whether FSDP2 keeps the trained weights in float32 and gathers them in the model's dtype.
-        projected_backward: whether that of the optimizer, if it has one, serves the model where it is going to be.
     """
     targets: dict[int, Target] = {}
     served: set[int] = set()
     if isinstance(optimizer, GaLoreOptimizer):
         targets = {id(target.param): target for target in optimizer.targets()}
-        if projected_backward and optimizer.hooks is not None and optimizer.hooks.projected_backward:
+        if optimizer.hooks is not None and optimizer.hooks.projected_backward:
             served = _linear_weights(model)
     trained = {id(param) for group in optimizer.param_groups for param in group["params"]}
     found = []

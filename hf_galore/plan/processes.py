@@ -106,7 +106,6 @@ def rank_plan(
     *,
     sharded: bool,
     exchange: Exchange | None = None,
-    projected_backward: bool | None = None,
 ) -> RankPlan:
     """What a rank of a run has and sends, from what one process was planned to take.
 
@@ -116,7 +115,6 @@ def rank_plan(
         processes: how many there are to be.
         sharded: whether FSDP2 shards the model; else DDP has all of it in each process.
         exchange: what DDP reduces of targets; by default R where the backward pass gives it, else G.
-        projected_backward: as the optimizer was asked for it; under FSDP2 there is none that was not.
     """
     optimizer, model, args = unwrapped(trainer.optimizer), trainer.model, trainer.args
     hooks = getattr(optimizer, "hooks", None)
@@ -130,7 +128,6 @@ def rank_plan(
         units=fsdp_units(model) if sharded else None,
         # accelerate makes trained weights float32 where it is told to compute in less (`fsdp2_prepare_model`).
         float32=sharded and (args.bf16 or args.fp16),
-        projected_backward=bool(projected_backward) or not sharded,
     )
     buffer_bytes = sum(buffer.nbytes for buffer in model.buffers())
     memory = memory_a_rank(parameters, phases_of(record.tracker, devices), devices, buffer_bytes=buffer_bytes)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from transformers import Trainer
 
@@ -63,12 +62,10 @@ def plan_processes(
 
     def of(arguments: Arguments, config: GaLoreConfig | None) -> tuple[MemoryPlan, RankPlan]:
         found: list[RankPlan] = []
-        options: Any = {}
-        if config is not None:
-            options = {"exchange": config.exchange, "projected_backward": config.projected_backward}
+        exchange = None if config is None else config.exchange
 
         def look(trainer: Trainer, record: Record) -> None:
-            found.append(rank_plan(trainer, record, num_processes, sharded=sharded, **options))
+            found.append(rank_plan(trainer, record, num_processes, sharded=sharded, exchange=exchange))
 
         return plan_recipe(arguments, layers=layers, progress=progress, look=look), found[0]
 

@@ -148,4 +148,6 @@ def test_what_sharded_parameters_cannot_do_is_refused(found: Found) -> None:
     assert "refresh=svd needs the whole gradient" in said["svd"]
     assert "randomized, subspace" in said["svd"]
     assert "that FSDP2 shards and replicates" in said["projected_backward"]
+    # Nobody has asked for what layerwise has by default: where it does not work gradients are built.
+    assert (said["one dimension"], said["two dimensions"]) == ("True", "False")
     assert "exchange='low_rank' says what the processes of DistributedDataParallel reduce" in said["exchange"]

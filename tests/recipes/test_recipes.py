@@ -168,10 +168,9 @@ def test_a_task_of_glue_takes_what_mrpc_takes(name: str) -> None:
 def of_a_rank(name: str, layers: int) -> tuple[RankPlan, int]:
     """What a rank of a recipe for several cards has and its tokens a step, with so many layers."""
     found: list[RankPlan] = []
-    config = GaLoreConfig.from_optim_args(settings(recipes_folder() / name)["optim_args"])
 
     def look(trainer: Trainer, record: Record) -> None:
-        found.append(rank_plan(trainer, record, 8, sharded=True, projected_backward=config.projected_backward))
+        found.append(rank_plan(trainer, record, 8, sharded=True))
 
     planned = plan_recipe(recipes_folder() / name, layers=layers, look=look)
     return found[0], int(planned.tokens_per_step or 0)

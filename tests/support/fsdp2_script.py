@@ -417,6 +417,13 @@ BY_TRAINER = ("galore_adamw", "galore_adafactor_layerwise")
 def refused(mesh: DeviceMesh, with_replicas: DeviceMesh) -> dict[str, str]:
     """What is said of what cannot be done with sharded parameters."""
     said = {}
+    for words, replicas in (("one dimension", False), ("two dimensions", True)):
+        case = Case(options={"layerwise": True}, replicas=replicas)
+        model = shard(make_model(), with_replicas if replicas else mesh, case)
+        optimizer = GaLoreAdamW(groups_of(model, case), module=model, **case.options)
+        assert optimizer.hooks is not None
+        said[words] = str(optimizer.hooks.projected_backward)
+        optimizer.close()
     asked = {
         "svd": Case(galore={"refresh": "svd"}),
         "projected_backward": Case(options={"projected_backward": True}, replicas=True),
