@@ -23,8 +23,7 @@ def say_if_whole_gradients_accumulate(trainer: Trainer, optimizer: GaLoreOptimiz
     if any(trained.ranks for trained in optimizer.trained_parameters()):
         logger.warning(
             "FSDP2 keeps the whole gradients of all layers in each process until the last of %d micro-batches, which a "
-            "layerwise optimizer is to avoid. Leave out projected_backward=false, which would build none; or, to reduce "
-            "them in each micro-batch and hold low-rank gradients, set "
+            "layerwise optimizer is to avoid. Leave out projected_backward=false, or set "
             "accelerator_config={'gradient_accumulation_kwargs': {'sync_each_batch': True}}.",
             steps,
         )
