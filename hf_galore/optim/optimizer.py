@@ -83,7 +83,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         self._constructing = False
         self._names = Names(model)
         self._trained: dict[int, Trained] = {}  # by the parameter's id
-        self._processes: Processes | None = None  # that have the same gradients, if any are known
+        self._processes: Processes | None = None  # that have the next step's gradients too
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "rule": self.rule}
@@ -171,14 +171,9 @@ class GaLoreOptimizer(torch.optim.Optimizer):
             if isinstance(trained, Target):
                 trained.refresh_asked = True
 
-    def share_refreshes(self, processes: Processes) -> None:
-        """Share the refreshes with processes that have the same gradients, those of `DistributedDataParallel`."""
+    def share_refreshes(self, processes: Processes | None) -> None:
+        """Share the next step's refreshes with processes that have its gradients too, or with none."""
         self._processes = processes
-
-    @property
-    def shares_refreshes(self) -> bool:
-        """Whether other processes are known that have the same gradients."""
-        return self._processes is not None
 
     # ---- the update
 
@@ -207,7 +202,8 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         if self._hooks is not None:
             self._hooks.check_before_step(parameters)
         norms = norms_for_step(parameters)
-        refreshes = None if self._processes is None else SharedRefreshes(self._processes, parameters)
+        processes, self._processes = self._processes, None
+        refreshes = None if processes is None else SharedRefreshes(processes, parameters)
         for trained in parameters:
             gradient, norm = trained.local.grad, norms.get(id(trained.param))
             if isinstance(gradient, LowRankGradient) and gradient.addend is None:
