@@ -67,8 +67,6 @@ class Exchange:
         self._has_begun = False  # a forward pass whose backward pass is to come
         self._is_part = False  # the present pass, of an accumulation
         self._forget_pass()
-        for window in windows:
-            window.exchange = self
 
     def _forget_pass(self) -> None:
         self._queue: deque[Window] | None = None
@@ -105,6 +103,8 @@ class Exchange:
             RuntimeError: in the last one some targets had no gradient, and they have to.
         """
         self.end()
+        for window in self._order:
+            window.exchange = self  # a model may have several wrappers
         self._reduces = reduces
         self._has_begun = True
         self._sent.clear()
@@ -119,14 +119,15 @@ class Exchange:
 
     def _open(self) -> None:
         """Work out what is exchanged in the present backward pass: the same in all processes."""
-        self._has_begun = False
+        # One of no forward pass in the wrapper may be of this process alone: it is not to wait for others.
+        has_begun, self._has_begun = self._has_begun, False
         # What earlier micro-batches have left is R.
         usual: Kind = "whole" if self.dense and not self._accumulates else "low_rank"
         self._queue = deque()
-        for window in self._order:
+        for window in self._order if has_begun else ():
             refresh = window.refresh_is_due()
             # Autograd may come by again when all has been exchanged that was to be.
-            if id(window) not in self._sent and (refresh or self._reduces):
+            if id(window) not in self._sent and window.param.requires_grad and (refresh or self._reduces):
                 self._queue.append(window)
                 self._kinds[id(window)] = "refresh" if refresh else usual
 
@@ -150,6 +151,17 @@ class Exchange:
         if self._arrivals[key] >= self._expected[key]:
             self._ready[key] = True
             self._advance()
+        self._call_back()
+
+    def notice(self) -> None:
+        """Note that a backward pass is under way: it may bring none of the targets a gradient."""
+        if torch.is_grad_enabled():
+            return
+        if self._queue is None:
+            self._open()
+        self._call_back()
+
+    def _call_back(self) -> None:
         if self._queue and self._tolerant and not self._calls_back and not in_segment():
             self._calls_back = True
             Variable._execution_engine.queue_callback(self.end)

@@ -125,11 +125,11 @@ class BackwardHooks:
             self._windows[id(trained.param)] = Window(trained, self._mode, handle)
             self._wrappers.forget()
         not_served: dict[str, str] = {}
-        projecting = 0
+        outermost, projecting = self._wrappers.outermost, 0
         for name, module in model.named_modules():
             windows = [self._windows.get(id(param)) for param in module.parameters(recurse=False)]
             owned = [window for window in windows if window is not None]
-            if not owned:
+            if not owned and module not in outermost:
                 continue
             if id(module) not in self._counted:
                 self._counted.add(id(module))

@@ -266,7 +266,8 @@ class Window:
     def _receive_to_send(self, exchange: Exchange) -> None:
         """Keep the gradient of this pass, as R if no more than that is needed, and send it."""
         kind = exchange.kind(self)
-        self._mode.accumulating = self._mode.accumulating or exchange.accumulates
+        if kind is None and self.refresh_is_due():
+            return  # it stays as it is until a pass in the wrapper, which takes the basis from the sum
         if kind is None or kind == "low_rank":
             gradient = self.param.grad
             whole = gradient.addend if isinstance(gradient, LowRankGradient) else gradient
@@ -336,6 +337,8 @@ class Window:
         param.grad = used
 
     def _must_hold(self) -> bool:
+        if self.exchange is not None and self.exchange.accumulates:
+            self._mode.accumulating = True
         # Of several processes' gradients none is used before it has been reduced.
         alone = self.exchange is None and self.trained.ranks is None and world_size() > 1
         return self._mode.must_hold() or self.passes.count() > 1 or alone

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..integrations import ddp
 from ..integrations.accelerate import closes_window
 from .exchange import Exchange
+from .gradient import LowRankGradient, UsedGradient
 from .processes import Processes, world_size
 from .window import Window
 
@@ -34,18 +35,23 @@ class Wrappers:
         self._dense = dense
         self._known: weakref.WeakKeyDictionary[DistributedDataParallel, Exchange] = weakref.WeakKeyDictionary()
         self._left: set[int] = set()  # parameters that a wrapper reduces, by their ids
+        self._own: set[int] = set()  # those that wrappers leave out for this, by their ids
 
     # ---- before there is a wrapper
+
+    @property
+    def outermost(self) -> list[nn.Module]:
+        """What a wrapper is likely to be put around: any pass in it runs these, if none of the targets."""
+        parts = isinstance(self._model, (nn.ModuleList, nn.ModuleDict))  # each wrapped by itself
+        return [self._model, *(self._model.children() if parts else ())]
 
     def expect(self, targets: Iterable[Tensor]) -> None:
         """Let a wrapper that is still to come leave targets alone: it would take room for their gradients."""
         targets = list(targets)
         if not ddp.may_come():
             return
-        within = [self._model]
-        if isinstance(self._model, (nn.ModuleList, nn.ModuleDict)):
-            within += self._model.children()  # each wrapped by itself
-        for module in within:
+        self._own.update(map(id, targets))
+        for module in self.outermost:
             self._handles.append(ddp.leave_out_of_next(module, _without_last(module, targets)))
 
     # ---- a pass
@@ -60,9 +66,13 @@ class Wrappers:
             ValueError: the wrapper does what does not go with low-rank gradients.
         """
         wrapper = ddp.active()
-        if wrapper is None or wrapper in self._known:
-            return
+        if wrapper is not None and wrapper not in self._known:
+            self._learn(wrapper, windows)
+
+    @ddp.not_compiled
+    def _learn(self, wrapper: DistributedDataParallel, windows: dict[int, Window]) -> None:
         _check(wrapper)
+        _check_left_out(wrapper, self._own)
         inside = {id(param): param for param in wrapper.module.parameters() if param.requires_grad}
         trained = [window for key, window in windows.items() if key in inside]
         targets = _without_last(wrapper.module, [window.param for window in trained if window.trained.projected])
@@ -71,7 +81,7 @@ class Wrappers:
             if id(window.param) not in sent:
                 self._left.add(id(window.param))
                 windows.pop(id(window.param)).handle.remove()
-        self._handles.append(ddp.set_left_out(wrapper, targets, inside.values()))
+        self._own |= sent
         exchange = Exchange(
             Processes(ddp.group_like(wrapper)),
             [window for window in trained if id(window.param) in sent],
@@ -81,8 +91,12 @@ class Wrappers:
         )
         exchange.send_weights()
         self._known[wrapper] = exchange
-        self._handles.append(wrapper.register_forward_pre_hook(_beginning(weakref.ref(exchange))))
-        _begin(exchange, wrapper)
+        ref = weakref.ref(exchange)
+        self._handles.append(ddp.set_left_out(wrapper, targets, inside.values(), lambda wrapper: _begin(ref, wrapper)))
+        for key, param in inside.items():
+            if key not in sent:
+                self._handles.append(param.register_post_accumulate_grad_hook(lambda _: _notice(ref)))
+        _begin(ref, wrapper)
 
     def is_left(self, param: Tensor) -> bool:
         """Whether a wrapper reduces a parameter, which is updated in the step then."""
@@ -96,17 +110,14 @@ class Wrappers:
         """
         if world_size() == 1:
             return
-        alone = [
-            window
-            for window in windows
-            if window.exchange is None and window.trained.ranks is None and window.param.grad is not None
-        ]
+        alone = [window for window in windows if window.trained.ranks is None and _is_alone(window)]
         if alone:
             raise RuntimeError(
                 f"{world_size()} processes run, and {alone[0].trained.name} has a gradient of this one only: "
                 "layerwise=True, projected_backward=True and exchange='low_rank' reduce low-rank gradients over the "
-                "processes of DistributedDataParallel. Wrap the model in it and call the wrapper; for processes that "
-                "train models of their own make the optimizer with layerwise=False and projected_backward=False."
+                "processes of DistributedDataParallel. Wrap the model in it and call the wrapper, and backward without "
+                "create_graph; for processes that train models of their own make the optimizer with layerwise=False "
+                "and projected_backward=False."
             )
 
     def end(self) -> None:
@@ -138,6 +149,16 @@ class Wrappers:
         self._known.clear()
 
 
+def _is_alone(window: Window) -> bool:
+    """Whether a parameter has a gradient that has not been reduced, and is not going to be."""
+    gradient = window.param.grad
+    if window.exchange is None:
+        return gradient is not None
+    if isinstance(gradient, LowRankGradient):
+        return gradient.addend is not None
+    return gradient is not None and not isinstance(gradient, UsedGradient)
+
+
 def _check(wrapper: DistributedDataParallel) -> None:
     reason = ddp.why_not(wrapper)
     if reason is not None:
@@ -147,19 +168,28 @@ def _check(wrapper: DistributedDataParallel) -> None:
         )
 
 
-def _begin(exchange: Exchange, wrapper: DistributedDataParallel) -> None:
-    exchange.begin(reduces=ddp.reduces_next(wrapper), closes_window=closes_window())
+def _check_left_out(wrapper: DistributedDataParallel, own: set[int]) -> None:
+    others = {id(param) for param in ddp.left_out(wrapper)} - own
+    names = [name for name, param in wrapper.module.named_parameters() if id(param) in others]
+    if names:
+        raise ValueError(
+            f"This DistributedDataParallel was told to leave out {len(names)} parameter(s) that are trained: "
+            f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}. Low-rank gradients go with one that reduces "
+            "all. Wrap the model without that, or make the optimizer with layerwise=False and projected_backward=False."
+        )
 
 
-def _beginning(ref: weakref.ref[Exchange]) -> Callable[[nn.Module, Any], None]:
-    def begin(wrapper: nn.Module, _: Any) -> None:
-        exchange = ref()
-        if exchange is not None and ddp.trains_next():
-            assert isinstance(wrapper, DistributedDataParallel)
-            _check(wrapper)
-            _begin(exchange, wrapper)
+def _begin(ref: weakref.ref[Exchange], wrapper: DistributedDataParallel) -> None:
+    exchange = ref()
+    if exchange is not None:
+        _check(wrapper)
+        exchange.begin(reduces=ddp.reduces_next(wrapper), closes_window=closes_window())
 
-    return begin
+
+def _notice(ref: weakref.ref[Exchange]) -> None:
+    exchange = ref()
+    if exchange is not None:
+        exchange.notice()
 
 
 def _without_last(module: nn.Module, targets: list[Tensor]) -> list[Tensor]:

@@ -22,6 +22,10 @@ PARTS = (
 )
 
 
+not_compiled = torch._disable_dynamo  # type: ignore[attr-defined]
+"""Decorates a function that torch.compile is to call and not to look into."""
+
+
 def moved_parts() -> list[str]:
     """What this torch no longer has as it is needed here, in words; empty where all is well."""
     return [f"DistributedDataParallel.{part} is gone" for part in PARTS if not hasattr(DistributedDataParallel, part)]
@@ -103,6 +107,61 @@ class _Undo:
             undo()
 
 
+class _TakingIn:
+    """A forward pre-hook of a wrapper, or of what is in it: the wrapper reduces again what it has left out.
+
+    It does so once, before a forward pass that a backward pass may follow: not before, as it takes room for all
+    gradients of a model that may be trained no more.
+
+    Args:
+        names: of the parameters, in what is wrapped.
+    """
+
+    def __init__(self, names: frozenset[str]) -> None:
+        self._names = names
+        self._handle: Any = None
+
+    @classmethod
+    def put_on(cls, module: nn.Module, names: frozenset[str]) -> None:
+        """Put it on a module."""
+        hook = cls(names)
+        hook._handle = module.register_forward_pre_hook(hook)
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if not self._names or not trains_next():
+            return
+        names, self._names = self._names, frozenset()
+        if self._handle is not None:
+            self._handle.remove()
+        wrapper = module if isinstance(module, DistributedDataParallel) else active()
+        if wrapper is not None and (wrapper is module or wrapper.module is module):
+            _set_ignored(wrapper, set(wrapper.parameters_to_ignore) - names)
+
+    def __reduce__(self) -> Any:
+        return _TakingIn, (self._names,)
+
+
+class Telling:
+    """A wrapper's forward pre-hook that tells somebody of its passes; on a copy, which nobody knows, a `_TakingIn`.
+
+    Args:
+        tell: is told the wrapper before each forward pass that a backward pass may follow.
+        names: of what it leaves out.
+    """
+
+    def __init__(self, tell: Callable[[DistributedDataParallel], None], names: frozenset[str]) -> None:
+        self._tell = tell
+        self._names = names
+
+    def __call__(self, wrapper: nn.Module, args: Any) -> None:
+        if trains_next():
+            assert isinstance(wrapper, DistributedDataParallel)
+            self._tell(wrapper)
+
+    def __reduce__(self) -> Any:
+        return _TakingIn, (self._names,)
+
+
 def leave_out_of_next(model: nn.Module, params: Iterable[Tensor]) -> _Undo:
     """Let a wrapper that somebody is going to put around `model` leave parameters alone.
 
@@ -120,43 +179,50 @@ def leave_out_of_next(model: nn.Module, params: Iterable[Tensor]) -> _Undo:
             setattr(model, _IGNORED, remaining)
         elif hasattr(model, _IGNORED):
             delattr(model, _IGNORED)
+        if names:
+            _TakingIn.put_on(model, names)  # the wrapper may be there, and known to nobody
 
     return _Undo(undo)
 
 
-def set_left_out(wrapper: DistributedDataParallel, out: Iterable[Tensor], of: Iterable[Tensor]) -> _Undo:
+def left_out(wrapper: DistributedDataParallel) -> list[Tensor]:
+    """The parameters to train that a wrapper does not reduce."""
+    ignored = wrapper.parameters_to_ignore
+    return [param for name, param in wrapper.module.named_parameters() if name in ignored and param.requires_grad]
+
+
+def set_left_out(
+    wrapper: DistributedDataParallel,
+    out: Iterable[Tensor],
+    of: Iterable[Tensor],
+    tell: Callable[[DistributedDataParallel], None],
+) -> _Undo:
     """Let a wrapper reduce all but some parameters.
 
     Args:
         wrapper: whose buckets are made anew, if need be.
         out: those that it is to leave alone.
         of: those that this is about, of which it is to reduce the others.
+        tell: is told the wrapper before each forward pass from now on that a backward pass may follow.
 
     Returns:
-        What lets it reduce them all from its next pass on, by `remove()`: not at once, as it would take room for all
-        gradients of a model that may be trained no more.
+        What lets it reduce them all from its next pass on, and tells no more, by `remove()`.
     """
-    about, ref = list(of), weakref.ref(wrapper)
-    _set_left_out(wrapper, out, about)
+    names = frozenset(_names_of(wrapper.module, out))
+    others = set(_names_of(wrapper.module, of)) - names
+    _set_ignored(wrapper, (set(wrapper.parameters_to_ignore) | names) - others)
+    handle, ref = wrapper.register_forward_pre_hook(Telling(tell, names)), weakref.ref(wrapper)
 
     def undo() -> None:
+        handle.remove()
         wrapper = ref()
         if wrapper is not None:
-            handle = wrapper.register_forward_pre_hook(lambda *_: take_in())
-
-        def take_in() -> None:
-            wrapper = ref()
-            if wrapper is not None and trains_next():
-                handle.remove()
-                _set_left_out(wrapper, [], [param for param in about if param.requires_grad])
+            _TakingIn.put_on(wrapper, names)
 
     return _Undo(undo)
 
 
-def _set_left_out(wrapper: DistributedDataParallel, out: Iterable[Tensor], of: Iterable[Tensor]) -> None:
-    names = set(_names_of(wrapper.module, out))
-    others = set(_names_of(wrapper.module, of)) - names
-    ignored = (set(wrapper.parameters_to_ignore) | names) - others
+def _set_ignored(wrapper: DistributedDataParallel, ignored: set[str]) -> None:
     if ignored == set(wrapper.parameters_to_ignore):
         return
     wrapper.parameters_to_ignore = ignored

@@ -85,7 +85,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         self._waits = False  # for other parameters, which take the place of those that it has
         self._names = Names(model)
         self._trained: dict[int, Trained] = {}  # by the parameter's id
-        self.processes: Processes | None = None  # that have the same gradients, those of a wrapper, once it is known
+        self.processes: Processes | None = None  # that have the next step's gradients too
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "rule": self.rule}
@@ -196,7 +196,8 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         if self._hooks is not None:
             self._hooks.check_before_step(parameters)
         norms = norms_for_step(parameters)
-        refreshes = None if self.processes is None else SharedRefreshes(self.processes, parameters)
+        processes, self.processes = self.processes, None
+        refreshes = None if processes is None else SharedRefreshes(processes, parameters)
         for trained in parameters:
             gradient, norm = trained.local.grad, norms.get(id(trained.param))
             if isinstance(gradient, LowRankGradient) and gradient.addend is None:

@@ -82,7 +82,7 @@ def _is_whole(trained: Trained) -> bool:
 
 
 def share_when_wrapped(optimizer: GaLoreOptimizer, model: nn.Module) -> None:
-    """Let an optimizer share its refreshes as soon as its model is found in a wrapper.
+    """Let an optimizer share its refreshes where passes of its model are reduced.
 
     Args:
         optimizer: without hooks; referred to weakly.
@@ -96,19 +96,29 @@ def share_when_wrapped(optimizer: GaLoreOptimizer, model: nn.Module) -> None:
 
 
 class _Look:
-    """A forward pre-hook that looks for the wrapper that the pass is in, until it has found one."""
+    """A forward pre-hook that tells an optimizer which processes will have the gradients of its next step, if any do.
+
+    The last pass before a step decides. Not those of a pass that is not reduced, nor where processes may stop earlier
+    than others (`join()`) or reduce in another way.
+    """
 
     def __init__(self, optimizer: Callable[[], GaLoreOptimizer | None]) -> None:
         self._optimizer = optimizer
+        self._processes: Processes | None = None
         self.handle: Any = None
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         optimizer, wrapper = self._optimizer(), ddp.active()
-        if optimizer is not None and wrapper is not None and ddp.trains_next():
-            optimizer.processes = Processes(wrapper.process_group)
-        if (optimizer is None or optimizer.processes is not None) and self.handle is not None:
-            self.handle.remove()
-            self.handle = None
+        if optimizer is None:
+            if self.handle is not None:
+                self.handle.remove()
+            return
+        if wrapper is None or not ddp.trains_next():
+            return
+        alike = ddp.reduces_next(wrapper) and ddp.why_not(wrapper) is None and not ddp.left_out(wrapper)
+        if alike and (self._processes is None or self._processes.group is not wrapper.process_group):
+            self._processes = Processes(wrapper.process_group)
+        optimizer.processes = self._processes if alike else None
 
     def __reduce__(self) -> Any:
         return _Look, (_gone,)  # weak references cannot be pickled

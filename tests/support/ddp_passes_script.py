@@ -5,6 +5,9 @@ After each of these all processes have the same weights, to the bit.
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -270,6 +273,141 @@ def zeroed_at_other_times(way: dict[str, Any]) -> None:
     assert torch.equal(*ends)
 
 
+class Optional(nn.Module):
+    """Targets in a branch that a forward pass takes or not, beside something that all take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift, self.branch = nn.Parameter(torch.zeros(8)), plain()
+
+    def forward(self, x: Tensor, taken: bool) -> Tensor:
+        x = x + self.shift
+        return x + self.branch(x) if taken else x
+
+
+def nothing_for_targets(way: dict[str, Any]) -> None:
+    model = Optional()
+    before, optimizer = flat(model), optimizer_for(model, way)
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    for step in range(8):
+        for micro in range(2):
+            with wrapped.no_sync() if micro == 0 else contextlib.nullcontext():
+                taken = (step + step // 2 * micro + distributed.get_rank()) % 2 == 0
+                (wrapped(batch(step), taken) - 1).square().mean().backward()
+            distributed.barrier()  # between backward and step
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_same_everywhere(model, before)
+
+
+def outside_of_the_wrapper(way: dict[str, Any]) -> None:
+    ends = []
+    for looks in (False, True):
+        model = plain()
+        before, optimizer = flat(model), optimizer_for(model, way)
+        wrapped = DistributedDataParallel(model)
+        for step in range(5):
+            if looks and distributed.get_rank() == 0:  # at its gradients, in one process
+                model(batch(step + 50)).square().mean().backward()
+                optimizer.zero_grad()
+            wrapped(batch(step)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert_same_everywhere(model, before)
+        ends.append(flat(model))
+    assert torch.equal(*ends)
+    with pytest.raises(RuntimeError, match=r"2 processes run.*of this one only.*call the wrapper"):
+        take_steps(optimizer, lambda step: model(batch(step)).square().mean(), 4)
+    optimizer.close()
+
+
+def copies(way: dict[str, Any]) -> None:
+    """A wrapper that nobody reduces the targets of, but itself."""
+    model = plain()
+    optimizer = optimizer_for(model, way)
+    wrapped = DistributedDataParallel(model)
+    take_steps(optimizer, lambda step: wrapped(batch(step)).square().mean(), 2)
+    file = io.BytesIO()
+    torch.save(wrapped, file)
+    file.seek(0)
+    found = [copy.deepcopy(wrapped), torch.load(file, weights_only=False)]
+    optimizer.close()
+    torch.save(wrapped, io.BytesIO())
+    unknown = plain()
+    optimizer = optimizer_for(unknown, way)
+    found.append(DistributedDataParallel(unknown))
+    optimizer.close()
+    for other in found:
+        before = flat(other)
+        adam = torch.optim.AdamW(other.parameters(), lr=1e-2)
+        take_steps(adam, lambda step, other=other: other(batch(step)).square().mean(), 3)  # type: ignore[misc]
+        assert_same_everywhere(other, before)
+
+
+def left_out_by_others(way: dict[str, Any]) -> None:
+    model = plain()
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["2.bias"])
+    optimizer = optimizer_for(model, way)
+    with pytest.raises(ValueError, match=r"leave out 1 parameter\(s\) that are trained: 2.bias"):
+        DistributedDataParallel(model)(batch(0))
+    optimizer.close()
+
+
+def wrappers_in_turn(way: dict[str, Any]) -> None:
+    ends = []
+    for count in (1, 2):
+        model = plain()
+        before, optimizer = flat(model), optimizer_for(model, way)
+        wrapped = [DistributedDataParallel(model) for _ in range(count)]
+
+        def loss(step: int, wrapped: list[DistributedDataParallel] = wrapped) -> Tensor:
+            found: Tensor = wrapped[step % len(wrapped)](batch(step)).square().mean()
+            return found
+
+        take_steps(optimizer, loss, 5)
+        assert_same_everywhere(model, before)
+        ends.append(flat(model))
+        optimizer.close()
+    assert torch.equal(*ends)
+
+
+def frozen_later(way: dict[str, Any]) -> None:
+    model = plain()
+    optimizer, frozen = optimizer_for(model, way), model.get_parameter("2.weight")
+    wrapped = DistributedDataParallel(model)
+    for requires_grad in (True, False, True):
+        frozen.requires_grad_(requires_grad)
+        before, was = flat(model), frozen.clone()
+        take_steps(optimizer, lambda step: wrapped(batch(step)).square().mean(), 3)
+        assert_same_everywhere(model, before)
+        assert torch.equal(frozen, was) != requires_grad
+
+
+def compiled_first() -> None:
+    model = plain()
+    before, optimizer = flat(model), optimizer_for(model, {"layerwise": True})
+    wrapped = DistributedDataParallel(torch.compile(model, backend="eager"))
+    take_steps(optimizer, lambda step: wrapped(batch(step)).square().mean(), 3)
+    assert_same_everywhere(model, before)
+
+
+def gradients_that_differ() -> None:
+    """Without hooks: refreshes are not shared where the gradients of a step are those of one process."""
+    alone, model = plain(), plain()
+    wrapped = DistributedDataParallel(model)
+    own, optimizer = optimizer_for(alone, {}), optimizer_for(model, {})
+    take_steps(own, lambda step: alone(batch(step)).square().mean(), 4)
+    with wrapped.no_sync():
+        take_steps(optimizer, lambda step: wrapped(batch(step)).square().mean(), 4)
+    assert torch.equal(flat(alone), flat(model))
+    model = plain()
+    before, optimizer = flat(model), optimizer_for(model, {})
+    wrapped = DistributedDataParallel(model)
+    with wrapped.join():
+        take_steps(optimizer, lambda step: wrapped(batch(step)).square().mean(), 4 + 4 * distributed.get_rank())
+    assert_same_everywhere(model, before)
+
+
 def processors_that_round_differently(way: dict[str, Any]) -> None:
     """Each basis is computed once: what another process would have made of the gradient does not matter."""
     computed = 0
@@ -294,6 +432,8 @@ def processors_that_round_differently(way: dict[str, Any]) -> None:
 def main(output: Path) -> None:
     distributed.init_process_group("gloo")
     processors_that_round_differently({})
+    gradients_that_differ()
+    compiled_first()
     for way in WAYS:
         for check in (
             unused,
@@ -305,6 +445,12 @@ def main(output: Path) -> None:
             several_wrappers,
             passes_that_are_not_reduced,
             zeroed_at_other_times,
+            nothing_for_targets,
+            outside_of_the_wrapper,
+            copies,
+            left_out_by_others,
+            wrappers_in_turn,
+            frozen_later,
             processors_that_round_differently,
         ):
             check(way)
