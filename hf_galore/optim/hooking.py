@@ -12,6 +12,7 @@ from ..backward.hooks import BackwardHooks
 from ..backward.shards import ShardHooks
 from ..config import Exchange
 from ..integrations.engines import will_shard
+from ..integrations.fully_shard import check_sharded
 from .groups import check_gradient_bits
 from .refreshes import share_when_wrapped
 from .shard import is_sharded
@@ -77,6 +78,8 @@ def hooks_for(
     layerwise: bool = options.get("layerwise", False)
     projected_backward: bool | None = options.get("projected_backward")
     sharded = any(is_sharded(param) for group in optimizer.param_groups for param in group["params"])
+    if model is not None:
+        check_sharded(model, {id(param) for group in optimizer.param_groups for param in group["params"]})
     if waits or sharded:
         _check_sharded(options)
     is_asked = projected_backward is not None
