@@ -144,7 +144,9 @@ class ShardHooks(BackwardHooks):
                 window.param.grad = own
             else:
                 held.add_(own)
-            window.receive()
+            # As FSDP2 does for what it reduces: GaLore's hook, and those of others.
+            for hook in list((getattr(shard, "_post_accumulate_grad_hooks", None) or {}).values()):
+                hook(shard)
 
 
 def _reduced(window: Window, gathered: Tensor, own: FactoredGradient, share: float) -> LowRankGradient | None:
