@@ -140,6 +140,16 @@ def test_a_projected_backward_builds_no_gradient_of_a_target(found: Found) -> No
         assert not of_block & found["products"][name], name
 
 
+def test_hooks_of_others_are_called_where_no_gradient_is_reduced(found: Found) -> None:
+    assert found["called"]["hooks"] == 3
+
+
+def test_an_optimizer_may_be_made_before_a_model_has_numbers(found: Found) -> None:
+    late, usual = found["from meta"]["late"], found["from meta"]["usual"]
+    assert largest(usual, make_model().start()) > 1e-3
+    assert all(torch.equal(late[name], usual[name]) for name in usual)
+
+
 def test_all_cases_are_run() -> None:
     assert {name for name, _ in plan()} == set(CASES)
 
@@ -154,4 +164,5 @@ def test_what_sharded_parameters_cannot_do_is_refused(found: Found) -> None:
     assert "block.up.weight was sharded after the optimizer had been made" in said["sharded after"]
     assert "embedding.weight is gathered at this moment" in said["gathered"]
     assert "set_all_reduce_hook changes gradients" in said["own reduction"]
+    assert "but not square.weight and" in said["left out"]
     assert "exchange='low_rank' says what the processes of DistributedDataParallel reduce" in said["exchange"]

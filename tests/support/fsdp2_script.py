@@ -204,8 +204,12 @@ def shard(model: Model, mesh: DeviceMesh, case: Case) -> Model:
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)  # gloo divides nothing
         elif case.reduction == "doubled mean":
-            unit.set_all_reduce_hook(lambda gradients: gradients.mul_(2))
+            unit.set_all_reduce_hook(double)
     return model
+
+
+def double(gradients: Tensor) -> None:
+    gradients.mul_(2)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -483,20 +487,51 @@ def told(mesh: DeviceMesh) -> dict[str, str]:
     except RuntimeError as error:
         said["sharded after"] = str(error)
     model = shard(make_model(), mesh, plain)
+    assert isinstance(model, FSDPModule)
     with torch.no_grad():
         model(torch.zeros(1, 4, dtype=torch.int64))
     try:
         GaLoreAdamW(groups_of(model, plain), module=model)
     except ValueError as error:
         said["gathered"] = str(error)
-    model.reshard()  # type: ignore[attr-defined]
+    model.reshard()
     train(model, GaLoreAdamW(groups_of(model, plain), module=model), plain, mesh, range(1))
     model, optimizer = made(asked, mesh)
     try:
         train(model, optimizer, asked, mesh, range(1))
     except RuntimeError as error:
         said["own reduction"] = str(error)
+    model = make_model()
+    fully_shard(model.block, mesh=mesh)
+    try:
+        GaLoreAdamW(groups_of(model, plain), module=model, layerwise=True)
+    except ValueError as error:
+        said["left out"] = str(error)
     return said
+
+
+def hooks_called(mesh: DeviceMesh) -> int:
+    """How often a program's own hook on a weight is called in some steps of a projected backward."""
+    model, optimizer = made(CASES["projected"], mesh)
+    called: list[Tensor] = []
+    model.block.up.weight.register_post_accumulate_grad_hook(called.append)
+    train(model, optimizer, CASES["projected"], mesh, range(3))
+    return len(called)
+
+
+def from_meta(mesh: DeviceMesh) -> dict[str, dict[str, Tensor]]:
+    """The weights where the optimizer was made before the model had numbers, and where it was made as ever."""
+    case = CORE["adam"]
+    with torch.device("meta"):
+        model = Model()
+    shard(model, mesh, case)
+    optimizer = GaLoreAdamW(groups_of(model, case), module=model, lr=2e-3, **case.options)
+    model.to_empty(device="cpu")
+    usual, others = made(case, mesh)
+    model.load_state_dict(usual.state_dict())
+    for each, its in ((model, optimizer), (usual, others)):
+        train(each, its, case, mesh, range(2))
+    return {"late": weights_of(model), "usual": weights_of(usual)}
 
 
 def unsharded() -> dict[str, Any]:
@@ -542,6 +577,7 @@ def main(folder: Path) -> None:
         found["products"] = {name: products(name, meshes[0, 1]) for name in PRODUCTS}
     if rank == 0:
         found["refused"] = refused(meshes[0,], with_replicas)
+        found |= {"called": {"hooks": hooks_called(meshes[0,])}, "from meta": from_meta(meshes[0,])}
     torch.save(found, folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
