@@ -46,6 +46,7 @@ BESIDE = {
     "hf_galore.integrations.accelerate",
     "hf_galore.integrations.ddp",
     "hf_galore.integrations.engines",
+    "hf_galore.integrations.fully_shard",
 }
 # Makes optimizers from a model and names of layers, as a Trainer does: above the integrations, though it is an
 # optimizer's.

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..integrations.accelerate import forward_attribute
+from ..integrations.fully_shard import as_unit, was
 
 
 class LinearGradientSink(Protocol):
@@ -144,7 +145,7 @@ def asked_for(node: Any, weight: Tensor) -> Literal["accumulated", "returned"] |
 
 def why_not_patchable(module: nn.Module) -> str | None:
     """Why `patch_linear` cannot serve a module, in words; `None` where it can."""
-    if type(module) is not nn.Linear:
+    if was(type(module)) is not nn.Linear:
         return f"it is of class {type(module).__name__}, and not a plain nn.Linear"
     attribute = forward_attribute(module)
     if attribute is not None and not _is_linears(module.__dict__[attribute], module):
@@ -168,16 +169,17 @@ def _rebind(module: nn.Linear, cls: type[nn.Linear]) -> None:
 class LinearPatch:
     """A patched layer, to be put back with `remove()`; see `patch_linear`."""
 
-    def __init__(self, module: nn.Linear) -> None:
+    def __init__(self, module: nn.Linear, cls: type[nn.Linear]) -> None:
         self._module = weakref.ref(module)
+        self._cls = cls  # that it had
 
     def remove(self) -> None:
         """Make the layer a plain `nn.Linear` again."""
         module = self._module()
-        if module is not None and type(module) is ProjectedLinear:
+        if module is not None and was(type(module)) is ProjectedLinear:
             del module.__dict__["_galore_sink"]
-            module.__class__ = nn.Linear  # type: ignore[assignment]
-            _rebind(module, nn.Linear)
+            module.__class__ = self._cls
+            _rebind(module, self._cls)
 
 
 def patch_linear(module: nn.Module, sink: weakref.ref[Any]) -> LinearPatch:
@@ -190,8 +192,9 @@ def patch_linear(module: nn.Module, sink: weakref.ref[Any]) -> LinearPatch:
     if reason is not None:
         raise ValueError(f"The projected backward cannot serve this module: {reason}.")
     # The class and not an attribute `forward`: a copy of the module would run the original's weight.
-    module.__class__ = ProjectedLinear
+    cls = type(module)
+    module.__class__ = as_unit(ProjectedLinear, cls)
     patched = cast("ProjectedLinear", module)
     patched._galore_sink = sink
     _rebind(patched, ProjectedLinear)
-    return LinearPatch(patched)
+    return LinearPatch(patched, cast("type[nn.Linear]", cls))

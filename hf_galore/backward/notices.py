@@ -51,6 +51,19 @@ class Notices:
             projecting,
         )
 
+    def own_reduction(self, what: str) -> None:
+        """Warn that gradients are built, as a program has them reduced in its own way.
+
+        Args:
+            what: it does, in words.
+        """
+        if self._is_new("own reduction"):
+            logger.warning(
+                "The gradients of the weights are built, and no low-rank ones reduced in their place: %s. A step takes "
+                "more memory. If that is meant, say so by projected_backward=false.",
+                what,
+            )
+
     def half_done(self, name: str) -> None:
         """Warn that the hooks go between a backward pass and its step.
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..integrations.fully_shard import Unit, units
 from ..lowrank.projection import FactoredGradient
 from .gradient import LowRankGradient, UncommittedRefresh, UsedGradient
 from .hooks import BackwardHooks
@@ -33,6 +34,8 @@ class ShardHooks(BackwardHooks):
         self._may_fall_back = may_fall_back
         self._shards: dict[int, weakref.ref[Tensor]] = {}  # of projected layers, by the modules' ids
         self._gathered: dict[int, weakref.ref[Tensor]] = {}  # the gathered weight that has a hook, by its shard's id
+        self._units: dict[int, Unit] = {}  # what is reduced together, by the shards' ids
+        self._built_in: dict[int, int] = {}  # the last backward pass that has built a gradient, by its shard's id
         super().__init__(*args, **options)
 
     def attach_new(self) -> None:
@@ -43,6 +46,7 @@ class ShardHooks(BackwardHooks):
         """
         self._check()
         super().attach_new()
+        self._units = {id(shard): unit for unit in units(self._model) for shard, _ in unit.parameters()}
         for module in self._model.modules():
             if isinstance(module, ProjectedLinear) and id(module.weight) in self._windows:
                 self._shards[id(module)] = weakref.ref(module.weight)
@@ -66,12 +70,28 @@ class ShardHooks(BackwardHooks):
         super().detach()
         self._shards.clear()
         self._gathered.clear()
+        self._units.clear()
+        self._built_in.clear()
 
     def shard_of(self, module: nn.Module, weight: Tensor) -> Tensor | None:
-        """The sharded parameter that a layer's weight is of, while that is gathered; `None` where it is not served."""
+        """The sharded parameter that a layer's weight is of, while that is gathered; `None` where it is not served.
+
+        Raises:
+            RuntimeError: a projected backward is asked for, and a program has FSDP2 reduce gradients in its own way.
+        """
         ref = self._shards.get(id(module))
         shard = None if ref is None else ref()
         if ref is None or shard is None or weight is shard or not self.serves(shard):
+            return None
+        unit = self._units.get(id(shard))
+        own = None if unit is None else unit.own_reduction()
+        if own is not None:
+            if not self._may_fall_back:
+                raise RuntimeError(
+                    f"projected_backward=True does not work here: {own}, and of a target's gradient there is only a "
+                    "low-rank one, which GaLore reduces. Leave out one or the other."
+                )
+            self.notices.own_reduction(own)
             return None
         known = self._gathered.get(id(shard))
         if known is None or known() is not weight:
@@ -90,8 +110,20 @@ class ShardHooks(BackwardHooks):
             output_gradient: δ, T × m.
             inputs: X, T × n.
         """
-        window = self._window_of(shard)
-        return None if window is None else _reduced(window, gathered, FactoredGradient(output_gradient, inputs))
+        window, unit = self._window_of(shard), self._units.get(id(shard))
+        # FSDP2 may have reduced what one use of a weight brought in this pass, and with it R has a basis: but where G
+        # was built, of this process, R of all cannot be added to it.
+        task = torch._C._current_graph_task_id()
+        if window is None or self._built_in.get(id(shard)) == task:
+            return None
+        ranks = window.target.ranks
+        assert ranks is not None
+        count = ranks.size
+        share = 1.0 if unit is None else count / unit.divisor(count)
+        reduced = _reduced(window, gathered, FactoredGradient(output_gradient, inputs), share)
+        if reduced is None:
+            self._built_in[id(shard)] = task
+        return reduced
 
     def receive_reduced(self, shard: Tensor, gradient: LowRankGradient) -> None:
         """Use a low-rank gradient that was reduced."""
@@ -112,15 +144,25 @@ class ShardHooks(BackwardHooks):
                 window.param.grad = own
             else:
                 held.add_(own)
-            window.receive()
+            # As FSDP2 does for what it reduces: GaLore's hook, and those of others.
+            for hook in list((getattr(shard, "_post_accumulate_grad_hooks", None) or {}).values()):
+                hook(shard)
 
 
-def _reduced(window: Window, gathered: Tensor, factors: FactoredGradient) -> LowRankGradient | None:
-    """This process's rows of the low-rank gradient of all; the basis is renewed from products with the factors."""
+def _reduced(window: Window, gathered: Tensor, own: FactoredGradient, share: float) -> LowRankGradient | None:
+    """This process's rows of the low-rank gradient of all; the basis is renewed from products with the factors.
+
+    Args:
+        window: of the sharded parameter.
+        gathered: the weight that is gathered.
+        own: the factors of this process's gradient.
+        share: of the gradients' mean.
+    """
     held, target = window.param.grad, window.target
     if held is not None and not isinstance(held, (LowRankGradient, UsedGradient)):
         return None
     with torch.no_grad(), torch.autocast(gathered.device.type, enabled=False):
+        factors = own if share == 1.0 else own._replace(output_gradient=own.output_gradient * share)
         if not window.refresh_is_due():
             return LowRankGradient(gathered, target.projected_by(factors, target.bases()), target.version)
         if window.is_shared:
@@ -130,7 +172,7 @@ def _reduced(window: Window, gathered: Tensor, factors: FactoredGradient) -> Low
             zero = made.is_zero
             return LowRankGradient(gathered, made.low_rank, target.version, is_zero=zero, is_lost=not zero)
         # Of several uses of a weight none may bring a basis: autograd adds them up, and asks for G of each, then.
-        uncommitted = UncommittedRefresh(made, lambda: window.whole_of(factors).to(gathered.dtype))
+        uncommitted = UncommittedRefresh(made, lambda: window.whole_of(own).to(gathered.dtype))
         return LowRankGradient(gathered, made.low_rank, target.new_version(), uncommitted=uncommitted)
 
 

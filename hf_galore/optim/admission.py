@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..integrations import fully_shard
 from ..integrations.engines import check_no_accelerator as check_no_accelerator
 from ..integrations.engines import check_whole as check_whole
 from ..integrations.engines import holder_of, refusal
@@ -18,6 +19,9 @@ from ..lowrank.projection import is_projectable, norm_of
 from ..rules import Rule, rule_of
 from .groups import Group, is_target
 from .shard import check_sharding, is_sharded, local_of
+
+if TYPE_CHECKING:
+    from .trained import Trained
 
 
 def check_parameters(
@@ -113,6 +117,21 @@ def check_sharded(name: str, param: Tensor, group: Group) -> None:
             f"GaLore's refresh={group['refresh']} needs the whole gradient of a matrix, but {name} is sharded over "
             f"processes. Take one of {others}, which need products with it only."
         )
+
+
+def check_not_sharded_since(model: nn.Module | None, parameters: Sequence[Trained]) -> None:
+    """Check, where a parameter has no gradient, that it is not because FSDP2 has put others in the place of all.
+
+    Args:
+        model: that the parameters belong to, where it is known.
+        parameters: the optimizer's.
+
+    Raises:
+        RuntimeError: it has.
+    """
+    if model is None or all(trained.local.grad is not None for trained in parameters):
+        return
+    fully_shard.check_not_sharded_since(model, ((trained.name, trained.param) for trained in parameters))
 
 
 def check_stochastic_rounding(groups: Iterable[Group]) -> None:

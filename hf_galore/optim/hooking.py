@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..backward.hooks import BackwardHooks
+from ..backward.processes import world_size
 from ..backward.shards import ShardHooks
 from ..config import Exchange
 from ..integrations.engines import will_shard
+from ..integrations.fully_shard import check_sharded
+from ..log import and_others, logger
 from .groups import check_gradient_bits
 from .refreshes import share_when_wrapped
 from .shard import is_sharded
@@ -77,8 +80,12 @@ def hooks_for(
     layerwise: bool = options.get("layerwise", False)
     projected_backward: bool | None = options.get("projected_backward")
     sharded = any(is_sharded(param) for group in optimizer.param_groups for param in group["params"])
+    if model is not None:
+        check_sharded(model, {id(param) for group in optimizer.param_groups for param in group["params"]})
     if waits or sharded:
         _check_sharded(options)
+    if sharded:
+        _check_all_sharded(optimizer, layerwise=layerwise)
     is_asked = projected_backward is not None
     if projected_backward is None:
         projected_backward = layerwise and options.get("exchange") != "dense"
@@ -113,6 +120,26 @@ def _check_sharded(options: Mapping[str, Any]) -> None:
             f"exchange={options['exchange']!r} says what the processes of DistributedDataParallel reduce. FSDP2 "
             "reduces the gradients of what it shards by itself: leave it out."
         )
+
+
+def _check_all_sharded(optimizer: GaLoreOptimizer, *, layerwise: bool) -> None:
+    """Check that no parameter has a gradient of one process alone, beside others that are reduced; warn of it, else.
+
+    Raises:
+        ValueError: one has, and updates are to be made as soon as it is there.
+    """
+    params = [param for group in optimizer.param_groups for param in group["params"] if param.requires_grad]
+    whole = [param for param in params if not is_sharded(param)]
+    if not whole or world_size() == 1:
+        return
+    others = and_others(len(whole) - 1, "other parameter(s)")
+    found = (
+        f"FSDP2 shards other parameters, but not {optimizer.name_of(whole[0])}{others}: each process has a gradient "
+        "from its own rows there, and nobody reduces it. Call fully_shard of the model itself too, after its layers"
+    )
+    if layerwise:
+        raise ValueError(f"{found}, and leave nothing out (ignored_params); or make it with layerwise=False.")
+    logger.warning("%s, or reduce these gradients yourself before each step.", found)
 
 
 def _exchange(exchange: Exchange | None, *, projected_backward: bool) -> Exchange:

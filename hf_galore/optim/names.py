@@ -26,9 +26,13 @@ class Names:
 
     def refresh(self) -> None:
         """Learn the names of parameters that the model has by now."""
-        model = None if self._model is None else self._model()
+        model = self.model()
         if model is not None:
             self._known.update((id(param), name) for name, param in model.named_parameters())
+
+    def model(self) -> nn.Module | None:
+        """The model that the parameters belong to, if it is known and still there."""
+        return None if self._model is None else self._model()
 
     def learn(self, group: Mapping[str, Any]) -> None:
         """Learn the names that a group has for parameters whose names are unknown."""

@@ -193,6 +193,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
                 loss = closure()
         parameters = self.trained_parameters()
         admission.check_whole(type(self).__name__, parameters)
+        admission.check_not_sharded_since(self._names.model(), parameters)
         if self._hooks is not None:
             self._hooks.check_before_step(parameters)
         norms = norms_for_step(parameters)

@@ -136,7 +136,18 @@ def test_a_trainer_trains_what_transformers_has_sharded(found: Found, tmp_path: 
 def test_a_projected_backward_builds_no_gradient_of_a_target(found: Found) -> None:
     of_block = {(520, 32), (32, 520)}
     assert of_block <= found["products"]["layerwise"]
-    assert not of_block & found["products"]["projected"]
+    for name in ("projected", "projected_by_layers"):
+        assert not of_block & found["products"][name], name
+
+
+def test_hooks_of_others_are_called_where_no_gradient_is_reduced(found: Found) -> None:
+    assert found["called"]["hooks"] == 3
+
+
+def test_an_optimizer_may_be_made_before_a_model_has_numbers(found: Found) -> None:
+    late, usual = found["from meta"]["late"], found["from meta"]["usual"]
+    assert largest(usual, make_model().start()) > 1e-3
+    assert all(torch.equal(late[name], usual[name]) for name in usual)
 
 
 def test_all_cases_are_run() -> None:
@@ -150,4 +161,8 @@ def test_what_sharded_parameters_cannot_do_is_refused(found: Found) -> None:
     assert "that FSDP2 shards and replicates" in said["projected_backward"]
     # Nobody has asked for what layerwise has by default: where it does not work gradients are built.
     assert (said["one dimension"], said["two dimensions"]) == ("True", "False")
+    assert "block.up.weight was sharded after the optimizer had been made" in said["sharded after"]
+    assert "embedding.weight is gathered at this moment" in said["gathered"]
+    assert "set_all_reduce_hook changes gradients" in said["own reduction"]
+    assert "but not square.weight and" in said["left out"]
     assert "exchange='low_rank' says what the processes of DistributedDataParallel reduce" in said["exchange"]

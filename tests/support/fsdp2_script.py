@@ -13,7 +13,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -63,6 +63,7 @@ class Model(nn.Module):
         self.four = nn.Linear(9, 4)  # none for the last of 3, and too small to be projected
         self.head = nn.Linear(32, 53, bias=False)
         self.head.weight = self.embedding.weight
+        self.block_twice = False  # and the square matrix once
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embedding
@@ -77,7 +78,12 @@ class Model(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         hidden = self.embedding(tokens)
         hidden = hidden + self.block(hidden)
-        hidden = self.norm(hidden + torch.tanh(self.square(torch.tanh(self.square(hidden)))))
+        inner = torch.tanh(self.square(hidden))
+        if self.block_twice:
+            hidden = hidden + self.block(hidden)
+        else:
+            inner = torch.tanh(self.square(inner))
+        hidden = self.norm(hidden + inner)
         return torch.cat([self.head(hidden), self.four(torch.tanh(self.nine(hidden)))], dim=-1)
 
 
@@ -105,6 +111,11 @@ class Case(NamedTuple):
     """Whether torch's function clips, which finds DTensors in `.grad`."""
     no_sync: bool = False
     """Whether FSDP2 reduces gradients of the last micro-batch only, which are those of all then."""
+    by_layers: bool = False
+    """Whether each linear layer of the block is sharded by itself."""
+    block_twice: bool = False
+    reduction: Literal["mean", "sum", "doubled mean"] = "mean"
+    """What FSDP2 makes of the gradients of all processes; the loss is such that they have the mean's in the end."""
     replicas: bool = False
     """Whether there is a second dimension of the mesh, which replicates."""
 
@@ -152,6 +163,14 @@ FURTHER: dict[str, Case] = {
     "projected_columns": Case(
         options={**ADAM, "layerwise": True, "projected_backward": True}, galore={"proj_type": "full"}, columns=True
     ),
+    "projected_by_layers": Case(options={**ADAM, "layerwise": True}, by_layers=True),
+    "projected_sum": Case(options={**ADAM, "layerwise": True}, reduction="sum"),
+    # Not as asked for, but as layerwise has it: gradients are built.
+    "projected_doubled": Case(options={**ADAM, "layerwise": True}, reduction="doubled mean"),
+    # FSDP2 reduces the block's gradients of the first micro-batch in the midst of the second.
+    "projected_block_twice": Case(
+        options={**ADAM, "projected_backward": True}, accumulation=2, max_norm=0.5, no_sync=True, block_twice=True
+    ),
     "no_sync": Case(options={**ADAM, **LAYERWISE}, accumulation=2, no_sync=True),
     "bfloat16": Case(options=ADAM, policy=BFLOAT16),
     "projected_bfloat16": Case(options={**ADAM, "layerwise": True, "projected_backward": True}, policy=BFLOAT16),
@@ -174,9 +193,23 @@ def shard(model: Model, mesh: DeviceMesh, case: Case) -> Model:
         options["shard_placement_fn"] = lambda param: Shard(int(param.ndim == 2 and param.shape[1] % 4 == 0))
     if case.policy is not None:
         options["mp_policy"] = case.policy
+    for layer in (model.block.up, model.block.down) if case.by_layers else ():
+        fully_shard(layer, **options)
     fully_shard(model.block, **options)
     fully_shard(model, **options)
+    for unit in model.modules():
+        if not isinstance(unit, FSDPModule):
+            continue
+        if case.reduction == "sum":
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)  # gloo divides nothing
+        elif case.reduction == "doubled mean":
+            unit.set_all_reduce_hook(double)
     return model
+
+
+def double(gradients: Tensor) -> None:
+    gradients.mul_(2)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -201,6 +234,7 @@ def train(
 ) -> list[float]:
     """Train, and return the norms before clipping."""
     place, places = place_in(mesh)
+    scale = {"mean": places, "sum": 1, "doubled mean": places / 2}[case.reduction] if mesh else 1
     norms = []
     for step in steps:
         generator = torch.Generator().manual_seed(step)
@@ -215,7 +249,7 @@ def train(
                 warnings.simplefilter("ignore")  # a hook of torch's own
                 logits = model(x[own]).flatten(0, 1).float()
             loss = torch.nn.functional.cross_entropy(logits, y[own].flatten(), reduction="sum")
-            (loss * places / labels.numel()).backward()
+            (loss * scale / labels.numel()).backward()
         if case.torch_clips:
             assert case.max_norm is not None
             norms.append(float(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), case.max_norm))))
@@ -263,13 +297,17 @@ def products(name: str, mesh: DeviceMesh) -> set[tuple[int, ...]]:
     return shapes
 
 
+PRODUCTS = ("layerwise", "projected", "projected_by_layers")
+
+
 def made(case: Case, mesh: DeviceMesh | None) -> tuple[Model, torch.optim.Optimizer]:
     model = make_model()
+    model.block_twice = case.block_twice
     if mesh is not None:
         model = shard(model, mesh, case)
     options = dict(case.options)
     if mesh is None and case.no_sync:  # as if there were one micro-batch, of which a basis comes
-        options.pop("layerwise")
+        options.pop("layerwise", None)
     if case.make is not torch.optim.AdamW:
         options["module"] = model
     return model, case.make(groups_of(model, case), lr=2e-3, **options)
@@ -435,7 +473,65 @@ def refused(mesh: DeviceMesh, with_replicas: DeviceMesh) -> dict[str, str]:
             GaLoreAdamW(groups_of(model, case), module=model, **case.options)
         except ValueError as error:
             said[name] = str(error)
+    return said | told(mesh)
+
+
+def told(mesh: DeviceMesh) -> dict[str, str]:
+    """What is said of what FSDP2 itself lets through, and would train nothing or something else."""
+    plain, asked = Case(), Case(options={"projected_backward": True}, reduction="doubled mean")
+    said = {}
+    model, optimizer = made(plain, None)
+    shard(model, mesh, plain)
+    try:
+        train(model, optimizer, plain, mesh, range(1))
+    except RuntimeError as error:
+        said["sharded after"] = str(error)
+    model = shard(make_model(), mesh, plain)
+    assert isinstance(model, FSDPModule)
+    with torch.no_grad():
+        model(torch.zeros(1, 4, dtype=torch.int64))
+    try:
+        GaLoreAdamW(groups_of(model, plain), module=model)
+    except ValueError as error:
+        said["gathered"] = str(error)
+    model.reshard()
+    train(model, GaLoreAdamW(groups_of(model, plain), module=model), plain, mesh, range(1))
+    model, optimizer = made(asked, mesh)
+    try:
+        train(model, optimizer, asked, mesh, range(1))
+    except RuntimeError as error:
+        said["own reduction"] = str(error)
+    model = make_model()
+    fully_shard(model.block, mesh=mesh)
+    try:
+        GaLoreAdamW(groups_of(model, plain), module=model, layerwise=True)
+    except ValueError as error:
+        said["left out"] = str(error)
     return said
+
+
+def hooks_called(mesh: DeviceMesh) -> int:
+    """How often a program's own hook on a weight is called in some steps of a projected backward."""
+    model, optimizer = made(CASES["projected"], mesh)
+    called: list[Tensor] = []
+    model.block.up.weight.register_post_accumulate_grad_hook(called.append)
+    train(model, optimizer, CASES["projected"], mesh, range(3))
+    return len(called)
+
+
+def from_meta(mesh: DeviceMesh) -> dict[str, dict[str, Tensor]]:
+    """The weights where the optimizer was made before the model had numbers, and where it was made as ever."""
+    case = CORE["adam"]
+    with torch.device("meta"):
+        model = Model()
+    shard(model, mesh, case)
+    optimizer = GaLoreAdamW(groups_of(model, case), module=model, lr=2e-3, **case.options)
+    model.to_empty(device="cpu")
+    usual, others = made(case, mesh)
+    model.load_state_dict(usual.state_dict())
+    for each, its in ((model, optimizer), (usual, others)):
+        train(each, its, case, mesh, range(2))
+    return {"late": weights_of(model), "usual": weights_of(usual)}
 
 
 def unsharded() -> dict[str, Any]:
@@ -478,9 +574,10 @@ def main(folder: Path) -> None:
     found |= sharded_at_load(folder)
     found |= accelerated(folder)
     if rank < 2:
-        found["products"] = {name: products(name, meshes[0, 1]) for name in ("layerwise", "projected")}
+        found["products"] = {name: products(name, meshes[0, 1]) for name in PRODUCTS}
     if rank == 0:
         found["refused"] = refused(meshes[0,], with_replicas)
+        found |= {"called": {"hooks": hooks_called(meshes[0,])}, "from meta": from_meta(meshes[0,])}
     torch.save(found, folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
