@@ -177,7 +177,7 @@ class Trained:
         states = self.owner.state
         state = cast("State", states[self.param])
         # Frozen when the optimizer was made, or forgotten on purpose; or of a model that had no numbers yet.
-        if not state or (not self.weight.is_meta and any(state[key].is_meta for key in self.moment_keys)):
+        if not state or (not self.weight.is_meta and any(value.is_meta for value in state.values())):
             self._derive()
             state = states[self.param] = self.new_state(self.weight)
             self._fits = True
