@@ -67,8 +67,9 @@ def test_any_number_of_processes_is_one(found: Found, run: str) -> None:
         assert share(weights, expected) < LOOSE[name]
         return
     control = max(largest(found[f"control/{n}"]["weights"], found["control/unsharded"]["weights"]) for n in (2, 3, 4))
-    assert 0 < control < 1e-6
-    assert largest(weights, expected) < min(1e-5, 5 * control)
+    # Measured: 2.4e-7 to 3.1e-7, of AdamW too. Below 2e-6 it is chance which of two rounds more often.
+    assert 0 < control < 1e-5
+    assert largest(weights, expected) < min(1e-5, max(5 * control, 2e-6))
     norms = found[run]["norms"], found[f"{name}/unsharded"]["norms"]
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
     if name.startswith("projected"):

@@ -140,7 +140,7 @@ FURTHER: dict[str, Case] = {
     "lion": Case(galore={"rule": "lion"}, options=ADAM),
     "columns": Case(options=ADAM, columns=True),
     "adafactor_columns": Case(GaLoreAdafactor, columns=True),
-    "layerwise": Case(options={**ADAM, **LAYERWISE}),
+    "layerwise": Case(options={**ADAM, **LAYERWISE}, steps=20),
     "layerwise_both_sides": Case(galore={"proj_type": "full", "moments": "rotate"}, options={**ADAM, **LAYERWISE}),
     "layerwise_columns": Case(options={**ADAM, **LAYERWISE}, columns=True),
     "layerwise_clipped": Case(
@@ -148,6 +148,7 @@ FURTHER: dict[str, Case] = {
         galore={"moments": "rotate"},
         accumulation=4,
         max_norm=0.5,
+        steps=20,
     ),
     "layerwise_8bit": Case(
         GaLoreAdamW8bit, {"gradient_bits": 8}, {**ADAM, **LAYERWISE, "hold_gradients": True}, accumulation=4
@@ -156,7 +157,7 @@ FURTHER: dict[str, Case] = {
         options={**ADAM, **LAYERWISE, "hold_gradients": True}, accumulation=2, max_norm=0.5, torch_clips=True
     ),
     "layerwise_adafactor": Case(GaLoreAdafactor, options=LAYERWISE),
-    "projected": Case(options={**ADAM, "layerwise": True, "projected_backward": True}),
+    "projected": Case(options={**ADAM, "layerwise": True, "projected_backward": True}, steps=20),
     "projected_held": Case(
         options={**ADAM, "projected_backward": True}, galore={"moments": "rotate"}, accumulation=2, max_norm=0.5
     ),
