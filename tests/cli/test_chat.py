@@ -16,6 +16,7 @@ from hf_galore.cli.main import main
 from hf_galore.recipes.embedded_model import Embedded
 from hf_galore.recipes.talk import Sampling, Talk
 from tests.support.commands import command_line, said_of_mistake
+from tests.support.signals import of_a_terminal
 
 
 @pytest.fixture
@@ -90,7 +91,8 @@ def test_mistakes(
 def test_in_a_terminal(run: Path) -> None:
     """An answer, Ctrl-C in another one, Ctrl-C at the prompt, Ctrl-D."""
     program, *arguments = command_line("chat", str(run), "--temperature", "0")
-    terminal = pexpect.spawn(program, arguments, timeout=120, dimensions=(24, 80), encoding="utf-8")
+    with of_a_terminal():
+        terminal = pexpect.spawn(program, arguments, timeout=120, dimensions=(24, 80), encoding="utf-8")
     terminal.expect_exact("/reset begins anew, /quit or Ctrl-D ends, Ctrl-C stops an answer.")
     terminal.expect_exact("\r\n> ")
     terminal.sendline("/foo")

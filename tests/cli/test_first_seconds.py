@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from hf_galore.cli.first_seconds import leaving_at_once
+from tests.support.signals import of_a_terminal
 
 # Stands for a library: it gets Ctrl-C in the middle, and clears the exception, as extension modules do.
 LIBRARY = """
@@ -38,9 +39,9 @@ sys.exit(main.main(["slow"]))
 
 def test_ctrl_c_amid_imports(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(LIBRARY)
-    ended = subprocess.run(
-        [sys.executable, "-c", COMMAND, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False
-    )
+    command = [sys.executable, "-c", COMMAND, str(tmp_path)]
+    with of_a_terminal():
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 130
     assert ended.stdout == ""
     assert ended.stderr.strip() == "hf-galore slow: interrupted before training began; run the same command again."
