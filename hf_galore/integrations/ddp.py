@@ -72,10 +72,16 @@ def group_like(wrapper: DistributedDataParallel) -> Any:
     """A group of a wrapper's processes, whose collectives keep an order of their own.
 
     In the wrapper's the two orders would have to be one, on all processes: they are not where some leave parameters
-    unused. A collective of its processes.
+    unused. It gives up as early as the wrapper's. A collective of its processes.
     """
-    ranks = dist.get_process_group_ranks(wrapper.process_group)
-    return dist.new_group(ranks, backend=dist.get_backend(wrapper.process_group), use_local_synchronization=True)
+    group: Any = wrapper.process_group
+    backend = group._get_backend(torch.device(wrapper.device_type))
+    return dist.new_group(
+        dist.get_process_group_ranks(group),
+        timeout=getattr(getattr(backend, "options", None), "_timeout", None),  # not every backend has one
+        backend=dist.get_backend(group),
+        use_local_synchronization=True,
+    )
 
 
 def why_not(wrapper: DistributedDataParallel) -> str | None:

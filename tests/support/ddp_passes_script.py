@@ -11,6 +11,7 @@ import io
 import os
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,6 +22,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from hf_galore.integrations import ddp
 from hf_galore.lowrank import refresh
 from hf_galore.lowrank.projection import Bases
 from hf_galore.optim.classes import GaLoreAdamW
@@ -31,6 +33,9 @@ WAYS: tuple[dict[str, Any], ...] = (
     {"layerwise": True, "projected_backward": False},
     {"exchange": "low_rank"},
 )
+
+
+TIMEOUT = timedelta(seconds=120)
 
 
 class Branches(nn.Module):
@@ -429,8 +434,16 @@ def processors_that_round_differently(way: dict[str, Any]) -> None:
     assert computed == refreshes / 2 == 6 + 6 / 2  # of 6 targets 6 at first, and 6 in each gap of 3
 
 
+def as_patient_as_the_wrapper() -> None:
+    """What is exchanged beside a wrapper gives up as early: a Trainer's `ddp_timeout` is for both."""
+    assert ddp.moved_parts() == []
+    group = ddp.group_like(DistributedDataParallel(plain()))
+    assert group._get_backend(torch.device("cpu")).options._timeout == TIMEOUT
+
+
 def main(output: Path) -> None:
-    distributed.init_process_group("gloo")
+    distributed.init_process_group("gloo", timeout=TIMEOUT)
+    as_patient_as_the_wrapper()
     processors_that_round_differently({})
     gradients_that_differ()
     compiled_first()
