@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.autograd import Variable
 
 from .passes import in_segment
-from .processes import Layout, Part, Processes
+from .processes import Processes
+from .shared_refresh import SharedRefresh
 
 if TYPE_CHECKING:
     from .window import Window
@@ -302,22 +303,15 @@ class Exchange:
         used = self._used([window])
         owner = target.index % processes.size  # so that they share the work
         self._last_mean = processes.mean_in_(whole, owner)
-        layout = Layout({name: Part(*part) for name, part in target.parts_of_refresh(whole.dtype).items()})
         if owner == processes.rank:
             self._last_mean.wait()
-            made = target.new_basis(whole)
-            message = layout.packed(made.tensors(), whole.device)
-        else:
-            target.settle_skipped()
-            made, message = None, layout.empty(whole.device)
-        del whole
-        work = processes.send_(message, owner)
+        refresh = SharedRefresh(target, whole, owner, processes)
 
         def finish() -> None:
             if all(used()):
-                window.use_refresh(made or target.refresh_from(layout.unpacked(message)))
+                window.use_refresh(refresh.made())
 
-        self._in_flight.append(_InFlight(work, finish))
+        self._in_flight.append(_InFlight(refresh.send(), finish))
 
     def _finish_first(self) -> None:
         arrived = self._in_flight.popleft()

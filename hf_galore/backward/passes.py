@@ -90,10 +90,10 @@ class PassCounter:
                 record.note_segment(node)
 
     def __reduce__(self) -> Any:
-        return PassCounter, (_gone, _gone)  # weak references cannot be pickled
+        return PassCounter, (gone, gone)  # weak references cannot be pickled
 
 
-def _gone() -> None:
+def gone() -> None:
     """Return what a dead weak reference returns."""
 
 

@@ -20,7 +20,7 @@ def world_size() -> int:
 
 
 class Processes:
-    """The processes of a group, for sums, means and messages between them; each of these is a collective of all.
+    """The processes of a group, for means and messages between them; each of these is a collective of all.
 
     Args:
         group: of torch.distributed.
@@ -43,10 +43,6 @@ class Processes:
     def send_(self, tensor: Tensor, owner: int) -> Any:
         """Begin to set a tensor to what it is in the process whose rank is `owner`."""
         return dist.broadcast(tensor, self._globally(owner), group=self.group, async_op=True)
-
-    def sum_(self, tensor: Tensor) -> None:
-        """Set a tensor to its sum over the processes."""
-        dist.all_reduce(tensor, group=self.group)
 
     def _globally(self, rank: int) -> int:
         return dist.get_global_rank(self.group, rank)

@@ -10,10 +10,12 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..backward.gradient import StandIn
-from ..backward.processes import Layout, Part, Processes
+from ..backward.passes import gone
+from ..backward.processes import Processes
+from ..backward.shared_refresh import SharedRefresh
 from ..integrations import ddp
 from .bases import NewBasis
 from .target import Target
@@ -56,23 +58,15 @@ class SharedRefreshes:
     def _compute(self) -> None:
         """Compute the next refreshes, one in each process: no more of them are held at a time."""
         next_ones, self._due = self._due[: self._processes.size], self._due[self._processes.size :]
-        sent: list[tuple[Target, NewBasis | None, Layout, Tensor]] = []
+        refreshes: list[tuple[Target, SharedRefresh]] = []
         for owner, target in enumerate(next_ones):
             gradient = target.param.grad
             assert gradient is not None
-            layout = Layout({name: Part(*part) for name, part in target.parts_of_refresh(gradient.dtype).items()})
-            made = None
-            if owner == self._processes.rank:
-                made = target.new_basis(gradient)
-                message = layout.packed(made.tensors(), gradient.device)
-            else:
-                target.settle_skipped()
-                message = layout.empty(gradient.device)
-            sent.append((target, made, layout, message))
-        works = [self._processes.send_(message, owner) for owner, (*_, message) in enumerate(sent)]
-        for work, (target, made, layout, message) in zip(works, sent, strict=True):
+            refreshes.append((target, SharedRefresh(target, gradient, owner, self._processes)))
+        works = [refresh.send() for _, refresh in refreshes]
+        for work, (target, refresh) in zip(works, refreshes, strict=True):
             work.wait()
-            self._made[id(target)] = made or target.refresh_from(layout.unpacked(message))
+            self._made[id(target)] = refresh.made()
 
 
 def _is_whole(trained: Trained) -> bool:
@@ -121,8 +115,4 @@ class _Look:
         optimizer.processes = self._processes if alike else None
 
     def __reduce__(self) -> Any:
-        return _Look, (_gone,)  # weak references cannot be pickled
-
-
-def _gone() -> None:
-    """Return what a dead weak reference returns."""
+        return _Look, (gone,)  # weak references cannot be pickled
