@@ -192,8 +192,11 @@ def side_of(shape: Sequence[int], proj_type: ProjType) -> Side:
 
 
 def is_projectable(shape: Sequence[int], rank: int) -> bool:
-    """Whether a weight of `shape` gets smaller moments at `rank`: only below its smaller side."""
-    return len(shape) == 2 and min(shape) > rank
+    """Whether matrices of `shape` (m × n, or a stack k × m × n) get smaller moments at `rank`: below their smaller side.
+
+    The shape is that of `hf_galore.lowrank.matrices.matrix_shape`.
+    """
+    return len(shape) in (2, 3) and min(shape[-2:]) > rank
 
 
 def basis_shapes(shape: Sequence[int], side: Side, rank: int) -> BasisShapes:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..config import GROUP_OPTIONS, Exchange, GaLoreConfig, nearest
 from ..log import and_others
+from ..lowrank.matrices import matrix_shape
 from ..lowrank.methods import METHODS
 from ..lowrank.projection import is_projectable
 
@@ -94,7 +95,12 @@ def check_gradient_bits(groups: Iterable[Group], *, hooked: bool) -> None:
 
 def is_target(param: Tensor, group: Group) -> bool:
     """Whether a parameter of a group is projected."""
-    return "rank" in group and is_projectable(param.shape, group["rank"])
+    return "rank" in group and is_projectable(shape_in(param, group), group["rank"])
+
+
+def shape_in(param: Tensor, group: Group) -> tuple[int, ...]:
+    """The shape that a parameter of a group with a rank is projected in: m × n, or that of a stack of matrices."""
+    return matrix_shape(param.shape, group.get("view_as"))
 
 
 # Where an option belongs that is not a group's, by its name.
