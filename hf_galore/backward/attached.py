@@ -7,8 +7,6 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from .linear import ProjectedLinear
-
 
 class Owner(Protocol):
     """The hooks of one optimizer."""
@@ -41,8 +39,7 @@ def gradient_hooks_on(param: Tensor) -> list[GradientHook]:
 def detach_all(model: nn.Module) -> None:
     """Take the hooks of every GaLore optimizer off `model`."""
     refs: list[weakref.ref[Any]] = [hook.hooks for param in model.parameters() for hook in gradient_hooks_on(param)]
-    patched = (module.__dict__ for module in model.modules() if isinstance(module, ProjectedLinear))
-    refs += [attributes["_galore_sink"] for attributes in patched]
+    refs += [module.__dict__["_galore_sink"] for module in model.modules() if "_galore_sink" in module.__dict__]
     for ref in refs:
         owner: Owner | None = ref()
         if owner is not None:

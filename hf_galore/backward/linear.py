@@ -1,7 +1,7 @@
 """The projected backward of a linear layer: the low-rank gradient straight from δ and X, with no gradient in between.
 
 For Y = XWᵀ + b, with T rows of X (tokens), the weight's gradient is G = δᵀX. GaLore uses nothing of it but products
-with narrow matrices, for which the factors do: `hf_galore.lowrank.projection.FactoredGradient`.
+with narrow matrices, for which the factors do: `hf_galore.lowrank.products.FactoredGradient`.
 
 Served are `nn.Linear` and transformers' `Conv1D` (GPT-2), whose weight is transposed (Y = XW + b, G = Xᵀδ), and their
 subclasses that run their `forward`: whatever else such a class does, its arithmetic is theirs.
@@ -9,7 +9,6 @@ subclasses that run their `forward`: whatever else such a class does, its arithm
 
 from __future__ import annotations
 
-import copyreg
 import sys
 import types
 import weakref
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from ..integrations.accelerate import forward_attribute
 from ..integrations.fully_shard import as_unit, was
+from .patched import Patched, patched_class
 
 
 class LinearGradientSink(Protocol):
@@ -46,27 +46,16 @@ class LinearGradientSink(Protocol):
         """What stands for the gradient from δ (T × m) and X (T × n) of one use of a layer; `None` where δᵀX has to."""
 
 
-class ProjectedLinear:
+class ProjectedLinear(Patched):
     """What a patched layer's class has before the layer's own: the weight's gradient goes to a sink.
 
     `patch_linear` gives a layer such a class, and its own back. Copies and pickles of the layer are of its own.
     """
 
-    original: type[nn.Module]
-    """The layer's own class."""
-
     @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
     def forward(self, input: Tensor) -> Tensor:
         """As `nn.Linear.forward`."""
         return _forward(cast("nn.Module", self), input, _linear, is_transposed=False)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # As the original would be, whose own ways of it those are.
-        plain = self.original.__new__(self.original)
-        plain.__dict__.update((key, value) for key, value in self.__dict__.items() if key != "_galore_sink")
-        made_by, arguments, *rest = plain.__reduce_ex__(protocol)
-        # pickle has a rule of its own for this one: an object of another class than the present is refused.
-        return (_new if made_by is copyreg.__newobj__ else made_by, arguments, *rest)  # type: ignore[attr-defined]
 
 
 class ProjectedConv1D(ProjectedLinear):
@@ -76,10 +65,6 @@ class ProjectedConv1D(ProjectedLinear):
     def forward(self, x: Tensor) -> Tensor:
         """As `Conv1D.forward`."""
         return _forward(cast("nn.Module", self), x, _conv1d, is_transposed=True)
-
-
-def _new(cls: type, *arguments: Any) -> Any:
-    return cls.__new__(cls, *arguments)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -234,25 +219,15 @@ def _kind_of(cls: type[nn.Module]) -> _Kind | str:
     if name is not None:
         return f"its class {cls.__name__} has {name} of its own"
     try:
-        cls.__new__(cls).__class__ = _patched(cls, kind.patch)
+        cls.__new__(cls).__class__ = patched_class(cls, kind.patch)
     except TypeError as error:
         return f"its class {cls.__name__} cannot be derived from: {error}"
     return kind
 
 
-def _patched(cls: type[nn.Module], patch: type[ProjectedLinear]) -> type[nn.Module]:
-    """The class of patched layers of a class; always the same one while there is one."""
-    found = next((sub for sub in cls.__subclasses__() if sub.__dict__.get("original") is cls), None)
-    if found is None:
-        found = types.new_class(
-            f"Projected{cls.__name__}", (patch, cls), exec_body=lambda body: body.update(original=cls)
-        )
-    return found
-
-
 def why_not_patchable(module: nn.Module) -> str | None:
     """Why `patch_linear` cannot serve a module, in words; `None` where it can, or has."""
-    cls = was(type(module))
+    cls: Any = was(type(module))
     kind = _kind_of(cls.original if issubclass(cls, ProjectedLinear) else cls)
     if isinstance(kind, str):
         return kind
@@ -302,11 +277,10 @@ def patch_linear(module: nn.Module, sink: weakref.ref[Any]) -> LinearPatch:
     reason = "it has been patched" if isinstance(module, ProjectedLinear) else why_not_patchable(module)
     if reason is not None:
         raise ValueError(f"The projected backward cannot serve this module: {reason}.")
-    # The class and not an attribute `forward`: a copy of the module would run the original's weight.
     cls = type(module)
     kind = _kind_of(was(cls))
     assert not isinstance(kind, str)
-    module.__class__ = as_unit(_patched(was(cls), kind.patch), cls)
+    module.__class__ = as_unit(patched_class(was(cls), kind.patch), cls)
     module.__dict__["_galore_sink"] = sink
     _rebind(module, kind.patch, kind)
     return LinearPatch(module, cls, kind)

@@ -94,8 +94,8 @@ class ConvNet(Net):
 
     def __init__(self) -> None:
         super().__init__()
-        self.enter, self.down = Conv1D(WIDE, INPUTS), Conv1D(NARROW, WIDE)  # type: ignore[assignment]
-        self.up, self.square = NamedConv1D(WIDE, NARROW), Conv1D(WIDE, WIDE)  # type: ignore[assignment]
+        self.enter, self.down = Conv1D(WIDE, INPUTS), Conv1D(NARROW, WIDE)
+        self.up, self.square = NamedConv1D(WIDE, NARROW), Conv1D(WIDE, WIDE)
         for layer in (self.enter, self.down, self.up, self.square):
             nn.init.normal_(layer.weight, std=0.3)
         self.up.bias.requires_grad_(False)
@@ -190,7 +190,8 @@ def test_a_patched_layer_computes_the_same_bits_and_the_projected_gradient(layer
     found = net.weight.grad
     assert isinstance(found, LowRankGradient)
     bases = target_of(optimizer, net.weight).bases()  # type: ignore[arg-type]
-    expected = project(plain.weight.grad.float(), type(bases)(*(b if b is None else b.float() for b in bases)))  # type: ignore[union-attr, operator]
+    whole: Tensor = plain.weight.grad  # type: ignore[assignment, union-attr]
+    expected = project(whole.float(), type(bases)(*(basis if basis is None else basis.float() for basis in bases)))
     error = (found.low_rank.float() - expected).norm() / expected.norm()
     assert error < {"float32": 1e-6, "float64": 1e-6}.get(cast, 2e-2)
     assert expected.norm() > 1
@@ -207,8 +208,8 @@ def test_every_way_of_using_a_layer(kind: type[Net], way: str, monkeypatch: pyte
 @pytest.mark.parametrize("proj_type", ["reverse_std", "left", "right", "full"])
 def test_every_side(proj_type: str) -> None:
     group = {"proj_type": proj_type}
-    ways = [run(ConvNet, way, group=group) for way in ("plain", "layerwise, projected backward")]
-    assert_same_weights(*ways)
+    plain, projected = (run(ConvNet, way, group=group) for way in ("plain", "layerwise, projected backward"))
+    assert_same_weights(projected, plain)
 
 
 def test_nothing_of_a_targets_shape_is_made() -> None:

@@ -22,7 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from hf_galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 from hf_galore.config import REFRESH_METHODS, RefreshMethod
 from hf_galore.lowrank import methods, projection
-from hf_galore.lowrank.projection import Bases, FactoredGradient, Gradient, Side, basis_shapes, project, side_of
+from hf_galore.lowrank.products import FactoredGradient, Gradient
+from hf_galore.lowrank.projection import Bases, Side, basis_shapes, project, side_of
 from hf_galore.lowrank.refresh import (
     PROBES,
     cheaper_from_factors,
@@ -404,7 +405,12 @@ def test_the_overlap_is_that_of_subspaces_whatever_their_bases(side: Side) -> No
     shapes = basis_shapes((m, n), side, rank)
 
     def bases(seed: int) -> Bases:
-        return Bases(*(None if shape is None else random_orthonormal(*shape, seed=seed + shape[0]) for shape in shapes))
+        return Bases(
+            *(
+                None if shape is None else random_orthonormal(shape[0], shape[1], seed=seed + shape[0])
+                for shape in shapes
+            )
+        )
 
     old = bases(0)
     mixing = random_orthonormal(rank, rank, 99)
