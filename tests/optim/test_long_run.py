@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from hf_galore import GaLoreAdamW
 from tests.benchmarks import long
 from tests.support.helpers import assert_identical
 
 STEPS = 60
-ROWS = [row for row in long.TABLE if row.cls is long.GaLoreAdamW or row.layerwise]
+ROWS = [row for row in long.TABLE if row.cls is GaLoreAdamW or row.layerwise]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
