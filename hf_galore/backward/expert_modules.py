@@ -31,7 +31,7 @@ class ProjectedExperts:
     def __reduce_ex__(self, protocol: Any) -> Any:
         plain = self.original.__new__(self.original)
         plain.__dict__.update((key, value) for key, value in self.__dict__.items() if key != "_galore_sink")
-        made_by, arguments, *rest = plain.__reduce_ex__(protocol)
+        made_by, arguments, *rest = cast("tuple[Any, ...]", plain.__reduce_ex__(protocol))
         return (_new if made_by is copyreg.__newobj__ else made_by, arguments, *rest)  # type: ignore[attr-defined]
 
 
@@ -63,7 +63,8 @@ def patch_experts(module: nn.Module, sink: weakref.ref[Any]) -> ExpertsPatch:
     """Send the gradients of a module's stacks to `sink`, which is referred to weakly."""
     cls = type(module)
     own = was(cls)
-    found = next((sub for sub in own.__subclasses__() if sub.__dict__.get("original") is own), None)
+    subclasses: list[Any] = own.__subclasses__()
+    found = next((sub for sub in subclasses if sub.__dict__.get("original") is own), None)
     if found is None:
         bases = (ProjectedExperts, own)
         found = types.new_class(f"Projected{own.__name__}", bases, exec_body=lambda body: body.update(original=own))
