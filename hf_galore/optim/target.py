@@ -15,7 +15,7 @@ from torch import Tensor
 from ..backward.gradient import BasisVersion
 from ..lowrank.matrices import as_matrices, viewed
 from ..lowrank.nonfinite import Skip
-from ..lowrank.products import Gradient
+from ..lowrank.products import FactoredGradient, Gradient, GroupedGradient
 from ..lowrank.projection import (
     Bases,
     add_projected_back_,
@@ -85,6 +85,11 @@ class Target(Turns):
         return self.low_rank_shape
 
     @property
+    def is_stack_of_experts(self) -> bool:
+        """Whether the parameter itself is a stack of k × m × n."""
+        return self.matrix_shape == tuple(self.param.shape) and self.stack is not None
+
+    @property
     def low_rank_shape(self) -> tuple[int, ...]:
         """The shape of R."""
         return low_rank_shape(self.matrix_shape, self.side, self.rank)
@@ -139,8 +144,11 @@ class Target(Turns):
 
         return BasisVersion(name, low_rank)
 
-    def cheaper_from_factors(self, tokens: int) -> bool:
-        """Whether a refresh takes fewer multiply-adds from δ and X of `tokens` rows than from G = δᵀX."""
+    def takes_factors(self, factors: FactoredGradient | GroupedGradient) -> bool:
+        """Whether a refresh takes fewer multiply-adds from δ and X than from G = δᵀX; of groups it builds G itself."""
+        if isinstance(factors, GroupedGradient):
+            return True
+        tokens = factors.inputs.shape[-2]
         return cheaper_from_factors(self.matrix_shape, self.rank, self.side, self.group["refresh"], tokens)
 
     @torch.no_grad()
