@@ -197,8 +197,8 @@ class _Use(NamedTuple):
     """What a tensor is of a stack."""
 
     weight: Tensor
-    index: int | None
-    """Of one of its weights."""
+    number: int | None
+    """That of one of its weights."""
     is_transposed: bool
     tensor: Tensor
     """Itself: as long as it is known by its id it has to be there."""
@@ -263,7 +263,7 @@ class _Watch(TorchFunctionMode):
 
     def _item(self, tensor: Any, index: Any) -> Tensor | None:
         use = self._use(tensor)
-        if use is None or use.index is not None or use.is_transposed or isinstance(index, (bool, slice, tuple, list)):
+        if use is None or use.number is not None or use.is_transposed or isinstance(index, (bool, slice, tuple, list)):
             return None
         if isinstance(index, Tensor) and (index.ndim != 0 or index.dtype == torch.bool):
             return None
@@ -276,7 +276,7 @@ class _Watch(TorchFunctionMode):
             uses = _Uses()
             self._slices[id(use.weight)] = cast("Any", _Slices.apply(use.weight, uses, self._sink)), uses
         number %= len(use.weight)
-        return self._remember(self._slices[id(use.weight)][0][number], use._replace(index=number))
+        return self._remember(self._slices[id(use.weight)][0][number], use._replace(number=number))
 
     def _linear(self, input: Tensor, weight: Any = None, bias: Tensor | None = None) -> Tensor | None:
         return self._of_slice(input, weight, columns_in=True, bias=bias)
@@ -290,7 +290,7 @@ class _Watch(TorchFunctionMode):
                 return made
         if func in _BATCHED:
             x, use = args[0], self._use(args[1])
-            is_served = use is not None and use.index is None and isinstance(x, Tensor) and x.ndim == 3
+            is_served = use is not None and use.number is None and isinstance(x, Tensor) and x.ndim == 3
             if use is not None and is_served and len(x) == len(use.weight) and x.dtype == use.weight.dtype:
                 if torch.is_autocast_enabled(x.device.type):
                     return None
@@ -299,7 +299,7 @@ class _Watch(TorchFunctionMode):
 
     def _of_slice(self, x: Any, weight: Any, *, columns_in: bool, bias: Tensor | None = None) -> Tensor | None:
         use = self._use(weight)
-        if use is None or use.index is None or not isinstance(x, Tensor) or x.ndim < 2:
+        if use is None or use.number is None or not isinstance(x, Tensor) or x.ndim < 2:
             return None
         device_type = x.device.type
         if torch.is_autocast_enabled(device_type) and torch.float64 not in (x.dtype, weight.dtype):
@@ -310,12 +310,12 @@ class _Watch(TorchFunctionMode):
             return None
         slices, uses = self._slices[id(use.weight)]
         how = _How(self._sink, columns_in != use.is_transposed)
-        made = cast("Tensor", _Slice.apply(x, slices[use.index], use.index, uses, how))
+        made = cast("Tensor", _Slice.apply(x, slices[use.number], use.number, uses, how))
         return made if bias is None else made + bias
 
     def _grouped(self, x: Any, weight: Any, *rest: Any, offs: Tensor | None = None, **others: Any) -> Tensor | None:
         use = self._use(weight)
-        if use is None or use.index is not None or offs is None or rest or any(v is not None for v in others.values()):
+        if use is None or use.number is not None or offs is None or rest or any(v is not None for v in others.values()):
             return None
         if x.ndim != 2 or x.dtype != use.weight.dtype or grouped_mm is None:
             return None

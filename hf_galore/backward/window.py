@@ -88,7 +88,7 @@ class Window:
 
     @property
     def before(self) -> Before | None:
-        """The basis before the refresh of this window, where there was one and its gradient has not been dropped."""
+        """The basis before this window's refresh, where there was one and its gradient has not been dropped."""
         self.look()
         return self._before
 
@@ -258,10 +258,9 @@ class Window:
 
     def _refreshed(self, made: NewBasis, norm: Tensor | None) -> LowRankGradient:
         """The low-rank gradient of G that bases were made from, which are used from now on."""
-        param, target = self.param, self.target
+        param, target, zero, lost = self.param, self.target, made.is_zero, made.is_lost
         if made.usable:
             self._before = target.use_basis(made, target.new_version(), keep=self._must_hold())
-        zero, lost = made.is_zero, made.is_lost
         return LowRankGradient(param, made.low_rank, target.version, norm=norm, is_zero=zero, is_lost=lost)
 
     # ---- what processes reduce together
@@ -286,9 +285,9 @@ class Window:
     def low_rank_to_send(self) -> Tensor:
         """R of this process, of all passes of the window; zeros where there is none."""
         gradient = self.param.grad
-        if isinstance(gradient, LowRankGradient):
-            return gradient.low_rank
-        return self.param.new_zeros(self.target.low_rank_shape)
+        if not isinstance(gradient, LowRankGradient):
+            return self.param.new_zeros(self.target.low_rank_shape)
+        return gradient.low_rank
 
     def hold_sent(self, low_rank: Tensor) -> None:
         """Hold R where its mean is going to be."""

@@ -118,7 +118,7 @@ def _independent(rows: Tensor) -> Tensor:
     left: Tensor = factor.diagonal(dim1=-2, dim2=-1).square()
     limit = _PIVOT * torch.finfo(rows.dtype).eps
     enough: Tensor = (left > limit * products.diagonal(dim1=-2, dim2=-1)).all(dim=-1)
-    return enough & (failed == 0)
+    return enough.logical_and(failed == 0)
 
 
 def _tokens(gradient: Gradient) -> int | float | Tensor:

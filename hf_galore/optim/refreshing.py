@@ -106,7 +106,7 @@ class _Refresh:
         for key, value in part.kept.items():
             self.kept[key][list(indices)] = value
         for basis, new in zip(self._bases, part._bases, strict=True):
-            if basis is not None:
+            if basis is not None and new is not None:
                 basis[list(indices)] = new
         for index, figures in zip(indices, part.figures, strict=True):
             self.figures[index] = figures

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -95,9 +95,9 @@ class Target(Turns):
         return low_rank_shape(self.matrix_shape, self.side, self.rank)
 
     def _as_matrices(self, gradient: Gradient) -> Gradient:
-        # That of the parameter; of some matrices of a stack it is so already.
-        is_whole = isinstance(gradient, Tensor) and gradient.shape == self.param.shape
-        return as_matrices(gradient, self.matrix_shape) if is_whole else gradient
+        if isinstance(gradient, Tensor) and gradient.shape == self.param.shape:
+            return as_matrices(gradient, self.matrix_shape)
+        return gradient  # of some matrices of a stack
 
     def new_state(self, like: Tensor) -> State:
         """A state before the first refresh, on the device of `like`."""
@@ -310,18 +310,25 @@ class Target(Turns):
         group, step = self.group, int(self.state["step"].item())
         if not before.had_basis or step == 0 or group["moments"] == "keep":
             return
-        moments, some = self.moments(), before.matrices
-        is_part = self.stack is not None and some is not None and len(some) < self.stack
-        part = of_matrices(moments, some, self.stack) if is_part else moments
-        if group["moments"] == "reset":
-            self.rule.reset_(part)
+        moments, some, count = self.moments(), before.matrices, self.stack or 1
+        if some is None or len(some) == count:
+            self._carry(moments, self.bases(), before, range(count))
         else:
-            new, old = self.bases(), self.layout.read(before.entries, self.param.dtype)
-            if is_part:
-                new, old = bases_of_matrices(new, some), bases_of_matrices(old, some)
-            self.rule.rotate_(part, group, self._of_moments(rotation_between(new, old)), step)
-        if is_part:
-            put_of_matrices(moments, part, some, self.stack)
+            part = of_matrices(moments, some, count)
+            self._carry(part, bases_of_matrices(self.bases(), some), before, some)
+            put_of_matrices(moments, part, some, count)
+
+    def _carry(self, moments: State, new: Bases, before: Before, some: Sequence[int]) -> None:
+        """Do it to the moments of some matrices of a stack, or of one matrix; those of the new bases."""
+        group = self.group
+        if group["moments"] == "reset":
+            self.rule.reset_(moments)
+            return
+        old = self.layout.read(before.entries, self.param.dtype)
+        if self.stack is not None:
+            old = bases_of_matrices(old, some)
+        rotation = self._of_moments(rotation_between(new, old))
+        self.rule.rotate_(moments, group, rotation, int(self.state["step"].item()))
 
     def _of_moments(self, rotation: Rotation) -> Rotation:
         """A rotation of the low-rank gradient, for moments as they are kept."""
