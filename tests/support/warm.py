@@ -7,7 +7,6 @@ imported, signals amid it), it has to start one of its own.
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import runpy
@@ -78,11 +77,13 @@ def ended(process: ForkServerProcess, seconds: float = LIMIT) -> int:
     Raises:
         AssertionError: it takes longer; it is ended, and those that it has launched too.
     """
-    process.join(seconds)
-    if process.exitcode is None:
+    try:
+        process.join(seconds)
+    finally:  # where somebody has pressed Ctrl-C too, which is not for its terminal
+        status = process.exitcode
         end(process)
-        raise AssertionError(f"not at its end after {seconds:.0f} s")
-    return process.exitcode
+    assert status is not None, f"not at its end after {seconds:.0f} s"
+    return status
 
 
 def end(process: ForkServerProcess) -> None:
@@ -168,13 +169,10 @@ def _work(
     os.environ.update(environment)
     os.chdir(folder)
     set_defaults()
-    with contextlib.suppress(PermissionError):  # it leads a session already
-        os.setsid()
-    for number, (path, flags) in enumerate(
-        zip(streams, (os.O_RDONLY, *2 * (os.O_RDWR | os.O_CREAT | os.O_APPEND,)), strict=True)
-    ):
+    os.setsid()
+    for number, path in enumerate(streams):
         # The first terminal that the leader of a session opens is the session's, whose Ctrl-C it gets.
-        opened = os.open(path, flags, 0o600)
+        opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(opened, number)
         os.close(opened)
     # As Python makes them of such files.
