@@ -138,7 +138,8 @@ def test_all_that_a_run_of_glue_says(small: Embedded, tmp_path: Path) -> None:
         "output_dir": tmp_path / "out",
     }
     lines = said("glue", given, tmp_path)
-    assert lines[:3] == [GALORE, "step #/# · loss # · # GiB", "step #/# · held-out accuracy #"]
+    classifier = GALORE.replace(" output head # %,", "").replace("biases # %", "biases # %, linear layers # %")
+    assert lines[:3] == [classifier, "step #/# · loss # · # GiB", "step #/# · held-out accuracy #"]
     assert lines[3].startswith("Scores in per cent")
     assert lines[-1].startswith("└")
 
