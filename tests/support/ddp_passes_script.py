@@ -423,7 +423,7 @@ def processors_that_round_differently(way: dict[str, Any]) -> None:
         bases = own(*args, **options)
         return Bases(*(None if basis is None else basis * (-1) ** distributed.get_rank() for basis in bases))
 
-    with mock.patch("hf_galore.optim.target.new_bases", differently):
+    with mock.patch("hf_galore.optim.refreshing.new_bases", differently):
         model = nn.Sequential(plain(), nn.Tanh(), plain(), nn.Tanh(), plain())
         before, optimizer = flat(model), optimizer_for(model, way)
         wrapped = DistributedDataParallel(model)
