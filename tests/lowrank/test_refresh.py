@@ -21,7 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 from hf_galore.config import REFRESH_METHODS, RefreshMethod
-from hf_galore.lowrank import methods, products
+from hf_galore.lowrank import methods
+from hf_galore.lowrank import products as product_functions
 from hf_galore.lowrank.products import FactoredGradient, Gradient
 from hf_galore.lowrank.projection import Bases, Side, basis_shapes, project, side_of
 from hf_galore.lowrank.refresh import (
@@ -324,7 +325,7 @@ def test_a_refresh_takes_the_products_that_are_said(
     taken: list[str] = []
 
     def counting(name: str) -> Callable[[Gradient, Tensor], Tensor]:
-        original = getattr(products, name)
+        original = getattr(product_functions, name)
 
         def product(gradient: Gradient, matrix: Tensor) -> Tensor:
             taken.append(name)
