@@ -90,7 +90,7 @@ SETTINGS = {
         pixels=8,
         epochs=30,
         rank=16,
-        rates=(1e-3, 3e-3, 1e-2),
+        rates=(3e-4, 1e-3, 3e-3),
     ),
 }
 
@@ -188,7 +188,8 @@ def folds(model: str, optimizer: str, lr: float, seed: int) -> list[Run]:
 
 def per_cent(lines: list[dict[str, Any]], part: str) -> float:
     """What is right of all images of a part of the runs, in %."""
-    return 100 * sum(line[f"{part}_right"] for line in lines) / sum(line[f"{part}_images"] for line in lines)
+    right, images = (sum(int(line[f"{part}_{what}"]) for line in lines) for what in ("right", "images"))
+    return 100 * right / images
 
 
 def best_rate(model: str, optimizer: str, seed: int, runs: Runs[Run]) -> float | None:

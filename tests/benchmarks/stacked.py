@@ -12,7 +12,7 @@ bytes of the parts. "Later" is what those bases hold of the gradients of 20 step
 
 `loss` trains by GaLoreAdamW in these three ways, all matrices projected. Parts are parameters of their own there, put
 together in the forward pass: the arithmetic of `view_as`, for columns too. `scale` is the root of width / rank. The
-learning rate of each way is the best of three at the first seed and rank; "as many bytes" has the whole's.
+learning rate of whole and parts is the best of three at the first seed and rank; "as many bytes" has the whole's.
 """
 
 from __future__ import annotations
@@ -42,7 +42,6 @@ RANKS = (WIDTH // 4, WIDTH // 16)
 GAP, EVERY = 50, 20
 RATES = (1e-3, 2e-3, 4e-3)
 WHOLE, PARTS, BYTES = "whole", "parts", "whole, as many bytes"
-WAYS = (WHOLE, PARTS, BYTES)
 
 
 class CharacterLSTM(nn.Module):
@@ -79,7 +78,8 @@ def phi3() -> nn.Module:
         eos_token_id=None,
         use_cache=False,
     )
-    return Phi3ForCausalLM(config)
+    model: nn.Module = Phi3ForCausalLM(config)
+    return model
 
 
 def gpt2() -> nn.Module:
@@ -93,7 +93,8 @@ def gpt2() -> nn.Module:
         eos_token_id=None,
         use_cache=False,
     )
-    return GPT2LMHeadModel(config)
+    model: nn.Module = GPT2LMHeadModel(config)
+    return model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +103,11 @@ class Kind:
 
     make: Callable[[], nn.Module]
     stacked: dict[str, tuple[int, int]]
+
+    def ways(self) -> dict[str, list[str]]:
+        """The ways of projecting, each with the ends of the names of what is in parts then."""
+        alone = {f"parts, {end} alone": [end] for end in self.stacked} if len(self.stacked) == 2 else {}
+        return {WHOLE: [], PARTS: list(self.stacked), **alone, BYTES: []}
 
     def parts_of(self, name: str) -> tuple[int, int] | None:
         return next((found for end, found in self.stacked.items() if name.endswith(end)), None)
@@ -146,7 +152,8 @@ def text() -> tuple[Tensor, Tensor]:
 def leading(gradient: Tensor, rank: int) -> Tensor:
     """The leading singular vectors of the smaller side, as columns."""
     u, _, v = torch.linalg.svd(gradient, full_matrices=False)
-    return u[:, :rank] if gradient.shape[0] < gradient.shape[1] else v[:rank].mT
+    basis: Tensor = u[:, :rank] if gradient.shape[0] < gradient.shape[1] else v[:rank].mT
+    return basis
 
 
 def held(gradient: Tensor, basis: Tensor) -> float:
@@ -166,55 +173,60 @@ def as_many_bytes(shape: torch.Size, count: int, dim: int, rank: int, moment_byt
     return round(count * needed(part, rank) / needed((m, n), 1))
 
 
-def energies(kind: Kind, rank: int, steps: int, seed: int) -> dict[str, dict[str, list[float]]]:
-    """The shares of energy, by the end of a weight's name and the way of projecting it; later ones with "later"."""
+IN_32, IN_8 = f"{BYTES} (moments in 32 bits)", f"{BYTES} (in 8 bits)"
+
+Shares = dict[tuple[str, int, str], list[float]]
+"""The shares of energy, by the end of a weight's name, the rank, and the way of projecting it (or that and "later")."""
+
+
+def energies(kind: Kind, steps: int, seed: int, shares: Shares) -> None:
+    """Train, and add to `shares`."""
     torch.manual_seed(seed)
     model = kind.make()
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATES[1], weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, int(WARMUP * steps), steps)
     watched = {name: param for name, param in model.named_parameters() if kind.parts_of(name)}
-    shares: dict[str, dict[str, list[float]]] = {end: {} for end in kind.stacked}
-    bases: dict[tuple[str, str], list[Tensor]] = {}
+    bases: dict[tuple[str, int, str], list[Tensor]] = {}
     for step, chosen in enumerate(batches(seed, steps), start=1):
         loss_of(model, chosen, {}).backward()
-        if step % EVERY == 0:
-            for name, param in watched.items():
-                count, dim = kind.parts_of(name) or (1, 0)
-                assert param.grad is not None
-                whole, parts = [param.grad.clone()], list(param.grad.clone().chunk(count, dim))
-                end = next(end for end in kind.stacked if name.endswith(end))
-                total = float(param.grad.square().sum())
+        for name, param in watched.items() if step % EVERY == 0 else ():
+            assert param.grad is not None
+            end = next(end for end in kind.stacked if name.endswith(end))
+            count, dim = kind.stacked[end]
+            whole, parts = [param.grad.clone()], [part.clone() for part in param.grad.chunk(count, dim)]
+            total = float(param.grad.square().sum())
+            for rank in RANKS:
                 for way, pieces, r in (
                     (WHOLE, whole, rank),
                     (PARTS, parts, rank),
-                    (f"{BYTES} (moments in 32 bits)", whole, as_many_bytes(param.shape, count, dim, rank, 4)),
-                    (f"{BYTES} (in 8 bits)", whole, as_many_bytes(param.shape, count, dim, rank, 1)),
+                    (IN_32, whole, as_many_bytes(param.shape, count, dim, rank, 4)),
+                    (IN_8, whole, as_many_bytes(param.shape, count, dim, rank, 1)),
                 ):
-                    if (name, way) in bases:
-                        old = sum(map(held, pieces, bases[name, way]))
-                        shares[end].setdefault(f"{way}, later", []).append(old / total)
-                    bases[name, way] = [leading(piece, r) for piece in pieces]
-                    shares[end].setdefault(way, []).append(sum(map(held, pieces, bases[name, way])) / total)
+                    if (name, rank, way) in bases:
+                        old = sum(map(held, pieces, bases[name, rank, way]))
+                        shares.setdefault((end, rank, f"{way}, later"), []).append(old / total)
+                    bases[name, rank, way] = [leading(piece, r) for piece in pieces]
+                    new = sum(map(held, pieces, bases[name, rank, way]))
+                    shares.setdefault((end, rank, way), []).append(new / total)
         nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-    return shares
 
 
-def print_energies(steps: int, seeds: list[int], console: Console) -> None:
+def print_energies(models: list[str], steps: int, seeds: list[int], console: Console) -> None:
+    found: dict[str, Shares] = {model: {} for model in models}
+    for model in models:
+        for seed in seeds:
+            energies(KINDS[model], steps, seed, found[model])
+    ways = (WHOLE, PARTS, IN_32, IN_8, f"{WHOLE}, later", f"{PARTS}, later", f"{IN_8}, later")
     for rank in RANKS:
         table = Table("model", "weight", title=f"Captured energy, in %, of {steps} steps: rank {rank} of {WIDTH}")
-        ways = [WHOLE, PARTS, f"{BYTES} (moments in 32 bits)", f"{BYTES} (in 8 bits)"]
-        for header in (*ways, f"{WHOLE}, later", f"{PARTS}, later"):
-            table.add_column(header, justify="right")
-        for model, kind in KINDS.items():
-            found = [energies(kind, rank, steps, seed) for seed in seeds]
-            for end in kind.stacked:
-                means = [
-                    100 * statistics.fmean(share for shares in found for share in shares[end][way])
-                    for way in (*ways, f"{WHOLE}, later", f"{PARTS}, later")
-                ]
+        for way in ways:
+            table.add_column(way, justify="right")
+        for model in models:
+            for end in KINDS[model].stacked:
+                means = [100 * statistics.fmean(found[model][end, rank, way]) for way in ways]
                 table.add_row(model, end, *(f"{mean:.1f}" for mean in means))
         console.print(table)
 
@@ -244,15 +256,15 @@ def train(run: Run) -> dict[str, Any]:
     rest = [param for name, param in model.named_parameters() if not is_projected(name, param)]
     plain = [p for name, p in model.named_parameters() if is_projected(name, p) and name not in stacked]
     ranks = dict.fromkeys(stacked, run.rank)
-    pieces = {name: [param] for name, param in stacked.items()}
+    pieces: dict[str, list[Tensor]] = {name: [param] for name, param in stacked.items()}
     for name, param in stacked.items():
         count, dim = kind.parts_of(name) or (1, 0)
-        if run.way == PARTS:
+        if name.endswith(tuple(kind.ways()[run.way])):
             pieces[name] = [nn.Parameter(part.detach().clone()) for part in param.chunk(count, dim)]
         elif run.way == BYTES:
             ranks[name] = as_many_bytes(param.shape, count, dim, run.rank, 4)
     options = {"update_proj_gap": GAP, "scale": math.sqrt(WIDTH / run.rank)}
-    groups = [{"params": rest}]
+    groups: list[dict[str, Any]] = [{"params": rest}]
     groups += [{"params": pieces[name], "rank": ranks[name], **options} for name in stacked]
     if plain:
         groups.append({"params": plain, "rank": run.rank, **options})
@@ -268,9 +280,8 @@ def train(run: Run) -> dict[str, Any]:
     )
 
     def weights() -> dict[str, Tensor]:
-        if run.way != PARTS:
-            return {}
-        return {name: torch.cat(parts, (kind.parts_of(name) or (1, 0))[1]) for name, parts in pieces.items()}
+        divided = {name: parts for name, parts in pieces.items() if len(parts) > 1}
+        return {name: torch.cat(parts, (kind.parts_of(name) or (1, 0))[1]) for name, parts in divided.items()}
 
     schedule = get_cosine_schedule_with_warmup(optimizer, int(WARMUP * run.steps), run.steps)
     for chosen in batches(run.seed, run.steps):
@@ -287,19 +298,19 @@ def train(run: Run) -> dict[str, Any]:
 
 def best_rate(model: str, way: str, seed: int, steps: int, runs: Runs[Run]) -> float | None:
     """The rate of the lowest loss at `seed` and the first of `RANKS`."""
-    way = WHOLE if way == BYTES else way
+    way = PARTS if KINDS[model].ways()[way] else WHOLE
     found = runs.of(Run(model, way, RANKS[0], lr, seed, steps) for lr in RATES)
     return None if found is None else min(zip((line["loss"] for line in found), RATES, strict=True))[1]
 
 
-def print_losses(seeds: list[int], steps: int, runs: Runs[Run], console: Console) -> None:
+def print_losses(models: list[str], seeds: list[int], steps: int, runs: Runs[Run], console: Console) -> None:
     table = Table("model", "rank", "projected", title=f"Held-out loss after {steps} steps, nats a byte")
     for header in ("lr", *(f"seed {seed}" for seed in seeds), "mean", "beside the whole", "KiB"):
         table.add_column(header, justify="right")
-    for model in KINDS:
+    for model in models:
         for rank in RANKS:
             reference: list[float] = []
-            for way in WAYS:
+            for way in KINDS[model].ways():
                 lr = best_rate(model, way, seeds[0], steps, runs)
                 found = None if lr is None else runs.of(Run(model, way, rank, lr, seed, steps) for seed in seeds)
                 if lr is None or found is None:
@@ -324,6 +335,7 @@ def print_losses(seeds: list[int], steps: int, runs: Runs[Run], console: Console
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["energy", "loss"])
+    parser.add_argument("--models", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="the first one chooses the rates")
     parser.add_argument("--results", type=Path, help="a file of finished runs to read and to add to")
@@ -333,13 +345,13 @@ def main() -> None:
     console = Console(width=140)
     if args.what == "energy":
         torch.set_num_threads(1)
-        print_energies(args.steps, args.seeds, console)
+        print_energies(args.models, args.steps, args.seeds, console)
         return
     runs: Runs[Run] = Runs(Run, args.results)
     if not args.table:
         sweep = [
             Run(model, way, RANKS[0], lr, args.seeds[0], args.steps)
-            for model in KINDS
+            for model in args.models
             for way in (WHOLE, PARTS)
             for lr in RATES
         ]
@@ -347,13 +359,13 @@ def main() -> None:
         final = []
         for rank in RANKS:
             for seed in args.seeds:
-                for model in KINDS:
-                    for way in WAYS:
+                for model in args.models:
+                    for way in KINDS[model].ways():
                         lr = best_rate(model, way, args.seeds[0], args.steps, runs)
                         if lr is not None:
                             final.append(Run(model, way, rank, lr, seed, args.steps))
         runs.perform(final, train, args.workers, console)
-    print_losses(args.seeds, args.steps, runs, console)
+    print_losses(args.models, args.seeds, args.steps, runs, console)
 
 
 if __name__ == "__main__":
