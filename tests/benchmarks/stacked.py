@@ -8,7 +8,8 @@ other and so gate and up; GPT-2, which has q, k and v side by side; an LSTM, whi
 
 `energy` trains by AdamW, takes the gradients of the stacked weights every 20 steps, and says which share of their
 energy the best bases hold: of the whole, of each part at the same rank, and of the whole at the rank that takes the
-bytes of the parts. "Later" is what those bases hold of the gradients of 20 steps later.
+bytes of the parts, with moments in 8 bits. "Later" is what those bases hold of the gradients of 20 steps later. A basis
+of the whole goes by the part with the most energy, so there is the share of the part that comes off worst, too.
 
 `loss` trains by GaLoreAdamW in these three ways, all matrices projected. Parts are parameters of their own there, put
 together in the forward pass: the arithmetic of `view_as`, for columns too. `scale` is the root of width / rank. The
@@ -23,7 +24,7 @@ import functools
 import math
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,17 +150,24 @@ def text() -> tuple[Tensor, Tensor]:
 # ---- energy
 
 
-def leading(gradient: Tensor, rank: int) -> Tensor:
-    """The leading singular vectors of the smaller side, as columns."""
+def leading(gradient: Tensor, rank: int, of_rows: bool) -> Tensor:
+    """The leading directions of a gradient's rows, or of its columns: orthonormal columns."""
     u, _, v = torch.linalg.svd(gradient, full_matrices=False)
-    basis: Tensor = u[:, :rank] if gradient.shape[0] < gradient.shape[1] else v[:rank].mT
+    basis: Tensor = v[:rank].mT if of_rows else u[:, :rank]
     return basis
 
 
-def held(gradient: Tensor, basis: Tensor) -> float:
-    """The energy of a gradient in a basis of its smaller side."""
-    product = basis.mT @ gradient if gradient.shape[0] < gradient.shape[1] else gradient @ basis
+def held(gradient: Tensor, basis: Tensor, of_rows: bool) -> float:
+    """The energy of a gradient in a basis of the directions of its rows, or of its columns."""
+    product = gradient @ basis if of_rows else basis.mT @ gradient
     return float(product.square().sum())
+
+
+def shares_held(parts: Sequence[Tensor], bases: Sequence[Tensor], of_rows: bool) -> tuple[float, float]:
+    """The share of energy in the bases, of all parts together and of the one with the least."""
+    totals = [float(part.square().sum()) for part in parts]
+    found = [held(part, basis, of_rows) for part, basis in zip(parts, bases, strict=True)]
+    return sum(found) / sum(totals), min(part / total for part, total in zip(found, totals, strict=True))
 
 
 def as_many_bytes(shape: torch.Size, count: int, dim: int, rank: int, moment_bytes: int) -> int:
@@ -173,10 +181,10 @@ def as_many_bytes(shape: torch.Size, count: int, dim: int, rank: int, moment_byt
     return round(count * needed(part, rank) / needed((m, n), 1))
 
 
-IN_32, IN_8 = f"{BYTES} (moments in 32 bits)", f"{BYTES} (in 8 bits)"
+LEAST, LATER = "the least of a part", "later"
 
-Shares = dict[tuple[str, int, str], list[float]]
-"""The shares of energy, by the end of a weight's name, the rank, and the way of projecting it (or that and "later")."""
+Shares = dict[tuple[str, int, tuple[str, ...]], list[float]]
+"""The shares of energy, by the end of a weight's name, the rank, and what they are of."""
 
 
 def energies(kind: Kind, steps: int, seed: int, shares: Shares) -> None:
@@ -193,21 +201,26 @@ def energies(kind: Kind, steps: int, seed: int, shares: Shares) -> None:
             assert param.grad is not None
             end = next(end for end in kind.stacked if name.endswith(end))
             count, dim = kind.stacked[end]
-            whole, parts = [param.grad.clone()], [part.clone() for part in param.grad.chunk(count, dim)]
-            total = float(param.grad.square().sum())
+            gradient = param.grad.clone()
+            parts = gradient.chunk(count, dim)
+            # The smaller side, of the whole and of its parts: parts below each other have their rows' directions in
+            # common, parts side by side those of their columns.
+            of_rows = dim == 0
             for rank in RANKS:
-                for way, pieces, r in (
-                    (WHOLE, whole, rank),
-                    (PARTS, parts, rank),
-                    (IN_32, whole, as_many_bytes(param.shape, count, dim, rank, 4)),
-                    (IN_8, whole, as_many_bytes(param.shape, count, dim, rank, 1)),
-                ):
-                    if (name, rank, way) in bases:
-                        old = sum(map(held, pieces, bases[name, rank, way]))
-                        shares.setdefault((end, rank, f"{way}, later"), []).append(old / total)
-                    bases[name, rank, way] = [leading(piece, r) for piece in pieces]
-                    new = sum(map(held, pieces, bases[name, rank, way]))
-                    shares.setdefault((end, rank, way), []).append(new / total)
+                more = as_many_bytes(param.shape, count, dim, rank, 1)
+                new = {
+                    WHOLE: [leading(gradient, rank, of_rows)] * count,
+                    PARTS: [leading(part, rank, of_rows) for part in parts],
+                    BYTES: [leading(gradient, more, of_rows)] * count,
+                }
+                for way, found in new.items():
+                    old = bases.get((name, rank, way))
+                    bases[name, rank, way] = found
+                    for key, basis in (((way,), found), ((way, LATER), old)):
+                        if basis is not None:
+                            share, least = shares_held(parts, basis, of_rows)
+                            shares.setdefault((end, rank, key), []).append(share)
+                            shares.setdefault((end, rank, (*key, LEAST)), []).append(least)
         nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
         optimizer.step()
         optimizer.zero_grad()
@@ -219,15 +232,19 @@ def print_energies(models: list[str], steps: int, seeds: list[int], console: Con
     for model in models:
         for seed in seeds:
             energies(KINDS[model], steps, seed, found[model])
-    ways = (WHOLE, PARTS, IN_32, IN_8, f"{WHOLE}, later", f"{PARTS}, later", f"{IN_8}, later")
+    keys = [(way, *more) for more in ((), (LATER,), (LEAST,), (LATER, LEAST)) for way in (WHOLE, PARTS, BYTES)]
     for rank in RANKS:
-        table = Table("model", "weight", title=f"Captured energy, in %, of {steps} steps: rank {rank} of {WIDTH}")
-        for way in ways:
-            table.add_column(way, justify="right")
+        table = Table("of", "projected", title=f"Captured energy, in %, of {steps} steps: rank {rank} of {WIDTH}")
         for model in models:
             for end in KINDS[model].stacked:
-                means = [100 * statistics.fmean(found[model][end, rank, way]) for way in ways]
-                table.add_row(model, end, *(f"{mean:.1f}" for mean in means))
+                table.add_column(f"{model}, {end.removesuffix('.weight')}", justify="right")
+        for way, *more in keys:
+            means = [
+                100 * statistics.fmean(found[model][end, rank, (way, *more)])
+                for model in models
+                for end in KINDS[model].stacked
+            ]
+            table.add_row(", ".join(more), way, *(f"{mean:.1f}" for mean in means))
         console.print(table)
 
 
@@ -342,7 +359,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print what --results holds, and run nothing")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at a time, of one thread each")
     args = parser.parse_args()
-    console = Console(width=140)
+    console = Console(width=170)
     if args.what == "energy":
         torch.set_num_threads(1)
         print_energies(args.models, args.steps, args.seeds, console)
