@@ -1,7 +1,7 @@
 """The projected backward of a linear layer: the low-rank gradient straight from δ and X, with no gradient in between.
 
 For Y = XWᵀ + b, with T rows of X (tokens), the weight's gradient is G = δᵀX. GaLore uses nothing of it but products
-with narrow matrices, for which the factors do: `hf_galore.lowrank.projection.FactoredGradient`.
+with narrow matrices, for which the factors do: `hf_galore.lowrank.products.FactoredGradient`.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..integrations.fully_shard import Unit, units
-from ..lowrank.projection import FactoredGradient
+from ..lowrank.products import FactoredGradient
 from .gradient import LowRankGradient, UncommittedRefresh, UsedGradient
 from .hooks import BackwardHooks
 from .linear import ProjectedLinear
@@ -170,7 +170,7 @@ def _reduced(window: Window, gathered: Tensor, own: FactoredGradient, share: flo
         made = target.new_basis(factors)
         if not made.usable:
             zero = made.is_zero
-            return LowRankGradient(gathered, made.low_rank, target.version, is_zero=zero, is_lost=not zero)
+            return LowRankGradient(gathered, made.low_rank, target.version, is_zero=zero, is_lost=made.is_lost)
         # Of several uses of a weight none may bring a basis: autograd adds them up, and asks for G of each, then.
         uncommitted = UncommittedRefresh(made, lambda: window.whole_of(own).to(gathered.dtype))
         return LowRankGradient(gathered, made.low_rank, target.new_version(), uncommitted=uncommitted)

@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from ..lowrank.projection import Bases, FactoredGradient, Gradient, low_rank_shape, norm_of, project
+from ..lowrank.products import FactoredGradient, Gradient
+from ..lowrank.projection import Bases, norm_of
 from ..lowrank.seeds import held_seed
 from .gradient import BasisVersion, LowRankGradient, UncommittedRefresh, UsedGradient
 from .mode import Mode
@@ -144,7 +145,8 @@ class Window:
             made = target.new_basis(factors)
             low_rank = made.low_rank.to(weight.dtype)
             if not made.usable:
-                return LowRankGradient(weight, low_rank, target.version, is_zero=made.is_zero, is_lost=not made.is_zero)
+                zero, lost = made.is_zero, made.is_lost
+                return LowRankGradient(weight, low_rank, target.version, is_zero=zero, is_lost=lost)
             uncommitted = UncommittedRefresh(made, lambda: self.whole_of(factors))
             return LowRankGradient(weight, low_rank, target.new_version(), uncommitted=uncommitted)
 
@@ -179,6 +181,8 @@ class Window:
         Only a projection of the right side takes rows by themselves, and only between refreshes.
         """
         if not self._mode.projected_backward or not self.trained.projected or self.target.side != "right":
+            return None
+        if self.param.ndim != 2 or self.target.stack is not None:
             return None
         if self._needs_whole() or self._refresh_due():
             return None
@@ -258,8 +262,8 @@ class Window:
         made = target.new_basis(whole)
         if made.usable:
             self._before = target.use_basis(made, target.new_version(), keep=self._must_hold())
-        is_lost = not (made.usable or made.is_zero)
-        return LowRankGradient(param, made.low_rank, target.version, norm=norm, is_zero=made.is_zero, is_lost=is_lost)
+        zero, lost = made.is_zero, made.is_lost
+        return LowRankGradient(param, made.low_rank, target.version, norm=norm, is_zero=zero, is_lost=lost)
 
     # ---- what processes reduce together
 
@@ -272,7 +276,7 @@ class Window:
             gradient = self.param.grad
             whole = gradient.addend if isinstance(gradient, LowRankGradient) else gradient
             if whole is not None:
-                low_rank = project(whole, self.target.bases())
+                low_rank = self.target.projected_by(whole, self.target.bases())
                 self.param.grad = gradient = LowRankGradient(self.param, low_rank, self.target.version)
             assert isinstance(gradient, LowRankGradient)
             self._filled = True
@@ -285,7 +289,7 @@ class Window:
         gradient = self.param.grad
         if isinstance(gradient, LowRankGradient):
             return gradient.low_rank
-        return self.param.new_zeros(low_rank_shape(self.param.shape, self.target.side, self.target.rank))
+        return self.param.new_zeros(self.target.low_rank_shape)
 
     def hold_sent(self, low_rank: Tensor) -> None:
         """Hold R where its mean is going to be."""
@@ -313,10 +317,9 @@ class Window:
         param, target = self.param, self.target
         if made.usable:
             self._before = target.use_basis(made, target.new_version(), keep=self._must_hold())
-        is_lost = not (made.usable or made.is_zero)
         norm = torch.tensor(made.norm, device=param.device) if self._mode.whole_norms else None
         self._use(
-            LowRankGradient(param, made.low_rank, target.version, norm=norm, is_zero=made.is_zero, is_lost=is_lost)
+            LowRankGradient(param, made.low_rank, target.version, norm=norm, is_zero=made.is_zero, is_lost=made.is_lost)
         )
 
     def _hold(self, gradient: LowRankGradient) -> None:
@@ -344,4 +347,9 @@ class Window:
         return self._mode.must_hold() or self.passes.count() > 1 or alone
 
     def _refresh_due(self) -> bool:
-        return self.before is None and self.target.due()
+        if self.before is not None or not self.target.due():
+            return False
+        gradient = self.param.grad
+        # Matrices of a stack that had no gradient when their turn was wait for one; the others' R may be there already.
+        waits = self.target.stack is not None and isinstance(gradient, LowRankGradient)
+        return not waits or gradient.is_zero

@@ -105,7 +105,7 @@ def check_whole(asked: str, members: Iterable[_Member]) -> None:
     """
     for member in members:
         param = member.param
-        replaced = "rank" in member.group and param.ndim != 2  # a target's place, and no matrix in it
+        replaced = "rank" in member.group and param.ndim < 2  # a target's place, and no matrix in it
         if not replaced and param.shape == member.shape and type(param) is nn.Parameter:
             continue
         engine = holder_of(param)

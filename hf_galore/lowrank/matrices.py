@@ -63,3 +63,13 @@ def matrix_shape(shape: Sequence[int], view_as: ViewAs | None = None) -> tuple[i
 def as_matrices(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     """A parameter, or its gradient, in the shape of `matrix_shape`: a view where its layout allows one, else a copy."""
     return tensor if tensor.shape == tuple(shape) else tensor.reshape(tuple(shape))
+
+
+def viewed(tensor: Tensor, shape: Sequence[int]) -> tuple[Tensor, bool]:
+    """A parameter in the shape of `matrix_shape`, and whether that is a view of it: that of `channels_last` is none."""
+    if tensor.shape == tuple(shape):
+        return tensor, True
+    try:
+        return tensor.view(tuple(shape)), True
+    except RuntimeError:
+        return tensor.reshape(tuple(shape)), False

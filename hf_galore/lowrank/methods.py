@@ -22,18 +22,8 @@ from torch import Tensor
 
 from ..config import RefreshMethod
 from .orthonormal import TINY, Factorisation, orthonormal, precise_product
-from .projection import (
-    Bases,
-    Gradient,
-    Side,
-    at_least_float32,
-    basis_shapes,
-    nonzero_columns,
-    norm_of,
-    times,
-    transposed,
-    transposed_times,
-)
+from .products import Gradient, times, transposed, transposed_times
+from .projection import Bases, Side, at_least_float32, basis_shapes, for_each, nonzero_columns, norm_of_each
 
 # Columns of the range finder beyond the rank: what Halko et al. advise (section 4.2).
 OVERSAMPLING = 10
@@ -91,8 +81,8 @@ def svd_bases(
     u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
     # Slices are views that would keep the whole of U or Vh alive: the bases are copied out.
     return Bases(
-        left=u[:, :rank].clone() if side != "right" else None,
-        right=vh[:rank].mT.clone() if side != "left" else None,
+        left=u[..., :rank].clone() if side != "right" else None,
+        right=vh[..., :rank, :].mT.clone() if side != "left" else None,
     )
 
 
@@ -121,7 +111,7 @@ def randomized_bases(
     """
     if side == "right":
         return _swapped(randomized_bases(transposed(gradient), "left", rank, factorisation=factorisation))
-    m, n = gradient.shape
+    m, n = gradient.shape[-2:]
     size = min(rank + OVERSAMPLING, m, n)
     sketch = times(gradient, gaussian(n, size, gradient))
     for _ in range(RANDOMIZED_ITERATIONS):
@@ -132,7 +122,7 @@ def randomized_bases(
     within = scale_(transposed_times(gradient, range_basis))  # n × size, the transpose of G within its range
     # Its right singular vectors from a small symmetric matrix: an SVD of n × size would cost more than all the rest.
     _, vectors = torch.linalg.eigh(within.mT @ within)
-    vectors = vectors.flip(-1)[:, :rank]
+    vectors = vectors.flip(-1)[..., :rank]
     left = precise_product(range_basis, vectors)
     return Bases(left, _orthonormal(within @ vectors, factorisation) if side == "full" else None)
 
@@ -189,7 +179,7 @@ def random_bases(
     generator = torch.Generator(gradient.device).manual_seed(seed)
     dtype = at_least_float32(gradient.dtype)
 
-    def basis(shape: tuple[int, int]) -> Tensor:
+    def basis(shape: tuple[int, ...]) -> Tensor:
         sample = torch.randn(shape, generator=generator, dtype=dtype, device=gradient.device)
         return _orthonormal(sample, factorisation, runs=3)  # of nearly as many columns as rows some nearly depend
 
@@ -198,7 +188,7 @@ def random_bases(
 
 
 def power_iterations(shape: tuple[int, int], rank: int) -> int:
-    """How many power iterations a refresh takes: 2, or 1 where the rank is above a sixth of the smaller side.
+    """How many power iterations a refresh takes: 2, or 1 where the rank is above a sixth of the smaller side of m × n.
 
     For `subspace`, chosen by `tests/benchmarks/refresh.py`: a low rank asks for a second iteration, and its iterations
     are cheap. More capture hardly more, and do not make the model learn better (`tests/benchmarks/quality.py`).
@@ -228,7 +218,10 @@ def gaussian(rows: int, columns: int, gradient: Gradient) -> Tensor:
 
 
 def scale_(matrix: Tensor) -> Tensor:
-    """The matrix scaled in place to a largest element of 1, and finite: no factorisation may see what is not."""
+    """The matrix scaled in place to a largest element of 1, and finite: no factorisation may see what is not.
+
+    Each of a stack by itself.
+    """
     return matrix.div_(_largest(matrix)).nan_to_num_(0.0, 0.0, 0.0)
 
 
@@ -237,9 +230,9 @@ def _iterated(gradient: Gradient, side: Side, rank: int, old: Bases | None, fact
     if side == "right":
         swapped = None if old is None else _swapped(old)
         return _swapped(_iterated(transposed(gradient), "left", rank, swapped, factorisation))
-    m, n = gradient.shape
+    *stack, m, n = gradient.shape
     old_left, old_right = old or (None, None)
-    basis = gaussian(m, rank, gradient) if old_left is None else old_left
+    basis = gaussian(m, rank, gradient).expand(*stack, m, rank) if old_left is None else old_left
     iterations = power_iterations((m, n), rank) + (old_left is None)
     # The first iteration from an old basis or a random one has columns that nearly depend: all have most of the leading
     # directions. After it they are nearly orthogonal, also where it has not been orthonormalised to the last digit.
@@ -249,7 +242,7 @@ def _iterated(gradient: Gradient, side: Side, rank: int, old: Bases | None, fact
         return Bases(basis, None)
     start = gaussian(n, rank, gradient) if old_right is None else old_right
     within = scale_(transposed_times(gradient, basis))
-    size = (within.square().sum() / rank).sqrt()
+    size = (within.square().sum(dim=(-2, -1), keepdim=True) / rank).sqrt()
     return Bases(basis, _orthonormal(within + (ENERGY_FLOOR * size + _NEGLIGIBLE) * start, factorisation))
 
 
@@ -257,7 +250,7 @@ def _power_iteration(gradient: Gradient, basis: Tensor, factorisation: Factorisa
     within = transposed_times(gradient, basis)
     largest = _largest(within)  # squares of 1e-30 are 0, and of 1e30 infinite
     within.div_(largest)
-    floor = ENERGY_FLOOR * norm_of(within).square() / basis.shape[1]
+    floor = ENERGY_FLOOR * for_each(norm_of_each(within)).square() / basis.shape[-1]
     # In place throughout: at 4096 × 1024 the temporaries would take a tenth of the time.
     image = times(gradient, within).div_(largest).addcmul_(basis, floor + _NEGLIGIBLE)
     return _orthonormal(image, factorisation, runs)
@@ -270,7 +263,7 @@ def _completed(old: Bases, gradient: Gradient) -> Bases:
         *(
             None
             if basis is None
-            else torch.where(nonzero_columns(basis), basis.to(dtype), _uniform(basis.shape, gradient))
+            else torch.where(nonzero_columns(basis).unsqueeze(-2), basis.to(dtype), _uniform(basis.shape, gradient))
             for basis in old
         )
     )
@@ -280,8 +273,8 @@ def _uniform(shape: Sequence[int], gradient: Gradient) -> Tensor:
     """Uniform numbers of the variance that `gaussian` has, the same every time: quicker to make."""
     generator = torch.Generator(gradient.device).manual_seed(1)
     dtype = at_least_float32(gradient.dtype)
-    sample: Tensor = torch.rand(tuple(shape), generator=generator, dtype=dtype, device=gradient.device)
-    return sample.sub_(0.5).mul_((12 / shape[0]) ** 0.5)
+    sample: Tensor = torch.rand(tuple(shape[-2:]), generator=generator, dtype=dtype, device=gradient.device)
+    return sample.sub_(0.5).mul_((12 / shape[-2]) ** 0.5)
 
 
 def _orthonormal(matrix: Tensor, factorisation: Factorisation, runs: int = 2) -> Tensor:
@@ -290,9 +283,12 @@ def _orthonormal(matrix: Tensor, factorisation: Factorisation, runs: int = 2) ->
 
 
 def _largest(matrix: Tensor) -> Tensor:
-    """The largest magnitude, 0-dimensional and above 0."""
-    low, high = matrix.aminmax()
-    return torch.maximum(-low, high).clamp_min(TINY)
+    """The largest magnitude, 0-dimensional and above 0; of a stack that of each, k × 1 × 1."""
+    if matrix.ndim == 2:
+        low, high = matrix.aminmax()
+        return torch.maximum(-low, high).clamp_min(TINY)
+    low, high = matrix.flatten(1).aminmax(dim=1)
+    return for_each(torch.maximum(-low, high).clamp_min(TINY))
 
 
 def _swapped(bases: Bases) -> Bases:

@@ -39,7 +39,7 @@ def orthonormal(matrix: Tensor, factorisation: Factorisation, *, runs: int = 2) 
     """Orthonormal columns with the span of `matrix`, each on the side of the column that it came from.
 
     Args:
-        matrix: m × r with m ≥ r, finite, float32 or float64. It may be overwritten.
+        matrix: m × r with m ≥ r, or a stack of such, finite, float32 or float64. It may be overwritten.
         factorisation: `products` may fail, see `by_products`.
         runs: how often Cholesky QR is run.
     """
@@ -61,7 +61,7 @@ def by_reflections(matrix: Tensor) -> Tensor:
     """Householder QR with the signs that make the diagonal of R positive."""
     q: Tensor
     q, r = torch.linalg.qr(matrix)
-    return q.mul_(torch.where(r.diagonal() < 0, -1.0, 1.0))
+    return q.mul_(torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-2))
 
 
 def by_products(matrix: Tensor, runs: int = 2) -> Tensor:
@@ -78,12 +78,12 @@ def by_products(matrix: Tensor, runs: int = 2) -> Tensor:
     Source: Fukaya et al. (2020, arXiv:1809.11085), shifted CholeskyQR3, with a shift that is no larger than rounding
     asks for in practice; theirs, which covers the worst case, would be above 1 here.
     """
-    q = matrix.div_(torch.linalg.vector_norm(matrix, dim=0).clamp_min(TINY))
+    q = matrix.div_(torch.linalg.vector_norm(matrix, dim=-2, keepdim=True).clamp_min(TINY))
     for left in reversed(range(runs)):
         products = gram(q)
         if left:
-            norm = torch.linalg.vector_norm(products, 1, dim=0).amax()
-            products.diagonal().add_(norm, alpha=_SHIFT * torch.finfo(q.dtype).eps)
+            norm = torch.linalg.vector_norm(products, 1, dim=-2).amax(dim=-1, keepdim=True)
+            _diagonal(products).add_(norm, alpha=_SHIFT * torch.finfo(q.dtype).eps)
         # Not `cholesky`, for which the host waits.
         upper: Tensor = torch.linalg.cholesky_ex(products, upper=True)[0]
         del products
@@ -92,16 +92,25 @@ def by_products(matrix: Tensor, runs: int = 2) -> Tensor:
             torch.linalg.solve_triangular(upper, q, upper=True, left=False, out=q)
         else:
             # Q + Q(R⁻¹ − I), which is QR⁻¹: R is nearly I, so that a product in TF32 does no harm.
-            rest = torch.linalg.solve_triangular(upper, upper.neg().diagonal_scatter(1 - upper.diagonal()), upper=True)
-            q = torch.addmm(q, q, rest)
+            ones_off = upper.neg().diagonal_scatter(1 - _diagonal(upper), dim1=-2, dim2=-1)
+            rest = torch.linalg.solve_triangular(upper, ones_off, upper=True)
+            q = torch.addmm(q, q, rest) if q.ndim == 2 else torch.baddbmm(q, q, rest)
     return q.nan_to_num_(0.0, 1.0, -1.0).clamp_(-1.0, 1.0)
 
 
 def defect(basis: Tensor) -> Tensor:
-    """The largest element of |PᵀP − I|, as a share of what is allowed: 1 is the limit. 0-dimensional; may be NaN."""
+    """The largest element of |PᵀP − I|, as a share of what is allowed, which is 1 at most; 0-dimensional; may be NaN.
+
+    Of a stack k numbers.
+    """
     products = gram(basis)
-    products.diagonal().sub_(1)
-    return products.abs_().amax().div_(TOLERANCE * torch.finfo(basis.dtype).eps)
+    _diagonal(products).sub_(1)
+    return products.abs_().amax(dim=(-2, -1)).div_(TOLERANCE * torch.finfo(basis.dtype).eps)
+
+
+def _diagonal(matrices: Tensor) -> Tensor:
+    """A view of the diagonal of a matrix, or of each of a stack."""
+    return matrices.diagonal(dim1=-2, dim2=-1)
 
 
 def gram(matrix: Tensor) -> Tensor:
@@ -118,7 +127,7 @@ def precise_product(a: Tensor, b: Tensor) -> Tensor:
     if not _may_be_rounded(a):
         return a @ b
     (coarse_a, fine_a), (coarse_b, fine_b) = _apart(a), _apart(b)
-    return (coarse_a @ coarse_b).addmm_(coarse_a, fine_b).addmm_(fine_a, coarse_b)
+    return (coarse_a @ coarse_b).add_(coarse_a @ fine_b).add_(fine_a @ coarse_b)
 
 
 def _may_be_rounded(matrix: Tensor) -> bool:

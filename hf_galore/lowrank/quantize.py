@@ -8,6 +8,8 @@ proj_bits  what is stored                                                  bits 
 4          NormalFloat4, two to a byte, one bfloat16 scale for 64 elements 4.25
 =========  ==============================================================  ======================
 
+Of a stack of bases (k × m × r) the codes and scales have a dimension k before the others.
+
 8 and 4 bits are computed by kernels, ours or bitsandbytes' (`hf_galore.integrations.bitsandbytes`). A new storage is a
 row of `STORAGES`, with a function to quantise and one to dequantise, and its name in `hf_galore.config.ProjBits`.
 
@@ -102,21 +104,48 @@ def _in_blocks(
 
     def empty(shape: Sequence[int], like: Tensor) -> QuantizedBasis:
         _require_bitsandbytes()  # fail here, not in the first step
+        if len(shape) == 3:
+            one = empty(shape[1:], like)
+            assert one.absmax is not None
+            codes = like.new_zeros((shape[0], _bytes_of_row(shape, block, codes_shape)), dtype=torch.uint8)
+            return QuantizedBasis(codes, one.absmax.new_zeros((shape[0], len(one.absmax))))
         absmax = like.new_zeros(math.ceil(math.prod(shape) / block), dtype=absmax_dtype)
         return QuantizedBasis(like.new_zeros(codes_shape(shape), dtype=torch.uint8), absmax)
 
     def quantize(basis: Tensor, dtype: torch.dtype) -> QuantizedBasis:
         _require_bitsandbytes()
-        kept = quantize_(basis.to(torch.float32).contiguous(), block)
-        return QuantizedBasis(kept.codes, kept.absmax.to(absmax_dtype))
+        count = len(basis) if basis.ndim == 3 else 0
+        basis = basis.to(torch.float32)
+        kept = quantize_((_in_whole_blocks(basis, block) if count else basis).contiguous(), block)
+        codes, absmax = kept.codes, kept.absmax.to(absmax_dtype)
+        return QuantizedBasis(codes.view(count, -1), absmax.view(count, -1)) if count else QuantizedBasis(codes, absmax)
 
     def dequantize(kept: QuantizedBasis, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         assert kept.absmax is not None
         _require_bitsandbytes()
         direct = dtype if dtype in kernels.DTYPES else torch.float32
-        return dequantize_(kernels.Quantized(kept.codes, kept.absmax), block, shape, direct).to(dtype)
+        if len(shape) != 3:
+            return dequantize_(kernels.Quantized(kept.codes, kept.absmax), block, shape, direct).to(dtype)
+        row = math.ceil(math.prod(shape[1:]) / block) * block
+        flat = kernels.Quantized(kept.codes.view(codes_shape((shape[0], row))), kept.absmax.view(-1))
+        rows = dequantize_(flat, block, (shape[0], row), direct).to(dtype)
+        return rows[:, : math.prod(shape[1:])].view(tuple(shape))
 
     return Storage(empty, quantize, dequantize)
+
+
+# Of a stack each basis has blocks of its own, the last of them filled up, so that some can be renewed without the rest.
+
+
+def _bytes_of_row(shape: Sequence[int], block: int, codes_shape: Callable[[Sequence[int]], tuple[int, ...]]) -> int:
+    """The bytes of the codes of one basis of a stack."""
+    return math.prod(codes_shape((math.ceil(math.prod(shape[1:]) / block), block)))
+
+
+def _in_whole_blocks(bases: Tensor, block: int) -> Tensor:
+    """A stack of bases, one in each row, filled up to whole blocks with zeros."""
+    rows = bases.flatten(1)
+    return torch.nn.functional.pad(rows, (0, -rows.shape[1] % block))
 
 
 def _quantize_8bit(basis: Tensor, block: int) -> kernels.Quantized:

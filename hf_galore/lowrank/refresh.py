@@ -7,6 +7,7 @@ reads the norm and the defect with whatever else it wants to know of a refresh, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -15,19 +16,8 @@ from torch import Tensor
 from ..config import RefreshMethod
 from .methods import METHODS, gaussian, scale_
 from .orthonormal import TINY, Factorisation, defect, usual
-from .projection import (
-    Bases,
-    FactoredGradient,
-    Gradient,
-    ShardedGradient,
-    Side,
-    SummedGradient,
-    at_least_float32,
-    nonzero_columns,
-    norm_of,
-    times,
-    transposed,
-)
+from .products import FactoredGradient, Gradient, GroupedGradient, ShardedGradient, SummedGradient, times, transposed
+from .projection import Bases, Side, at_least_float32, nonzero_columns, norm_of, norm_of_each
 
 # Columns that estimate the part of a gradient outside its basis, where only its factors are at hand.
 PROBES = 16
@@ -48,7 +38,7 @@ def new_bases(
     seed: int = 0,
     factorisation: Factorisation | None = None,
 ) -> Bases:
-    """New bases for a gradient G, m × n, in float32 (float64 for float64 gradients).
+    """New bases for a gradient G, m × n, in float32 (float64 for float64 gradients); of a stack those of each.
 
     Args:
         gradient: G, or its factors; `svd` takes G only.
@@ -79,17 +69,19 @@ def cheaper_from_factors(shape: Sequence[int], rank: int, side: Side, method: Re
         rank: r.
         side: which bases are refreshed.
         method: false for one that cannot work from factors.
-        tokens: T, the rows of δ and of X.
+        tokens: T, the rows of δ and of X; of a stack those of a weight on average.
     """
     if not METHODS[method].from_factors:
         return False
-    m, n = shape
+    m, n = shape[-2:]
     narrow = products((m, n), rank, side, method) + 1  # and R
     return narrow * tokens * rank * (m + n) < tokens * m * n + narrow * rank * m * n
 
 
 def full_rank(bases: Bases, gradient: Gradient, old: Bases | None) -> Tensor:
     """1 where every column stands for a direction of the gradient, 0 where its rank may be below r; 0-dimensional.
+
+    Of a stack k numbers.
 
     The rank of a gradient in factors is at most its rows. Of another a column tells that has next to nothing of it (a
     rank only a little below r does not show that way), and that it was so at the last refresh.
@@ -100,19 +92,23 @@ def full_rank(bases: Bases, gradient: Gradient, old: Bases | None) -> Tensor:
         old: those before, if there were any.
     """
     floor = _noise_floor(gradient)
-    found = [nonzero_columns(basis).all() for basis in old or () if basis is not None]
+    found = [nonzero_columns(basis).all(dim=-1) for basis in old or () if basis is not None]
     for share in _shares(bases, gradient):
         if share is not None:
-            limit = floor.clamp_min(WEAK * share.shape[0] ** -0.5)
-            known = isinstance(gradient, (FactoredGradient, SummedGradient)) and _tokens(gradient) < share.shape[0]
-            found.append((share > limit).all() & (not known))
-    flag: Tensor = torch.stack(found).all()
+            limit = floor.clamp_min(WEAK * share.shape[-1] ** -0.5)
+            enough = _tokens(gradient) >= share.shape[-1]
+            found.append((share > limit.unsqueeze(-1)).all(dim=-1) & enough)
+    flag: Tensor = torch.stack(found).all(dim=0)
     return flag.to(at_least_float32(gradient.dtype))
 
 
-def _tokens(gradient: FactoredGradient | SummedGradient) -> int:
-    """The rows of a gradient's factors."""
-    return gradient.tokens if isinstance(gradient, SummedGradient) else len(gradient.inputs)
+def _tokens(gradient: Gradient) -> int | float | Tensor:
+    """The rows of a gradient's factors, of a grouped one those of each weight; more than enough where it has none."""
+    if isinstance(gradient, GroupedGradient):
+        return gradient.counts()
+    if isinstance(gradient, SummedGradient):
+        return gradient.tokens
+    return gradient.inputs.shape[-2] if isinstance(gradient, FactoredGradient) else math.inf
 
 
 def bases_of_lower_rank(gradient: Gradient, side: Side, rank: int, method: RefreshMethod, bases: Bases) -> Bases:
@@ -138,7 +134,7 @@ def bases_of_lower_rank(gradient: Gradient, side: Side, rank: int, method: Refre
     floor = _noise_floor(gradient)
     return Bases(
         *(
-            None if p is None or share is None else p * (share > floor)
+            None if p is None or share is None else p * (share > floor.unsqueeze(-1)).unsqueeze(-2)
             for p, share in zip(bases, _shares(bases, gradient), strict=True)
         )
     )
@@ -148,9 +144,9 @@ def _shares(bases: Bases, gradient: Gradient) -> tuple[Tensor | None, Tensor | N
     """‖Gᵀp‖ / ‖G‖ of every column p of either basis, from 16 random columns of G."""
 
     def shares(basis: Tensor, gradient: Gradient) -> Tensor:
-        sketch = scale_(times(gradient, gaussian(gradient.shape[1], PROBES, gradient)))
+        sketch = scale_(times(gradient, gaussian(gradient.shape[-1], PROBES, gradient)))
         along: Tensor = torch.linalg.vector_norm(basis.mT @ sketch, dim=-1)
-        return along.div_(norm_of(sketch).clamp_min(TINY))
+        return along.div_(norm_of_each(sketch).clamp_min(TINY).unsqueeze(-1))
 
     return (
         None if bases.left is None else shares(bases.left, gradient),
@@ -159,21 +155,22 @@ def _shares(bases: Bases, gradient: Gradient) -> tuple[Tensor | None, Tensor | N
 
 
 def _noise_floor(gradient: Gradient) -> Tensor:
-    """The share of a gradient's norm that rounding may put into one direction; 0-dimensional.
+    """The share of a gradient's norm that rounding may put into one direction; 0-dimensional, or k numbers.
 
     Rounding the elements of G by up to ε/2 of their size puts up to about ε / √min(m, n) of its norm into the direction
     with most of it; twice that is taken. A gradient in float32 may have been computed in less, under autocast.
     """
     precise = 32 * torch.finfo(torch.float32).eps  # of the refresh itself; nobody needs less of a float64 gradient
-    floor = torch.full((), precise, dtype=at_least_float32(gradient.dtype), device=gradient.device)
-    if isinstance(gradient, (FactoredGradient, SummedGradient)):
+    stack = gradient.shape[:-2]
+    floor = torch.full(stack, precise, dtype=at_least_float32(gradient.dtype), device=gradient.device)
+    if isinstance(gradient, (FactoredGradient, GroupedGradient, SummedGradient)):
         return floor
-    spread = 2 * min(gradient.shape) ** -0.5
+    spread = 2 * min(gradient.shape[-2:]) ** -0.5
     if gradient.dtype in (torch.bfloat16, torch.float16):
         return floor.add_(torch.finfo(gradient.dtype).eps * spread)
-    sample = (gradient.part if isinstance(gradient, ShardedGradient) else gradient)[:_SAMPLE_ROWS]
+    sample = (gradient.part if isinstance(gradient, ShardedGradient) else gradient)[..., :_SAMPLE_ROWS, :]
     for dtype in (torch.bfloat16, torch.float16):
-        rounded: Tensor = (sample.to(dtype).to(sample.dtype) == sample).all()
+        rounded: Tensor = (sample.to(dtype).to(sample.dtype) == sample).flatten(-2).all(dim=-1)
         if isinstance(gradient, ShardedGradient):
             rounded = gradient.ranks.all(rounded)
         floor = torch.maximum(floor, rounded * (precise + torch.finfo(dtype).eps * spread))
@@ -187,24 +184,24 @@ def align_signs(basis: Tensor, old: Tensor) -> Tensor:
     are kept over a refresh, and a column that flips would turn its momentum round.
 
     Args:
-        basis: k × r.
-        old: k × r.
+        basis: m × r, or a stack of such.
+        old: of its shape.
     """
-    flipped = (basis * old).sum(dim=0) < 0
+    flipped = (basis * old).sum(dim=-2, keepdim=True) < 0
     return torch.where(flipped, -basis, basis)
 
 
 def overlap(new: Bases, old: Bases) -> Tensor:
     """How much of the old subspace is in the new one, 0 to 1: ‖P_newᵀP_old‖²_F / r, the smaller of the two sides'.
 
-    Two random subspaces overlap by r / m. Columns of zeros count for nothing. 0-dimensional.
+    Two random subspaces overlap by r / m. Columns of zeros count for nothing. 0-dimensional, or k numbers.
     """
     shares = [
-        norm_of(p.mT @ q).square() / nonzero_columns(q).sum().clamp_min(1)
+        norm_of_each(p.mT @ q).square() / nonzero_columns(q).sum(dim=-1).clamp_min(1)
         for p, q in zip(new, old, strict=True)
         if p is not None and q is not None
     ]
-    return torch.stack(shares).amin()
+    return torch.stack(shares).amin(dim=0)
 
 
 def may_fail(method: RefreshMethod, device: torch.device) -> bool:
@@ -234,27 +231,27 @@ def figures_of(
         check: whether to compute the defect; it is 0 otherwise.
 
     Returns:
-        3 numbers, or 5, of at least float32 on the gradient's device.
+        3 numbers, or 5, of at least float32 on the gradient's device; of a stack as many rows of k numbers.
 
     Source: the estimate is Hutchinson's (1989).
     """
-    captured = norm_of(low_rank)
+    captured = norm_of_each(low_rank)
     if isinstance(gradient, ShardedGradient):
         captured, total = gradient.ranks.norms([captured, norm_of(gradient.part)]).unbind()
-    elif isinstance(gradient, (FactoredGradient, SummedGradient)):
-        probes = gaussian(gradient.shape[1], PROBES, gradient) * (gradient.shape[1] / PROBES) ** 0.5
+    elif isinstance(gradient, (FactoredGradient, GroupedGradient, SummedGradient)):
+        probes = gaussian(gradient.shape[-1], PROBES, gradient) * (gradient.shape[-1] / PROBES) ** 0.5
         narrow = probes if new.right is None else new.right.mT.to(probes.dtype) @ probes
         back = low_rank.to(probes.dtype) @ narrow
         back = back if new.left is None else new.left.to(probes.dtype) @ back
-        total = torch.hypot(captured, norm_of(times(gradient, probes) - back))
+        total = torch.hypot(captured, norm_of_each(times(gradient, probes) - back))
     else:
-        total = norm_of(gradient)
+        total = norm_of_each(gradient)
     energy = (captured / total.clamp_min(TINY)).square().clamp_max(1.0)
     shared = torch.ones_like(total) if old is None else overlap(new, old)
     figures = [total, torch.where(total > 0, energy, 1.0), shared]
     if computed is not None:
         full = full_rank(computed, gradient, old)
         defects = [defect(basis) for basis in computed if basis is not None and check]
-        worst = torch.stack(defects).amax() if defects else torch.zeros_like(full)
+        worst = torch.stack(defects).amax(dim=0) if defects else torch.zeros_like(full)
         figures += [full.to(total.dtype), worst.to(total.dtype)]
     return torch.stack(figures)

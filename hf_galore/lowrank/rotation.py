@@ -13,7 +13,7 @@ from .projection import Bases, at_least_float32
 
 
 class Rotation(NamedTuple):
-    """C for each side that is projected: r × r, `None` on a side that is not."""
+    """C for each side that is projected: r × r, or k × r × r for a stack; `None` on a side that is not."""
 
     left: Tensor | None
     right: Tensor | None

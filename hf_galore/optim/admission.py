@@ -17,7 +17,7 @@ from ..lowrank.methods import METHODS
 from ..lowrank.nonfinite import has_numbers
 from ..lowrank.projection import is_projectable, norm_of
 from ..rules import Rule, rule_of
-from .groups import Group, is_target
+from .groups import Group, is_target, shape_in
 from .shard import check_sharding, is_sharded, local_of
 
 if TYPE_CHECKING:
@@ -75,12 +75,14 @@ def check_group(group: Group, own: Rule, name_of: Callable[[Tensor], str]) -> No
         rule.check_parameter(name_of(param), param)
         if "rank" not in group:
             continue
-        if param.ndim != 2:
+        try:
+            shape = shape_in(param, group)
+        except ValueError as error:
             raise ValueError(
-                f"Only matrices can be projected, but {name_of(param)} has {param.ndim} dimension(s): "
-                f"{tuple(param.shape)}. Move it to a group without a rank."
-            )
-        if not is_projectable(param.shape, group["rank"]):
+                f"Only matrices, and stacks of them, can be projected, but {name_of(param)} has {param.ndim} "
+                f"dimension(s): {error} Or move it to a group without a rank."
+            ) from None
+        if not is_projectable(shape, group["rank"]):
             too_small.append(name_of(param))
     if too_small:
         logger.info(
@@ -111,6 +113,11 @@ def check_sharded(name: str, param: Tensor, group: Group) -> None:
         ValueError: it is divided in a way that GaLore does not know, or its group asks for what needs it whole.
     """
     check_sharding(name, param)
+    if "rank" in group and param.ndim != 2:
+        raise ValueError(
+            f"GaLore projects matrices that FSDP2 shards, but no stacks and convolutions yet, and {name} has shape "
+            f"{tuple(param.shape)}. Move it to a group without a rank, or name other optim_target_modules."
+        )
     if is_target(param, group) and not METHODS[group["refresh"]].from_factors:
         others = ", ".join(method for method, row in METHODS.items() if row.from_factors)
         raise ValueError(
@@ -163,7 +170,9 @@ def say_if_decay_is_lost(groups: Iterable[Group]) -> None:
             if torch.finfo(param.dtype).bits >= 32 or decay >= half or not has_numbers(param) or not weight.numel():
                 continue
             # Adam's direction has elements of about 1, of which a target gets a part.
-            part = group["scale"] * (group["rank"] / min(param.shape)) ** 0.5 if is_target(param, group) else 1.0
+            part = 1.0
+            if is_target(param, group):
+                part = group["scale"] * (group["rank"] / min(shape_in(param, group)[-2:])) ** 0.5
             moves.append(rate * part / half)
             sample = weight.view(-1)[:4096] if weight.is_contiguous() else weight
             sizes.append(norm_of(sample) / sample.numel() ** 0.5)

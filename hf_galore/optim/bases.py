@@ -6,14 +6,19 @@ State of a target, besides its moments (`left`, `right`, as far as that side is 
     basis_left_absmax, basis_right_absmax   with 8 and 4 bits
     refreshed_at, refreshes                 the step of the last refresh, and how many there were
     gap_factor                              with lazy_refresh, how many gaps it waits for the next
+
+Of a stack of k matrices all of it has a dimension k before the others, the counters too: a matrix whose gradient was
+zero when the others were refreshed, such as that of an expert without tokens, has its refresh later.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,6 +51,11 @@ class BasisLayout:
         kept = [key for key, shape in self._sides.items() if shape is not None]
         scales = [] if bits == 16 else [f"{key}_absmax" for key in kept]
         self.keys = (*kept, *scales)
+
+    def of(self, count: int) -> BasisLayout:
+        """The layout of a stack of so many bases, of those of a stack."""
+        shapes = (None if shape is None else (count, *shape[1:]) for shape in self._sides.values())
+        return BasisLayout(BasisShapes(*shapes), self.bits)
 
     def empty(self, like: Tensor) -> State:
         """Room for the bases of a weight like this one."""
@@ -88,8 +98,18 @@ def _entries(key: str, basis: QuantizedBasis) -> State:
     return {key: basis.codes} if basis.absmax is None else {key: basis.codes, f"{key}_absmax": basis.absmax}
 
 
+class OfStack(NamedTuple):
+    """What there is to know of the refresh of each matrix of a stack."""
+
+    matrices: tuple[int, ...]
+    """Those that have a new basis."""
+    overlaps: tuple[float, ...]
+    """Of their new bases with the old."""
+
+
 # Beside the bases, whose keys are those of a state.
 _LOW_RANK, _FIGURES = "low_rank", "figures"
+_NO_BASIS = -1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,18 +125,26 @@ class NewBasis:
     captured_energy: float
     overlap: float
     watch: Stopwatch
+    of_stack: OfStack | None = None
+    """Of a stack, what there is to know of each matrix."""
 
     def tensors(self) -> State:
         """All of it as tensors by name, to be sent to other processes."""
-        figures = torch.tensor([self.norm, self.captured_energy, self.overlap], dtype=torch.float64)
-        return {**self.kept, _LOW_RANK: self.low_rank, _FIGURES: figures}
+        figures = [self.norm, self.captured_energy, self.overlap]
+        if self.of_stack is not None:
+            overlaps = dict(zip(*self.of_stack, strict=True))
+            count = next(len(value) for value in self.kept.values())
+            figures += [overlaps.get(index, _NO_BASIS) for index in range(count)]
+        return {**self.kept, _LOW_RANK: self.low_rank, _FIGURES: torch.tensor(figures, dtype=torch.float64)}
 
     @classmethod
     def from_tensors(cls, tensors: State, watch: Stopwatch) -> NewBasis:
         """What another process has sent. Waits for the device."""
         kept = {key: value for key, value in tensors.items() if key not in (_LOW_RANK, _FIGURES)}
-        norm, captured_energy, overlap = tensors[_FIGURES].tolist()
-        return cls(kept, tensors[_LOW_RANK], norm, captured_energy, overlap, watch)
+        norm, captured_energy, overlap, *overlaps = tensors[_FIGURES].tolist()
+        made = {index: value for index, value in enumerate(overlaps) if value != _NO_BASIS}
+        of_stack = OfStack(tuple(made), tuple(made.values())) if overlaps else None
+        return cls(kept, tensors[_LOW_RANK], norm, captured_energy, overlap, watch, of_stack)
 
     @staticmethod
     def parts(kept: State, low_rank: torch.Size, dtype: torch.dtype) -> dict[str, tuple[torch.Size, torch.dtype]]:
@@ -128,7 +156,8 @@ class NewBasis:
             dtype: of R.
         """
         of_bases = {key: (value.shape, value.dtype) for key, value in kept.items()}
-        return {**of_bases, _LOW_RANK: (low_rank, dtype), _FIGURES: (torch.Size([3]), torch.float64)}
+        figures = 3 + (low_rank[0] if len(low_rank) == 3 else 0)
+        return {**of_bases, _LOW_RANK: (low_rank, dtype), _FIGURES: (torch.Size([figures]), torch.float64)}
 
     @property
     def is_zero(self) -> bool:
@@ -136,9 +165,15 @@ class NewBasis:
         return self.norm == 0
 
     @property
+    def is_lost(self) -> bool:
+        """Whether the gradient is not finite."""
+        return not math.isfinite(self.norm)
+
+    @property
     def usable(self) -> bool:
-        """Whether the gradient was one to make a basis from."""
-        return self.norm > 0 and math.isfinite(self.norm)
+        """Whether the gradient was one to make a basis from; of a stack whether that of any matrix was."""
+        made = self.of_stack is None or bool(self.of_stack.matrices)
+        return self.norm > 0 and not self.is_lost and made
 
 
 class Before(NamedTuple):
@@ -150,6 +185,8 @@ class Before(NamedTuple):
     """The keys of bases that were zeros, because there had been no refresh."""
     complete: bool
     """Whether that is all it takes to undo the refresh."""
+    matrices: tuple[int, ...] | None = None
+    """Those of a stack that have new bases."""
 
     @property
     def had_basis(self) -> bool:
@@ -161,14 +198,23 @@ class Before(NamedTuple):
         return {**state, **self.entries, **{key: torch.zeros_like(state[key]) for key in self.unset}}
 
 
-def before_refresh(state: State, basis_keys: tuple[str, ...], *, keep: bool) -> Before:
-    """What a refresh is going to change in a target's state; `keep` says whether the bases are copied."""
+def before_refresh(
+    state: State, basis_keys: tuple[str, ...], *, keep: bool, matrices: tuple[int, ...] | None = None
+) -> Before:
+    """What a refresh is going to change in a target's state.
+
+    Args:
+        state: the target's.
+        basis_keys: of its bases.
+        keep: whether the bases are copied.
+        matrices: of a stack those that have new bases.
+    """
     entries: State = {key: state[key] for key in COUNTERS if key in state}
-    if refreshed_at(state) == NEVER:
-        return Before(entries, basis_keys, complete=True)
+    if all(step == NEVER for step in numbers_of(state["refreshed_at"])):
+        return Before(entries, basis_keys, complete=True, matrices=matrices)
     if keep:
         entries |= {key: state[key].clone() for key in basis_keys}
-    return Before(entries, (), complete=keep)
+    return Before(entries, (), complete=keep, matrices=matrices)
 
 
 def take_back(state: State, before: Before) -> None:
@@ -180,21 +226,38 @@ def take_back(state: State, before: Before) -> None:
             state[key].copy_(value)
 
 
-def new_counters(lazy: bool) -> State:
-    """The counters of a target before its first refresh."""
-    counters: State = {"refreshed_at": torch.tensor(float(NEVER)), "refreshes": torch.tensor(0.0)}
-    if lazy:
-        counters["gap_factor"] = torch.tensor(1.0)
-    return counters
+def new_counters(lazy: bool, count: int | None = None) -> State:
+    """The counters of a target before its first refresh; of a stack of `count` matrices those of each."""
+    start = {"refreshed_at": float(NEVER), "refreshes": 0.0, **({"gap_factor": 1.0} if lazy else {})}
+    return {key: counter(value if count is None else [value] * count) for key, value in start.items()}
 
 
-def count_refresh(state: State, step: int) -> None:
-    """Note a refresh after `step` steps."""
+def counter(value: float | Sequence[float]) -> Tensor:
+    """A number, or one for each matrix of a stack, as a state has it."""
+    if isinstance(value, (int, float)):
+        return torch.tensor(float(value))
+    # Not made by torch: under fake tensors, which know single numbers only, they are numbers still.
+    return torch.from_numpy(np.array(value, dtype=np.float32))
+
+
+def numbers_of(value: Tensor) -> list[int]:
+    """The number, or the numbers, of a counter."""
+    return [int(value.item())] if value.ndim == 0 else [int(number) for number in value.numpy().tolist()]
+
+
+def count_refresh(state: State, step: int, matrices: Sequence[int] | None = None) -> None:
+    """Note a refresh after `step` steps; of a stack that of some matrices."""
     # Out of place, as the step is counted: fake tensors know such numbers.
-    state["refreshed_at"] = torch.tensor(float(step))
-    state["refreshes"] = state["refreshes"] + 1
+    if matrices is None:
+        state["refreshed_at"] = counter(step)
+        state["refreshes"] = state["refreshes"] + 1
+        return
+    steps, counts = numbers_of(state["refreshed_at"]), numbers_of(state["refreshes"])
+    for index in matrices:
+        steps[index], counts[index] = step, counts[index] + 1
+    state["refreshed_at"], state["refreshes"] = counter(steps), counter(counts)
 
 
 def refreshed_at(state: State) -> int:
-    """The step of a target's last refresh; `NEVER` before the first."""
+    """The step of the last refresh of a target that is one matrix; `NEVER` before the first."""
     return int(state["refreshed_at"].item())

@@ -113,7 +113,7 @@ _NOT_IN_A_GROUP: dict[str, str] = {
     "embedding_bits": "It is a key of optim_args; a group of GaLoreAdamW8bit says the same by 'optim_bits': 32 or 8.",
 }
 # What a misspelt key may have meant.
-_KNOWN = (*GROUP_OPTIONS, "stochastic_rounding", "optim_bits", "weight_decay")
+_KNOWN = (*GROUP_OPTIONS, "view_as", "stochastic_rounding", "optim_bits", "weight_decay")
 # Nobody but GaLore has keys that begin so.
 _OUR_PREFIXES = ("galore_", "proj_", "projection_", "update_proj")
 
@@ -127,6 +127,11 @@ def check_group_keys(group: Mapping[Any, Any]) -> None:
     Raises:
         ValueError: it has; the message names the key that is meant, or where the option belongs.
     """
+    if "view_as" in group and "rank" not in group:
+        raise ValueError(
+            "A parameter group sets view_as, which says how parameters are projected, but no rank. Add a rank, or drop "
+            "it."
+        )
     for key in group:
         if not isinstance(key, str) or key in _KNOWN:
             continue

@@ -12,8 +12,9 @@ from .admission import check_sharded
 from .groups import is_target
 from .shard import is_sharded
 from .sharded import ShardedFullRank, ShardedTarget
-from .target import Target, forget_phases
+from .target import Target
 from .trained import FullRank, Owner, Place, Trained
+from .turns import forget_phases
 
 
 def make_all(owner: Owner, known: dict[int, Trained], rule: Rule) -> list[Trained]:

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from ..lowrank.nonfinite import Skip
-from ..lowrank.projection import Bases, FactoredGradient, Gradient, ShardedGradient, SummedGradient, project
+from ..lowrank.products import FactoredGradient, Gradient, ShardedGradient, SummedGradient
+from ..lowrank.projection import Bases, project
 from ..lowrank.ranks import Ranks
 from ..lowrank.rotation import Rotation
 from ..lowrank.seeds import mixed_seed
@@ -179,11 +180,11 @@ class ShardedFullRank(Sharded, FullRank):
 class ShardedTarget(Sharded, Target):
     """A sharded matrix that is projected."""
 
-    _layout: ShardedBasisLayout
+    layout: ShardedBasisLayout
 
     def _derive(self) -> None:
         super()._derive()
-        self._layout = ShardedBasisLayout(self._shapes, self.group["proj_bits"], self.ranks, self._shard.dim)
+        self.layout = ShardedBasisLayout(self._shapes, self.group["proj_bits"], self.ranks, self._shard.dim)
 
     def _shape_of_gradient(self) -> tuple[int, ...]:
         """The shape of R, its long side first: that is divided."""
@@ -197,7 +198,7 @@ class ShardedTarget(Sharded, Target):
         return self.side == "left"
 
     def _rows_of_basis(self, key: str) -> int:
-        return self._layout.tables[key].rows
+        return self.layout.tables[key].rows
 
     @property
     def _is_local(self) -> bool:
@@ -220,7 +221,7 @@ class ShardedTarget(Sharded, Target):
             low_rank = self._of_own(gradient, bases)
             return self.ranks.sum_to_rows(low_rank.mT if self._is_transposed() else low_rank)
         if isinstance(gradient, ShardedGradient):
-            gradient, bases = gradient.part, self._layout.here(bases)
+            gradient, bases = gradient.part, self.layout.here(bases)
         low_rank = project(gradient, bases)
         low_rank = low_rank.mT if self._is_transposed() else low_rank
         return low_rank.contiguous() if self._is_local else self.ranks.sum_to_rows(low_rank)
@@ -259,6 +260,9 @@ class ShardedTarget(Sharded, Target):
         if self.side != "full" and not self._is_local:
             direction = self.ranks.gather(direction, self._rows)
         return direction.mT if self._is_transposed() else direction, factor
+
+    def _matrices(self) -> tuple[Tensor, bool]:
+        return self.weight, True
 
     def _of_moments(self, rotation: Rotation) -> Rotation:
         return Rotation(None, rotation.left) if self._is_transposed() else rotation

@@ -1,21 +1,23 @@
-"""One projected parameter: when its basis is renewed, how gradients become low-rank, how that updates the weight."""
+"""One projected parameter: when its basis is renewed, how gradients become low-rank, how that updates the weight.
+
+What computes a refresh is in `hf_galore.optim.refreshing`.
+"""
 
 from __future__ import annotations
 
 import functools
-import math
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..backward.gradient import BasisVersion
-from ..lowrank.methods import METHODS
+from ..lowrank.matrices import as_matrices, viewed
 from ..lowrank.nonfinite import Skip
+from ..lowrank.products import Gradient
 from ..lowrank.projection import (
     Bases,
-    Gradient,
     add_projected_back_,
     basis_shapes,
     low_rank_shape,
@@ -24,10 +26,9 @@ from ..lowrank.projection import (
     projected_back,
     side_of,
 )
-from ..lowrank.refresh import bases_of_lower_rank, cheaper_from_factors, figures_of, may_fail, new_bases
+from ..lowrank.refresh import cheaper_from_factors
 from ..lowrank.rotation import Rotation, rotation_between
 from ..lowrank.rounding import decay_unless, is_identity
-from ..lowrank.schedule import NEVER, next_gap_factor, phase_of, refreshes_by, step_of_next_refresh
 from ..lowrank.seeds import basis_seed
 from ..rules import Rule
 from .bases import (
@@ -38,17 +39,20 @@ from .bases import (
     before_refresh,
     count_refresh,
     new_counters,
-    refreshed_at,
+    numbers_of,
     take_back,
 )
-from .groups import Group
+from .groups import Group, shape_in
+from .refreshing import refresh_of_matrix, refresh_of_stack
 from .report import Refresh, Stopwatch
 from .skipped import uncount
-from .trained import Owner, Place, Trained, decay_of
+from .stack import bases_of_matrices, by_age, of_matrices, put_of_matrices
+from .trained import Owner, Place, decay_of
+from .turns import Turns
 
 
-class Target(Trained):
-    """A matrix W (m × n) that is projected: its moments are those of R, its low-rank gradient.
+class Target(Turns):
+    """A matrix W (m × n), or a stack of k, that is projected: its moments are those of R, its low-rank gradient.
 
     What hooks and steps do with it is: `due()`, `project(gradient)`, `update(R)`.
     """
@@ -57,79 +61,63 @@ class Target(Trained):
 
     def __init__(self, owner: Owner, param: Tensor, place: Place, index: int, rule: Rule) -> None:
         super().__init__(owner, param, place, index, rule)
-        self._phase: int | None = None
-        self.refresh_asked = False
-        """Whether the next step is to refresh the basis whatever its turn."""
         self._version: BasisVersion | None = None
 
     def _derive(self) -> None:
-        group, shape = self.group, self.param.shape
+        group, shape = self.group, shape_in(self.param, self.group)
         self.rank: int = group["rank"]
+        self.matrix_shape = shape
+        """m × n, or k × m × n: what the parameter is viewed as."""
+        self.stack = shape[0] if len(shape) == 3 else None
+        """How many matrices a stack has; `None` for one matrix."""
         self.side = side_of(shape, group["proj_type"])
         self._shapes = basis_shapes(shape, self.side, self.rank)
-        self._layout = BasisLayout(self._shapes, group["proj_bits"])
-        self.basis_keys = self._layout.keys
+        self.layout = BasisLayout(self._shapes, group["proj_bits"])
+        """How the bases lie in the state."""
+        self.basis_keys = self.layout.keys
         super()._derive()
 
+    def _rule_for(self, shape: tuple[int, ...], group: Group) -> Rule:
+        rule = super()._rule_for(shape[-2:], group)
+        return rule if self.stack is None else rule.of_stack(shape[-2:])
+
     def _shape_of_gradient(self) -> tuple[int, ...]:
-        return low_rank_shape(self._shape, self.side, self.rank)
+        return self.low_rank_shape
+
+    @property
+    def low_rank_shape(self) -> tuple[int, ...]:
+        """The shape of R."""
+        return low_rank_shape(self.matrix_shape, self.side, self.rank)
+
+    def _as_matrices(self, gradient: Gradient) -> Gradient:
+        # That of the parameter; of some matrices of a stack it is so already.
+        is_whole = isinstance(gradient, Tensor) and gradient.shape == self.param.shape
+        return as_matrices(gradient, self.matrix_shape) if is_whole else gradient
 
     def new_state(self, like: Tensor) -> State:
         """A state before the first refresh, on the device of `like`."""
         state = super().new_state(like)
-        counters = new_counters(self.group["lazy_refresh"])
-        return {"step": state.pop("step"), **counters, **self._layout.empty(like), **state}
+        counters = new_counters(self.group["lazy_refresh"], self.stack)
+        return {"step": state.pop("step"), **counters, **self.layout.empty(like), **state}
 
     # ---- the basis
 
-    @property
-    def phase(self) -> int:
-        """The step of the gap at which it refreshes, spread over the optimizer's targets that are staggered."""
-        if self._phase is None:
-            targets = self.owner.targets()
-            staggered = [target for target in targets if target.group["stagger"]]
-            turns = {id(target): turn for turn, target in enumerate(staggered)}
-            for target in targets:  # all at once, as options may change before others are asked
-                turn = turns.get(id(target))
-                gap = target.group["update_proj_gap"]
-                target._phase = 0 if turn is None else phase_of(turn, len(staggered), gap)
-        assert self._phase is not None
-        return self._phase
-
-    def refresh_counts(self) -> tuple[int, int | None]:
-        """How many refreshes there were, and with `lazy_refresh` how many it has saved."""
-        state, group = self.present_state, self.group
-        done = int(state["refreshes"].item())
-        if not group["lazy_refresh"]:
-            return done, None
-        return done, refreshes_by(int(state["step"].item()), group["update_proj_gap"], self.phase) - done
-
-    def due(self) -> bool:
-        """Whether the next step is one with a new basis: the first, and every `update_proj_gap`-th."""
-        if self.refresh_asked:
-            return True
-        state = self.state
-        self._place_on_host(state)
-        factor = int(state["gap_factor"].item()) if "gap_factor" in state else 1
-        due_at = step_of_next_refresh(refreshed_at(state), self.group["update_proj_gap"], self.phase, factor)
-        return int(state["step"].item()) >= due_at
-
     def bases(self) -> Bases:
         """The present bases, in the weight's dtype; zeros before the first refresh."""
-        return self._layout.read(self._with_placed_bases(), self.param.dtype)
+        return self.layout.read(self._with_placed_bases(), self.param.dtype)
 
     def bases_here(self) -> Bases:
         """The present bases as gradients are projected with them here."""
-        return self._layout.read_here(self._with_placed_bases(), self.param.dtype)
+        return self.layout.read_here(self._with_placed_bases(), self.param.dtype)
 
     def projected_by(self, gradient: Gradient, bases: Bases) -> Tensor:
         """The low-rank gradient of G, with what `bases_here` gave."""
-        return project(gradient, bases)
+        return project(self._as_matrices(gradient), bases)
 
     def _with_placed_bases(self) -> State:
         """The state, with its bases where the weight is: with 16 bits they have its dtype."""
         state = self.state
-        self._place(state, self.basis_keys, self.param.dtype if self._layout.bits == 16 else None)
+        self._place(state, self.basis_keys, self.param.dtype if self.layout.bits == 16 else None)
         return state
 
     @property
@@ -153,7 +141,7 @@ class Target(Trained):
 
     def cheaper_from_factors(self, tokens: int) -> bool:
         """Whether a refresh takes fewer multiply-adds from δ and X of `tokens` rows than from G = δᵀX."""
-        return cheaper_from_factors(self.param.shape, self.rank, self.side, self.group["refresh"], tokens)
+        return cheaper_from_factors(self.matrix_shape, self.rank, self.side, self.group["refresh"], tokens)
 
     @torch.no_grad()
     def project(self, gradient: Gradient, *, refresh: bool = False) -> Tensor:
@@ -175,47 +163,9 @@ class Target(Trained):
         Changes nothing but the count of updates, if only the device knew that some were skipped: the steps at which
         bases are refreshed are right.
         """
-        watch = Stopwatch(self.param.device)
-        state, method = self.state, self.group["refresh"]
-        old = None if refreshed_at(state) == NEVER else self.bases()
-        seed = basis_seed(self.group.get("basis_seed", 0), self.index, int(state["refreshes"].item()))
-        computed = new_bases(gradient, self.side, self.rank, method, old, seed=seed)
-        check = may_fail(method, gradient.device)
-        kept, low_rank, (norm, energy, shared, full, defect) = self._figures(gradient, computed, old, check)
-        if not defect <= 1 and 0 < norm < math.inf:  # or NaN
-            # Rare too. What is not orthonormal is not measured either: all is computed anew.
-            del kept, low_rank, computed
-            computed = new_bases(gradient, self.side, self.rank, method, old, seed=seed, factorisation="reflections")
-            kept, low_rank, (norm, energy, shared, full, _) = self._figures(gradient, computed, old)
-        if not full and 0 < norm < math.inf and METHODS[method].by_gradient:
-            # Rare, so that it may wait once more; and it takes no more memory than the first time.
-            del kept, low_rank
-            computed = bases_of_lower_rank(gradient, self.side, self.rank, method, computed)
-            kept, low_rank, (norm, energy, shared, *_) = self._figures(gradient, computed, old)
-        if norm == 0:
-            low_rank.zero_()
-        elif not math.isfinite(norm):
-            low_rank.fill_(math.nan)  # an infinite element may meet a zero of the basis
-        watch.stop()
-        return NewBasis(kept, low_rank, norm, energy, shared, watch)
-
-    def _figures(
-        self, gradient: Gradient, computed: Bases, old: Bases | None, check: bool = False
-    ) -> tuple[State, Tensor, list[float]]:
-        """New bases as they are kept, the gradient in them, and what there is to know of the refresh."""
-        kept = self._layout.kept(computed, self.param.dtype)
-        new = self._layout.read(kept, self.param.dtype)
-        low_rank = self.projected_by(gradient, new)
-        figures = figures_of(gradient, low_rank, new, old, computed, check)
-        skipped = self.owner.journal.skipped
-        uncounted = skipped.uncounted(self.param)
-        asked = figures if uncounted is None else torch.cat([figures, uncounted.to(figures.dtype)])
-        asked = asked if self.ranks is None else self.ranks.of_first(asked)
-        # The one time that a refresh waits for the device.
-        found = [value.item() for value in asked.cpu().unbind()]
-        if uncounted is not None:
-            uncount(self.state, skipped.settle(self.param, *found[-2:]))
-        return kept, low_rank, found[: len(figures)]
+        gradient = self._as_matrices(gradient)
+        seed = basis_seed(self.group.get("basis_seed", 0), self.index, sum(numbers_of(self.state["refreshes"])))
+        return (refresh_of_matrix if self.stack is None else refresh_of_stack)(self, gradient, seed)
 
     def parts_of_refresh(self, dtype: torch.dtype) -> dict[str, tuple[torch.Size, torch.dtype]]:
         """The shapes and dtypes of what one process sends the others of a refresh, with R in `dtype`."""
@@ -249,14 +199,14 @@ class Target(Trained):
             What `update` needs for the first update in the new bases, and `take_back`.
         """
         state, group = self._with_placed_bases(), self.group
-        before = before_refresh(state, self.basis_keys, keep=keep or group["moments"] == "rotate")
-        count_refresh(state, int(state["step"].item()))
+        matrices = None if made.of_stack is None else made.of_stack.matrices
+        keep = keep or group["moments"] == "rotate"
+        before = before_refresh(state, self.basis_keys, keep=keep, matrices=matrices)
+        count_refresh(state, int(state["step"].item()), matrices)
         for key, value in made.kept.items():
             state[key].copy_(value)
-        if "gap_factor" in state and before.had_basis:
-            chance = max(self.rank / shape[0] for shape in self._shapes if shape is not None)
-            factor = next_gap_factor(int(state["gap_factor"].item()), made.overlap, chance)
-            state["gap_factor"] = torch.tensor(float(factor))
+        if "gap_factor" in state:
+            self._lengthen_gaps(made, before)
         self._version = version
         overlap = made.overlap if before.had_basis else None
         self.owner.journal.refreshes.add(Refresh(made.captured_energy, overlap, made.watch))
@@ -297,7 +247,7 @@ class Target(Trained):
             before: from `use_basis`, where this is the first update after a refresh.
             bases: `bases_here()`, where they are at hand: quantised ones take time to read.
         """
-        state, group, weight = self._with_placed_bases(), self.group, self.weight
+        state, group = self._with_placed_bases(), self.group
         skip = Skip(self.over_ranks(norm_of(low_rank)) if norm is None else norm)
         if before is not None and before.complete and skip.known:
             self.take_back(before)
@@ -308,20 +258,40 @@ class Target(Trained):
         if step is None:
             return
         # Moments that began anew at the last refresh have a bias to correct that is no older.
-        moments_step = step - refreshed_at(state) if group["moments"] == "reset" else step
-        direction, factor = self._direction(low_rank, group, moments_step, skip)
+        resets = group["moments"] == "reset"
+        ages = {step - last for last in numbers_of(state["refreshed_at"])} if resets else {step}
+        if len(ages) == 1:
+            direction, factor = self._direction(low_rank, group, ages.pop(), skip)
+        else:
+            each = [step - last for last in numbers_of(state["refreshed_at"])]
+            direction, factor = by_age(self._direction_of_some(group, skip), low_rank, self.moments(), each)
         bases = self.bases_here() if bases is None else bases
+        self._move(direction, bases, factor, step, skip)
+
+    def _move(self, direction: Tensor, bases: Bases, factor: float, step: int, skip: Skip) -> None:
+        """Subtract a direction, projected back, from the weight."""
+        group, (weight, is_view) = self.group, self._matrices()
         alpha, decay = -factor * group["scale"], decay_of(group)
         if self._rounds_stochastically(group):
-            self._add_rounded(group, functools.partial(projected_back, direction, bases), alpha, step, skip)
+            self._add_rounded(weight, group, functools.partial(projected_back, direction, bases), alpha, step, skip)
         elif skip.known is False or is_identity(weight.dtype, decay):
             # Where only the device knows that the update is skipped, N is zero, and the decay alone changes nothing.
             add_projected_back_(weight, direction, bases, alpha, decay=decay)
         elif weight.dtype not in (torch.float32, torch.float64):
-            self._add_rounded(group, functools.partial(projected_back, direction, bases), alpha, step, skip)
+            self._add_rounded(weight, group, functools.partial(projected_back, direction, bases), alpha, step, skip)
         else:
             weight.mul_(decay_unless(skip.flag, weight.dtype, decay))
             add_projected_back_(weight, direction, bases, alpha)
+        if not is_view:
+            self.weight.copy_(weight.view(self.weight.shape))
+
+    def _matrices(self) -> tuple[Tensor, bool]:
+        """The weight as matrices, and whether that is a view of it: else it has to be copied back."""
+        return viewed(self.weight, self.matrix_shape)
+
+    def _direction_of_some(self, group: Group, skip: Skip) -> Callable[[Tensor, State, int], tuple[Tensor, float]]:
+        """What gives the direction of some matrices of a stack, from their R, their moments and the moments' age."""
+        return lambda low_rank, moments, age: self.rule.direction(low_rank, moments, group, age, skip)
 
     def _direction(self, low_rank: Tensor, group: Group, step: int, skip: Skip) -> tuple[Tensor, float]:
         """The direction of R, as it is projected back here, and the factor that it is subtracted with."""
@@ -330,21 +300,21 @@ class Target(Trained):
     def _carry_moments(self, before: Before) -> None:
         """Do to the moments what the option `moments` says, after the basis has changed."""
         group, step = self.group, int(self.state["step"].item())
-        if not before.had_basis or step == 0:
+        if not before.had_basis or step == 0 or group["moments"] == "keep":
             return
+        moments, some = self.moments(), before.matrices
+        is_part = self.stack is not None and some is not None and len(some) < self.stack
+        part = of_matrices(moments, some, self.stack) if is_part else moments
         if group["moments"] == "reset":
-            self.rule.reset_(self.moments())
-        elif group["moments"] == "rotate":
-            old = self._layout.read(before.entries, self.param.dtype)
-            self.rule.rotate_(self.moments(), group, self._of_moments(rotation_between(self.bases(), old)), step)
+            self.rule.reset_(part)
+        else:
+            new, old = self.bases(), self.layout.read(before.entries, self.param.dtype)
+            if is_part:
+                new, old = bases_of_matrices(new, some), bases_of_matrices(old, some)
+            self.rule.rotate_(part, group, self._of_moments(rotation_between(new, old)), step)
+        if is_part:
+            put_of_matrices(moments, part, some, self.stack)
 
     def _of_moments(self, rotation: Rotation) -> Rotation:
         """A rotation of the low-rank gradient, for moments as they are kept."""
         return rotation
-
-
-def forget_phases(parameters: Iterable[Trained]) -> None:
-    """Let the phases of targets be worked out anew."""
-    for target in parameters:
-        if isinstance(target, Target):
-            target._phase = None

@@ -87,9 +87,13 @@ class Trained:
         """Work out what follows from the options and the shape."""
         self._shape = self.param.shape
         shape, group = self._shape_of_gradient(), self.group
-        self.rule = self._rule.for_shape(shape, group)
+        self.rule = self._rule_for(shape, group)
         self._moments = self.rule.moments(shape, self.param.dtype, group)
         self.moment_keys = tuple(self._moments)
+
+    def _rule_for(self, shape: tuple[int, ...], group: Group) -> Rule:
+        """The rule for moments of a gradient of a shape."""
+        return self._rule.for_shape(shape, group)
 
     def _shape_of_gradient(self) -> tuple[int, ...]:
         """The shape of the gradient that its moments are of."""
@@ -268,13 +272,13 @@ class Trained:
         return int(group["rounding_seed"])
 
     def _add_rounded(
-        self, group: Group, update: Callable[[slice], Tensor], alpha: float, step: int, skip: Skip
+        self, weight: Tensor, group: Group, update: Callable[[slice], Tensor], alpha: float, step: int, skip: Skip
     ) -> None:
-        """Add an update in one rounding with the decay: stochastically if the group says so, else to the nearest."""
+        """Add an update to the weight, in one rounding with the decay: stochastically if the group says so."""
         generator = None
         if self._rounds_stochastically(group):
             generator = generator_for(self.param.device, self._rounding_seed(group), self.index, step)
-        add_rounded_(self.weight, update, alpha=alpha, decay=decay_of(group), skip=skip.flag, generator=generator)
+        add_rounded_(weight, update, alpha=alpha, decay=decay_of(group), skip=skip.flag, generator=generator)
 
 
 class FullRank(Trained):
@@ -292,12 +296,12 @@ class FullRank(Trained):
             return
         direction, factor = self.rule.direction(gradient, moments, group, step, skip)
         rows = direction.reshape(-1) if direction.ndim == 0 else direction
-        self._add_rounded(group, rows.__getitem__, -factor, step, skip)
+        self._add_rounded(weight, group, rows.__getitem__, -factor, step, skip)
 
 
 def _options_of(group: Group) -> tuple[Any, ...]:
     """The options of a group that shapes follow from."""
-    return tuple(map(group.get, ("rank", "proj_type", "proj_bits", "rule", "lazy_refresh")))
+    return tuple(map(group.get, ("rank", "proj_type", "proj_bits", "rule", "lazy_refresh", "view_as")))
 
 
 def decay_of(group: Group) -> float:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..lowrank.nonfinite import Skip
-from ..lowrank.projection import norm_of
+from ..lowrank.projection import for_each, norm_of, norm_of_each
 from ..lowrank.ranks import Ranks
 from ..lowrank.rotation import Rotation, rotate, rotate_factored
 from .rule import Group, Moment, Moments, Rule, check_not_negative, full_precision
@@ -30,6 +30,14 @@ class Means:
     def root_of_squares(self, direction: Tensor) -> Tensor:
         """The root mean square of all elements, 0-dimensional."""
         return norm_of(direction) / math.sqrt(direction.numel())
+
+
+class MeansOfStack(Means):
+    """The same for a stack of gradients, of each by itself."""
+
+    def root_of_squares(self, direction: Tensor) -> Tensor:
+        """The root mean square of each, k × 1 × 1."""
+        return for_each(norm_of_each(direction)) / math.sqrt(math.prod(direction.shape[-2:]))
 
 
 class MeansOverRows(Means):
@@ -87,6 +95,10 @@ class Adafactor(Rule):
 
     def __init__(self, means: Means | None = None) -> None:
         self._means = means or Means()
+
+    def of_stack(self, shape: tuple[int, ...]) -> Adafactor:
+        """The rule with means of each gradient."""
+        return Adafactor(MeansOfStack())
 
     def over_rows(self, ranks: Ranks, rows: int, *, transposed: bool) -> Adafactor:
         """The rule with means over all processes."""

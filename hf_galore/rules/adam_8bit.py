@@ -74,6 +74,10 @@ class Adam8bit(Adam32bit):
         """This, or 32-bit moments of small tensors and where the group asks for them."""
         return _IN_32_BITS if group["optim_bits"] == 32 or math.prod(shape) < MIN_8BIT_ELEMENTS else self
 
+    def of_stack(self, shape: tuple[int, ...]) -> Rule:
+        """This, or 32-bit moments where blocks would run from one gradient of the stack into the next."""
+        return self if math.prod(shape) % kernels.MOMENT_BLOCK == 0 else _IN_32_BITS
+
     def moments(self, shape: tuple[int, ...], dtype: torch.dtype, group: Group) -> dict[str, Moment]:
         """Codes of the gradient's shape and the scales of their blocks, for either moment."""
         scales = (math.ceil(math.prod(shape) / kernels.MOMENT_BLOCK),)

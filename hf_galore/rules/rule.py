@@ -61,6 +61,13 @@ class Rule:
         """The rule for moments of a gradient of `shape`: this one, or another that suits small tensors better."""
         return self
 
+    def of_stack(self, shape: tuple[int, ...]) -> Rule:
+        """The rule for a stack of gradients of `shape`, each by itself: this one, if it goes by elements.
+
+        What `for_shape` gives for one of them.
+        """
+        return self
+
     def over_rows(self, ranks: Ranks, rows: int, *, transposed: bool) -> Rule:
         """The rule for a gradient of which each process has some rows: this one, if it goes by elements.
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_galore.config import RefreshMethod
-from hf_galore.lowrank.projection import Bases, FactoredGradient, project, side_of
+from hf_galore.lowrank.products import FactoredGradient
+from hf_galore.lowrank.projection import Bases, project, side_of
 from hf_galore.lowrank.refresh import figures_of, new_bases
 from hf_galore.optim import GaLoreAdamW
 from tests.support.card import DEVICE, sized

@@ -215,7 +215,7 @@ def test_submodules_patch_nothing_and_the_package_registers_after_them() -> None
         import importlib, importlib.util, pathlib, sys
 
         from hf_galore.optim import GaLoreAdamW
-        from hf_galore.lowrank.projection import project
+        from hf_galore.lowrank.projection import (project)
         from hf_galore.rules.adam import adam_
         from hf_galore.backward.hooks import BackwardHooks
         from hf_galore.optim.build import make_optimizer

@@ -17,7 +17,8 @@ from hf_galore import GaLoreAdamW
 from hf_galore.config import RefreshMethod
 from hf_galore.lowrank import methods, orthonormal
 from hf_galore.lowrank.orthonormal import Factorisation, by_products, by_reflections, defect, gram
-from hf_galore.lowrank.projection import Bases, FactoredGradient, Side, project
+from hf_galore.lowrank.products import FactoredGradient
+from hf_galore.lowrank.projection import Bases, Side, project
 from hf_galore.lowrank.refresh import new_bases
 from hf_galore.optim.target import Target
 from tests.lowrank.test_refresh import SIDES, drifted, power_law, random, random_orthonormal, with_spectrum

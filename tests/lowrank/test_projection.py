@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_galore.config import PROJ_TYPES, ProjType
-from hf_galore.lowrank import projection
+from hf_galore.lowrank import products
 from hf_galore.lowrank.methods import svd_bases
+from hf_galore.lowrank.products import FactoredGradient, times, transposed_times
 from hf_galore.lowrank.projection import (
     Bases,
-    FactoredGradient,
     Side,
     add_projected_back_,
     basis_shapes,
@@ -20,8 +20,6 @@ from hf_galore.lowrank.projection import (
     low_rank_shape,
     project,
     side_of,
-    times,
-    transposed_times,
 )
 from hf_galore.lowrank.refresh import align_signs
 
@@ -56,7 +54,9 @@ def test_a_matrix_is_projectable_below_its_smaller_side(shape: tuple[int, int], 
 
 def test_only_matrices_are_projectable() -> None:
     assert not is_projectable((8,), 2)
-    assert not is_projectable((8, 8, 8), 2)
+    assert not is_projectable((8, 8, 8, 8), 2)
+    assert is_projectable((8, 3, 4), 2)  # a stack, whose matrices count
+    assert not is_projectable((8, 3, 2), 2)
 
 
 @given(m=st.integers(2, 20), n=st.integers(2, 20), proj_type=st.sampled_from(PROJ_TYPES), data=st.data())
@@ -129,7 +129,7 @@ def test_products_in_another_dtype_are_those_of_the_cast_gradient(
     factored: bool, elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many elements are cast at a time."""
-    monkeypatch.setattr(projection, "CAST_ELEMENTS", elements)
+    monkeypatch.setattr(products, "CAST_ELEMENTS", elements)
     delta, inputs = (torch.randn(11, size).to(torch.bfloat16) for size in (12, 7))
     whole = delta.double().mT @ inputs.double()
     gradient = FactoredGradient(delta, inputs) if factored else whole.to(torch.bfloat16)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_galore import GaLoreAdamW
-from hf_galore.lowrank.projection import Bases, FactoredGradient, Gradient, Side, basis_shapes, project
+from hf_galore.lowrank.products import FactoredGradient, Gradient
+from hf_galore.lowrank.projection import Bases, Side, basis_shapes, project
 from hf_galore.lowrank.refresh import bases_of_lower_rank, figures_of, full_rank, new_bases, overlap
 from hf_galore.lowrank.rounding import generator_for
 from hf_galore.lowrank.seeds import basis_seed, mixed_seed

@@ -22,7 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from hf_galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 from hf_galore.config import REFRESH_METHODS, RefreshMethod
 from hf_galore.lowrank import methods, projection
-from hf_galore.lowrank.projection import Bases, FactoredGradient, Gradient, Side, basis_shapes, project, side_of
+from hf_galore.lowrank.products import FactoredGradient, Gradient
+from hf_galore.lowrank.projection import Bases, Side, basis_shapes, project, side_of
 from hf_galore.lowrank.refresh import (
     PROBES,
     cheaper_from_factors,
