@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import OPTIONS, GaLoreConfig, nearest
-from ..integrations.target_modules import embedding_weights, find_targets, summarize
+from ..integrations.target_modules import find_targets
+from ..integrations.target_summary import summarize, warning_of_unreached
+from ..integrations.weights import embedding_weights
 from ..log import and_others, logger
 from ..rules import RULES
 from .admission import check_parameters
@@ -65,7 +67,7 @@ def make_optimizer(
     Args:
         model: the model; several as one, `nn.ModuleList([unet, text_encoder])`. What is frozen stays out of the
             optimizer.
-        target_modules: which layers to project, as `TrainingArguments.optim_target_modules`: a list of parts of names,
+        target_modules: which weights to project, as `TrainingArguments.optim_target_modules`: a list of parts of names,
             a regular expression for whole names, or "all-linear".
         optim: one of `KINDS`.
         optim_args: the options of GaLore, as a string of `key=value` items, a mapping, or a `GaLoreConfig`.
@@ -136,9 +138,14 @@ def optimizer_cls_and_kwargs(
             )
     elif config.embedding_bits == 32:  # bitsandbytes' rule, which the Trainer applies to its 8-bit optimizers
         options.update((weight, {"optim_bits": 32}) for weight in embedding_weights(model))
-    options.update((weight, config.group_options()) for weight in targets.projected.values())
+    for name, weight in targets.projected.items():
+        view = {"view_as": targets.views[name]} if name in targets.views else {}
+        options[weight] = {**config.group_options(), **view}
     if say:
         logger.info(summarize(model, targets, config))
+        unreached = warning_of_unreached(model, target_modules, targets)
+        if unreached:
+            logger.warning(unreached)
         adapters = targets.lora_adapters()
         if adapters:
             logger.warning(

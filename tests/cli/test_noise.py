@@ -21,7 +21,10 @@ from tests.support.commands import ON_CPU, command_line, options, short_run
 from tests.support.releases import needs_newest
 
 NUMBER = re.compile(r"\d+(\.\d+)?([kKM]\b)?")
-GALORE = "GaLore projects # matrices (# parameters) at rank #; # tensors (# parameters) train full-rank."
+GALORE = (
+    "GaLore projects # matrices (# parameters, # %) at rank #; full-rank: embeddings # %, output head # %, norms and "
+    "biases # %."
+)
 STEP = "step #/# · loss # · # tokens/s · # GiB · # s left"
 LAST = STEP.removesuffix(" · # s left")
 MODEL = "The model is in OUT."

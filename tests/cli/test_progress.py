@@ -317,7 +317,8 @@ def test_a_run_at_a_terminal(small: Embedded, tmp_path: Path) -> None:
     lines = [re.split(r"\r\x1b\[2K", line)[-1] for line in said.replace("\r\n", "\n").split("\n")]
     lines = [re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", line) for line in lines]
     assert [re.sub(r"\d+(\.\d+)?(k|K|M)?", "#", line) for line in lines if line] == [
-        "GaLore projects # matrices (# parameters) at rank #; # tensors (# parameters) train full-rank.",
+        "GaLore projects # matrices (# parameters, # %) at rank #; full-rank: embeddings # %, output head # %, norms "
+        "and biases # %.",
         "#/# ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━  loss #  # tokens/s  # GiB",
         f"The model is in {re.sub(r'[0-9]+', '#', str(tmp_path / 'out'))}.",
     ]

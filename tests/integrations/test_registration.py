@@ -352,7 +352,7 @@ def test_the_trainers_own_split_decays_neither_norms_nor_biases(tmp_path: Path) 
 
 def test_a_frozen_model_has_nothing_to_project(tmp_path: Path) -> None:
     trainer = make_trainer(tiny_llama().requires_grad_(False), tmp_path, "galore_adamw")
-    with pytest.raises(ValueError, match="'attn' matches no trainable linear layer"):
+    with pytest.raises(ValueError, match="'attn' matches no trainable matrix"):
         trainer.create_optimizer()
 
 
@@ -382,8 +382,8 @@ MISTAKES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"optim_args": "rank=8, proj_type=foo"}, ValueError, "proj_type has to be one of std, reverse_std"),
     ({"optim_args": {"rnak": 8}}, ValueError, "Did you mean 'rank'"),
     ({"optim_args": ["rank=8"]}, TypeError, "optim_args has to be a string such as .*, or a mapping"),
-    ({"optim_target_modules": ["atn", "mlp"]}, ValueError, "'atn' matches no trainable linear layer"),
-    ({"optim_target_modules": ["zzz"]}, ValueError, "'zzz' matches no trainable linear layer"),
+    ({"optim_target_modules": ["atn", "mlp"]}, ValueError, "'atn' matches no trainable matrix"),
+    ({"optim_target_modules": ["zzz"]}, ValueError, "'zzz' matches no trainable matrix"),
     ({"optim_target_modules": []}, ValueError, "name at least one module"),
     ({"optim_target_modules": "(unclosed"}, ValueError, "not a valid regular expression"),
 ]

@@ -22,7 +22,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import check_target_module_exists
 
 from hf_galore import GaLoreConfig
-from hf_galore.integrations.target_modules import Targets, embedding_weights, find_targets
+from hf_galore.integrations.target_modules import Targets, find_targets
+from hf_galore.integrations.weights import embedding_weights
 from tests.support.helpers import (
     GAP,
     RANK,
@@ -158,7 +159,7 @@ def test_matching_is_that_of_transformers(target_modules: str | list[str]) -> No
     ]
     assume(not only_embeddings)
     if any(not any(check_target_module_exists(entry, name) for name in linear) for entry in entries):
-        with pytest.raises(ValueError, match="matches no trainable linear layer"):  # transformers passes over it
+        with pytest.raises(ValueError, match="matches no trainable matrix"):  # transformers passes over it
             find(target_modules, rank=1)
     else:
         expected = {name for name in linear if check_target_module_exists(target_modules, name)}
@@ -287,7 +288,7 @@ def test_an_entry_that_matches_nothing_is_named_with_near_names(
     entry: str, words: list[str], others: list[str]
 ) -> None:
     """Without hf_galore: `["atn","mlp"]` silently targeted half; no match at all gave `No target modules found`."""
-    with pytest.raises(ValueError, match="matches no trainable linear layer of LlamaForCausalLM") as error:
+    with pytest.raises(ValueError, match="matches no trainable matrix of LlamaForCausalLM") as error:
         find([entry, *others])
     assert [word for word in words if word not in str(error.value)] == []
 
@@ -334,7 +335,7 @@ def test_a_match_of_frozen_layers_only_says_so(target_modules: Any) -> None:
     model = tiny_llama()
     for layer in model.model.layers:
         layer.self_attn.q_proj.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"q_proj.* matches no trainable linear layer .* It matches frozen ones"):
+    with pytest.raises(ValueError, match=r"q_proj.* matches no trainable matrix .* It matches frozen ones"):
         find(target_modules, model)
 
 
@@ -375,7 +376,9 @@ def test_matrices_that_are_too_small_train_full_rank_and_are_named(
         trainer = train(model, tmp_path, "galore_adamw", optim_args=f"rank=48, proj_type={proj_type}", max_steps=2)
     (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("hf_galore")]
     small = [name for name in LAYERS if "k_proj" in name or "v_proj" in name]
-    assert line.endswith(f"among them targets with no side above the rank: {', '.join(small)}.")
+    assert line.endswith(
+        "; no side above the rank: model.layers.*.self_attn.k_proj (2), model.layers.*.self_attn.v_proj (2)."
+    )
     assert line.startswith("GaLore projects 10 matrices")
 
     optimizer = optimizer_of(trainer)
@@ -385,13 +388,15 @@ def test_matrices_that_are_too_small_train_full_rank_and_are_named(
         assert projected == (name.removesuffix(".weight") in set(LAYERS) - set(small)), name
 
 
-def test_a_long_list_of_small_matrices_is_cut(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_small_matrices_are_named_once_for_all_layers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_llama(num_key_value_heads=1, num_hidden_layers=6)
+    model.model.layers[1].self_attn.k_proj.requires_grad_(False)
+    for layer in (0, 1, 2, 4, 5):
+        model.model.layers[layer].self_attn.v_proj.requires_grad_(False)
     with caplog.at_level(logging.INFO, "hf_galore"):
         make_trainer(model, tmp_path, "galore_adamw", optim_args="rank=48").create_optimizer()
     (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("hf_galore")]
-    assert line.count("k_proj") + line.count("v_proj") == 8
-    assert line.endswith(" and 4 more.")
+    assert line.endswith("rank: model.layers.*.self_attn.k_proj (5), model.layers.3.self_attn.v_proj.")
 
 
 def _count(text: str) -> float:
@@ -409,19 +414,20 @@ def test_one_line_says_what_is_projected(name: str, tmp_path: Path, caplog: pyte
     lines = [r.getMessage() for r in caplog.records if r.name.startswith("hf_galore") or "matched" in r.getMessage()]
     assert len(lines) == 1
     found = re.fullmatch(
-        r"GaLore projects (\d+) matrices \(([\d.]+[KMB]?) parameters\) at rank (\d+); "
-        r"(\d+) tensors \(([\d.]+[KMB]?) parameters\) train full-rank\.",
+        r"GaLore projects (\d+) matrices \(([\d.]+[KMB]?) parameters, ([\d.]+) %\) at rank (\d+); "
+        r"full-rank: output head ([\d.]+) %, norms and biases ([\d.]+) %\.",
         lines[0],
     )
     assert found is not None, lines[0]
     projected = [model.get_parameter(f"{target}.weight").numel() for target in LAYERS]
     trainable = [param.numel() for param in model.parameters() if param.requires_grad]
     assert int(found[1]) == len(projected)
-    assert int(found[3]) == RANK
-    assert int(found[4]) == len(trainable) - len(projected)
-    # Four digits are printed.
+    assert int(found[4]) == RANK
+    # Four digits are printed, and shares to a tenth.
     assert _count(found[2]) == pytest.approx(sum(projected), rel=5e-4)
-    assert _count(found[5]) == pytest.approx(sum(trainable) - sum(projected), rel=5e-4)
+    norms = sum(param.numel() for param in model.parameters() if param.ndim == 1)
+    for text, numbers in ((found[3], sum(projected)), (found[5], model.lm_head.weight.numel()), (found[6], norms)):
+        assert float(text) == pytest.approx(100 * numbers / sum(trainable), abs=0.051)
 
 
 # ---- weights that are computed
@@ -505,7 +511,7 @@ def test_a_computed_embedding_is_no_target() -> None:
     model = tiny_llama()
     nn.utils.parametrizations.weight_norm(model.model.embed_tokens)
     assert embedding_weights(model) == []
-    with pytest.raises(ValueError, match="matches no trainable linear layer"):
+    with pytest.raises(ValueError, match="matches no trainable matrix"):
         find(["embed_tokens"], model)
 
 

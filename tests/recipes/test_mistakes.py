@@ -237,7 +237,7 @@ def _no_service() -> Iterator[None]:
 ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "no such target": (
         {"optim_target_modules": ["atn", "mlp"]},
-        "'atn' matches no trainable linear layer of LlamaForC",
+        "'atn' matches no trainable matrix of LlamaForC",
     ),
     "no targets": (
         {"optim_target_modules": None},
@@ -324,7 +324,7 @@ PRETRAIN: dict[str, tuple[str, dict[str, Any], str]] = {
     "no such target": (
         lines({"text": "a"}),
         {"optim_target_modules": ["atn"]},
-        "'atn' matches no trainable linear layer",
+        "'atn' matches no trainable matrix",
     ),
     "no tokenizer": (
         lines({"text": "a"}),
