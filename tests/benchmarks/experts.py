@@ -3,10 +3,10 @@
     python -m tests.benchmarks.experts --results experts.jsonl       # the whole table: about ten minutes of one core
     python -m tests.benchmarks.experts --only gpt_oss --seeds 1
 
-Small models of four architectures (`SIZES`: 64 wide, 8 experts of 128, 2 layers) learn eight languages, each of which is
-a random table of what follows what; the first token of a row says which language it is of. Every optimizer has three
-learning rates, with a cosine schedule and clipping to a norm of 1, and each row of the table its best of the first seed.
-The rank is a quarter of the width, as the scale of 2 goes with (docs/choosing.md); everything else has its default.
+Small models of four architectures (`SIZES`: 64 wide, 8 experts of 128, 2 layers) learn eight languages, each of which
+is a random table of what follows what; the first token of a row says which language it is of. Every optimizer has three
+learning rates, with a cosine schedule and clipping to a norm of 1; what is compared is the best of each with the first
+seed. The rank is a quarter of the width, which a scale of 2 goes with; everything else has its default.
 
 Losses are of rows that nobody trained on, less what no model can know: `floor` is the entropy of the tables. State is
 what `optimizer.state` holds. What is projected at the real size is counted on models without weights.
@@ -42,7 +42,7 @@ RANK, GAP, SCALE = HIDDEN // 4, 20, 2.0
 FOLLOWERS = (0.4, 0.3, 0.2, 0.1)
 
 ADAMW, GALORE = "AdamW", "GaLore"
-RATES = {ADAMW: (1e-3, 3e-3, 9e-3), GALORE: (1e-3, 3e-3, 9e-3)}
+RATES = {ADAMW: (8e-3, 1.6e-2, 3.2e-2), GALORE: (8e-3, 1.6e-2, 3.2e-2)}
 
 COMMON: dict[str, Any] = {
     "vocab_size": LANGUAGES + WORDS,

@@ -1,4 +1,4 @@
-"""The architectures that people fine-tune: each tiny, with a batch that has a loss, and in the size of a model of the Hub.
+"""The architectures that people fine-tune: tiny, each with a batch that has a loss, and in a size that the Hub has.
 
 `tests/integrations/test_zoo.py` trains the tiny ones in every mode. The real ones are made on the meta device, from
 their configurations and without weights, and the table of docs/architectures.md counts what of them is projected.
