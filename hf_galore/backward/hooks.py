@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor, nn
 
 from ..config import Exchange as ExchangeName
+from ..lowrank.products import FactoredGradient, GroupedGradient
 from ..lowrank.projection import Bases
+from .expert_modules import ProjectedExperts, patch_experts
 from .gradient import HOLD, LowRankGradient
 from .linear import ProjectedLinear, patch_linear, why_not_patchable
 from .mode import Mode
@@ -138,7 +140,10 @@ class BackwardHooks:
             if not self.projected_backward or not any(window.trained.projected for window in owned):
                 continue
             projecting += 1
-            if not isinstance(module, ProjectedLinear):
+            if any(window.trained.projected and window.target.is_stack_of_experts for window in owned):
+                if not isinstance(module, ProjectedExperts):
+                    self._handles.append(patch_experts(module, me))
+            elif not isinstance(module, ProjectedLinear):
                 reason = why_not_patchable(module)
                 if reason is None:
                     self._handles.append(patch_linear(module, me))
@@ -287,7 +292,12 @@ class BackwardHooks:
     def gradient_of(self, weight: Tensor, output_gradient: Tensor, inputs: Tensor) -> Tensor | None:
         """The low-rank gradient from δ (T × m) and X (T × n) of one use of a target; `None` where G is needed."""
         window = self._window_of(weight)
-        return None if window is None else window.gradient_of(output_gradient, inputs)
+        return None if window is None else window.gradient_of(FactoredGradient(output_gradient, inputs))
+
+    def gradient_of_stack(self, weight: Tensor, factors: FactoredGradient | GroupedGradient) -> Tensor | None:
+        """The same of a stack."""
+        window = self._window_of(weight)
+        return None if window is None else window.gradient_of(factors)
 
     def bases_for_rows(self, weight: Tensor) -> Bases | None:
         """The bases that rows of a gradient can be projected with by themselves; `None` where autograd has to build it.
@@ -327,7 +337,9 @@ class _GradientHook:
 def detach_all(model: nn.Module) -> None:
     """Take the hooks of every GaLore optimizer off `model`."""
     refs: list[weakref.ref[Any]] = [hook.hooks for param in model.parameters() for hook in _gradient_hooks_on(param)]
-    refs += [module._galore_sink for module in model.modules() if isinstance(module, ProjectedLinear)]
+    refs += [
+        module._galore_sink for module in model.modules() if isinstance(module, (ProjectedLinear, ProjectedExperts))
+    ]
     for ref in refs:
         owner = ref()
         if isinstance(owner, BackwardHooks):

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from ..lowrank.products import FactoredGradient, Gradient
+from ..lowrank.products import FactoredGradient, Gradient, GroupedGradient
 from ..lowrank.projection import Bases, norm_of
 from ..lowrank.seeds import held_seed
 from .gradient import BasisVersion, LowRankGradient, UncommittedRefresh, UsedGradient
@@ -88,7 +88,7 @@ class Window:
 
     @property
     def before(self) -> Before | None:
-        """The basis before the refresh of this window, where there was one and its gradient has not been dropped."""
+        """The basis before this window's refresh, where there was one and its gradient has not been dropped."""
         self.look()
         return self._before
 
@@ -129,18 +129,17 @@ class Window:
 
     # ---- what a linear layer's backward brings
 
-    def gradient_of(self, output_gradient: Tensor, inputs: Tensor) -> Tensor | None:
-        """The low-rank gradient from δ (T × m) and X (T × n) of one use of a target; `None` where G is needed."""
+    def gradient_of(self, factors: FactoredGradient | GroupedGradient) -> Tensor | None:
+        """The low-rank gradient from δ and X of one use of a target; `None` where G is needed."""
         if not self.trained.projected or self._needs_whole():
             return None
         weight, target = self.param, self.target
-        factors = FactoredGradient(output_gradient, inputs)
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
             if not self._refresh_due():
                 return LowRankGradient(weight, self._projected(factors).to(weight.dtype), target.version)
             # With several uses each would be a refresh, and none that of the sum; nor is one process's that of all.
             several = self.is_shared or self.passes.count() > 1 or self.exchange is not None
-            if several or not target.cheaper_from_factors(len(inputs)):
+            if several or not target.takes_factors(factors):
                 return None
             made = target.new_basis(factors)
             low_rank = made.low_rank.to(weight.dtype)
@@ -157,10 +156,10 @@ class Window:
         self._bases_at_hand = (self.target.version, bases) if at_once else None
         return self.target.projected_by(gradient, bases)
 
-    def whole_of(self, factors: FactoredGradient) -> Tensor:
+    def whole_of(self, factors: FactoredGradient | GroupedGradient) -> Tensor:
         """G of one use of the weight, of several."""
         self.is_shared = True
-        return (factors.output_gradient.mT @ factors.inputs).to(self.param.dtype)
+        return factors.whole().to(self.param.dtype)
 
     def _needs_whole(self) -> bool:
         """Whether somebody else needs the gradient as it is: a hook on the weight, or one that is there already."""
@@ -171,9 +170,7 @@ class Window:
 
     def refresh_is_due(self) -> bool:
         """Whether the present micro-batch is to bring a new basis: not on top of R in the present one."""
-        gradient = self.param.grad
-        is_kept = isinstance(gradient, LowRankGradient) and not gradient.is_zero
-        return not is_kept and self._refresh_due()
+        return not self._has_low_rank() and self._refresh_due()
 
     def bases_for_rows(self) -> Bases | None:
         """The bases that rows of a gradient can be projected with by themselves; `None` where autograd has to build it.
@@ -181,8 +178,6 @@ class Window:
         Only a projection of the right side takes rows by themselves, and only between refreshes.
         """
         if not self._mode.projected_backward or not self.trained.projected or self.target.side != "right":
-            return None
-        if self.param.ndim != 2 or self.target.stack is not None:
             return None
         if self._needs_whole() or self._refresh_due():
             return None
@@ -259,10 +254,13 @@ class Window:
         norm = norm_of(whole) if self._mode.whole_norms else None
         if not self._refresh_due():
             return LowRankGradient(param, self._projected(whole), target.version, norm=norm)
-        made = target.new_basis(whole)
+        return self._refreshed(target.new_basis(whole), norm)
+
+    def _refreshed(self, made: NewBasis, norm: Tensor | None) -> LowRankGradient:
+        """The low-rank gradient of G that bases were made from, which are used from now on."""
+        param, target, zero, lost = self.param, self.target, made.is_zero, made.is_lost
         if made.usable:
             self._before = target.use_basis(made, target.new_version(), keep=self._must_hold())
-        zero, lost = made.is_zero, made.is_lost
         return LowRankGradient(param, made.low_rank, target.version, norm=norm, is_zero=zero, is_lost=lost)
 
     # ---- what processes reduce together
@@ -287,9 +285,9 @@ class Window:
     def low_rank_to_send(self) -> Tensor:
         """R of this process, of all passes of the window; zeros where there is none."""
         gradient = self.param.grad
-        if isinstance(gradient, LowRankGradient):
-            return gradient.low_rank
-        return self.param.new_zeros(self.target.low_rank_shape)
+        if not isinstance(gradient, LowRankGradient):
+            return self.param.new_zeros(self.target.low_rank_shape)
+        return gradient.low_rank
 
     def hold_sent(self, low_rank: Tensor) -> None:
         """Hold R where its mean is going to be."""
@@ -314,13 +312,8 @@ class Window:
 
     def use_refresh(self, made: NewBasis) -> None:
         """Use the basis, and R, that come from a gradient that was reduced."""
-        param, target = self.param, self.target
-        if made.usable:
-            self._before = target.use_basis(made, target.new_version(), keep=self._must_hold())
-        norm = torch.tensor(made.norm, device=param.device) if self._mode.whole_norms else None
-        self._use(
-            LowRankGradient(param, made.low_rank, target.version, norm=norm, is_zero=made.is_zero, is_lost=made.is_lost)
-        )
+        norm = torch.tensor(made.norm, device=self.param.device) if self._mode.whole_norms else None
+        self._use(self._refreshed(made, norm))
 
     def _hold(self, gradient: LowRankGradient) -> None:
         """Let a low-rank gradient take no more memory until `step()` than it has to."""
@@ -349,7 +342,10 @@ class Window:
     def _refresh_due(self) -> bool:
         if self.before is not None or not self.target.due():
             return False
-        gradient = self.param.grad
         # Matrices of a stack that had no gradient when their turn was wait for one; the others' R may be there already.
-        waits = self.target.stack is not None and isinstance(gradient, LowRankGradient)
-        return not waits or gradient.is_zero
+        return self.target.stack is None or not self._has_low_rank()
+
+    def _has_low_rank(self) -> bool:
+        """Whether there is R, in the present basis."""
+        gradient = self.param.grad
+        return isinstance(gradient, LowRankGradient) and not gradient.is_zero

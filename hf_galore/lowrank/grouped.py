@@ -134,7 +134,7 @@ def _serves(a: Tensor, b: Tensor) -> bool:
     if grouped_mm is None or len(a) == 0 or len(b) == 0:
         return False
     if a.device.type != "cuda":
-        return a.device.type == "cpu"
+        return a.device.type == "cpu" and a.dtype in (torch.float32, torch.bfloat16, torch.float16)
     aligned = all(
         stride * tensor.element_size() % 16 == 0 for tensor in (a, b) for stride in tensor.stride() if stride != 1
     )

@@ -41,6 +41,10 @@ class FactoredGradient(NamedTuple):
         """m × n, or k × m × n."""
         return *self.output_gradient.shape[:-2], self.output_gradient.shape[-1], self.inputs.shape[-1]
 
+    def whole(self) -> Tensor:
+        """G itself."""
+        return self.output_gradient.mT @ self.inputs
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of both factors."""
@@ -82,7 +86,7 @@ class SummedGradient(NamedTuple):
     ranks: Ranks
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def shape(self) -> tuple[int, ...]:
         """m × n."""
         return self.factors.shape
 

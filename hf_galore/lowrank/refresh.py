@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config import RefreshMethod
 from .methods import METHODS, gaussian, scale_
-from .orthonormal import TINY, Factorisation, defect, usual
+from .orthonormal import TINY, Factorisation, defect, gram, usual
 from .products import FactoredGradient, Gradient, GroupedGradient, ShardedGradient, SummedGradient, times, transposed
 from .projection import Bases, Side, at_least_float32, nonzero_columns, norm_of, norm_of_each
 
@@ -24,6 +24,8 @@ PROBES = 16
 # A column with less than this part of what a column has on average may stand for nothing: `methods.ENERGY_FLOOR` leaves
 # up to that in it. (Columns of real gradients have 3e-4 and more.)
 WEAK = 1e-4
+# What rounding leaves of a row that depends on others, in units of the dtype's precision and of the row's square.
+_PIVOT = 64
 # Rows of a gradient that tell what precision it was computed in.
 _SAMPLE_ROWS = 64
 
@@ -78,18 +80,20 @@ def cheaper_from_factors(shape: Sequence[int], rank: int, side: Side, method: Re
     return narrow * tokens * rank * (m + n) < tokens * m * n + narrow * rank * m * n
 
 
-def full_rank(bases: Bases, gradient: Gradient, old: Bases | None) -> Tensor:
+def full_rank(bases: Bases, gradient: Gradient, old: Bases | None, low_rank: Tensor | None = None) -> Tensor:
     """1 where every column stands for a direction of the gradient, 0 where its rank may be below r; 0-dimensional.
 
     Of a stack k numbers.
 
-    The rank of a gradient in factors is at most its rows. Of another a column tells that has next to nothing of it (a
-    rank only a little below r does not show that way), and that it was so at the last refresh.
+    The rank of a gradient in factors is at most its rows. Of another a column tells that has next to nothing of it, and
+    that it was so at the last refresh; and R, whose rank is that of the gradient at most, though what the power
+    iteration has kept of old directions is no longer small in it.
 
     Args:
         bases: as `new_bases` gives them.
         gradient: G, or its factors.
         old: those before, if there were any.
+        low_rank: R in these bases, if it is whole.
     """
     floor = _noise_floor(gradient)
     found = [nonzero_columns(basis).all(dim=-1) for basis in old or () if basis is not None]
@@ -98,8 +102,23 @@ def full_rank(bases: Bases, gradient: Gradient, old: Bases | None) -> Tensor:
             limit = floor.clamp_min(WEAK * share.shape[-1] ** -0.5)
             enough = _tokens(gradient) >= share.shape[-1]
             found.append((share > limit.unsqueeze(-1)).all(dim=-1) & enough)
+    if low_rank is not None and low_rank.dtype.itemsize >= 4 and not isinstance(gradient, ShardedGradient):
+        found.append(_independent(low_rank if bases.left is not None else low_rank.mT))
     flag: Tensor = torch.stack(found).all(dim=0)
     return flag.to(at_least_float32(gradient.dtype))
+
+
+def _independent(rows: Tensor) -> Tensor:
+    """Whether no row depends on those before it, as far as rounding allows to say so: a boolean, or k of them.
+
+    The pivots of a Cholesky factorisation are what is left of a row's square once the others are taken out.
+    """
+    products = gram(rows.mT)
+    factor, failed = torch.linalg.cholesky_ex(products)
+    left: Tensor = factor.diagonal(dim1=-2, dim2=-1).square()
+    limit = _PIVOT * torch.finfo(rows.dtype).eps
+    enough: Tensor = (left > limit * products.diagonal(dim1=-2, dim2=-1)).all(dim=-1)
+    return enough.logical_and(failed == 0)
 
 
 def _tokens(gradient: Gradient) -> int | float | Tensor:
@@ -250,7 +269,7 @@ def figures_of(
     shared = torch.ones_like(total) if old is None else overlap(new, old)
     figures = [total, torch.where(total > 0, energy, 1.0), shared]
     if computed is not None:
-        full = full_rank(computed, gradient, old)
+        full = full_rank(computed, gradient, old, low_rank)
         defects = [defect(basis) for basis in computed if basis is not None and check]
         worst = torch.stack(defects).amax(dim=0) if defects else torch.zeros_like(full)
         figures += [full.to(total.dtype), worst.to(total.dtype)]

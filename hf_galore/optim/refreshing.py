@@ -23,6 +23,7 @@ from ..lowrank.schedule import NEVER
 from .bases import BasisLayout, NewBasis, OfStack, State, numbers_of
 from .report import Stopwatch
 from .skipped import uncount
+from .stack import bases_of_matrices
 
 if TYPE_CHECKING:
     from .target import Target
@@ -98,14 +99,14 @@ class _Refresh:
             self._look(gradient)
             return
         some = chosen(gradient, indices)
-        old = None if self._old is None else _chosen_bases(self._old, indices)
+        old = None if self._old is None else bases_of_matrices(self._old, indices)
         part = _Refresh(self._target, self._layout.of(len(indices)), old, self._seed)
-        part._bases = compute(some, old, _chosen_bases(self._bases, indices))
+        part._bases = compute(some, old, bases_of_matrices(self._bases, indices))
         part._look(some)
         for key, value in part.kept.items():
             self.kept[key][list(indices)] = value
         for basis, new in zip(self._bases, part._bases, strict=True):
-            if basis is not None:
+            if basis is not None and new is not None:
                 basis[list(indices)] = new
         for index, figures in zip(indices, part.figures, strict=True):
             self.figures[index] = figures
@@ -166,7 +167,7 @@ def refresh_of_stack(target: Target, gradient: Gradient, seed: int) -> NewBasis:
         if not some:
             continue
         is_all = len(some) == len(steps)
-        old = None if steps[some[0]] == NEVER else _chosen_bases(target.bases(), some)
+        old = None if steps[some[0]] == NEVER else bases_of_matrices(target.bases(), some)
         refresh = _Refresh(target, target.layout.of(len(some)), old, seed)
         part = gradient if is_all else chosen(gradient, some)
         refresh.compute(_built_if_cheaper(target, part))
@@ -242,11 +243,6 @@ def chosen(gradient: Gradient, indices: Sequence[int]) -> Gradient:
         return FactoredGradient(*(factor[list(indices)] for factor in gradient))
     assert isinstance(gradient, Tensor)
     return gradient[list(indices)]
-
-
-def _chosen_bases(bases: Bases, indices: Sequence[int]) -> Bases:
-    every = next(len(basis) for basis in bases if basis is not None) == len(indices)
-    return bases if every else Bases(*(None if basis is None else basis[list(indices)] for basis in bases))
 
 
 def _with_rows(value: Tensor, indices: Sequence[int], new: Tensor, rows: Sequence[int]) -> Tensor:

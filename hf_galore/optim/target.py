@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from ..backward.gradient import BasisVersion
 from ..lowrank.matrices import as_matrices, viewed
 from ..lowrank.nonfinite import Skip
-from ..lowrank.products import Gradient
+from ..lowrank.products import FactoredGradient, Gradient, GroupedGradient
 from ..lowrank.projection import (
     Bases,
     add_projected_back_,
@@ -85,14 +85,19 @@ class Target(Turns):
         return self.low_rank_shape
 
     @property
+    def is_stack_of_experts(self) -> bool:
+        """Whether the parameter itself is a stack of k × m × n."""
+        return self.matrix_shape == tuple(self.param.shape) and self.stack is not None
+
+    @property
     def low_rank_shape(self) -> tuple[int, ...]:
         """The shape of R."""
         return low_rank_shape(self.matrix_shape, self.side, self.rank)
 
     def _as_matrices(self, gradient: Gradient) -> Gradient:
-        # That of the parameter; of some matrices of a stack it is so already.
-        is_whole = isinstance(gradient, Tensor) and gradient.shape == self.param.shape
-        return as_matrices(gradient, self.matrix_shape) if is_whole else gradient
+        if isinstance(gradient, Tensor) and gradient.shape == self.param.shape:
+            return as_matrices(gradient, self.matrix_shape)
+        return gradient  # of some matrices of a stack
 
     def new_state(self, like: Tensor) -> State:
         """A state before the first refresh, on the device of `like`."""
@@ -139,8 +144,11 @@ class Target(Turns):
 
         return BasisVersion(name, low_rank)
 
-    def cheaper_from_factors(self, tokens: int) -> bool:
-        """Whether a refresh takes fewer multiply-adds from δ and X of `tokens` rows than from G = δᵀX."""
+    def takes_factors(self, factors: FactoredGradient | GroupedGradient) -> bool:
+        """Whether a refresh takes fewer multiply-adds from δ and X than from G = δᵀX; of groups it builds G itself."""
+        if isinstance(factors, GroupedGradient):
+            return True
+        tokens = factors.inputs.shape[-2]
         return cheaper_from_factors(self.matrix_shape, self.rank, self.side, self.group["refresh"], tokens)
 
     @torch.no_grad()
@@ -302,18 +310,25 @@ class Target(Turns):
         group, step = self.group, int(self.state["step"].item())
         if not before.had_basis or step == 0 or group["moments"] == "keep":
             return
-        moments, some = self.moments(), before.matrices
-        is_part = self.stack is not None and some is not None and len(some) < self.stack
-        part = of_matrices(moments, some, self.stack) if is_part else moments
-        if group["moments"] == "reset":
-            self.rule.reset_(part)
+        moments, some, count = self.moments(), before.matrices, self.stack or 1
+        if some is None or len(some) == count:
+            self._carry(moments, self.bases(), before, range(count))
         else:
-            new, old = self.bases(), self.layout.read(before.entries, self.param.dtype)
-            if is_part:
-                new, old = bases_of_matrices(new, some), bases_of_matrices(old, some)
-            self.rule.rotate_(part, group, self._of_moments(rotation_between(new, old)), step)
-        if is_part:
-            put_of_matrices(moments, part, some, self.stack)
+            part = of_matrices(moments, some, count)
+            self._carry(part, bases_of_matrices(self.bases(), some), before, some)
+            put_of_matrices(moments, part, some, count)
+
+    def _carry(self, moments: State, new: Bases, before: Before, some: Sequence[int]) -> None:
+        """Do it to the moments of some matrices of a stack, or of one matrix; those of the new bases."""
+        group = self.group
+        if group["moments"] == "reset":
+            self.rule.reset_(moments)
+            return
+        old = self.layout.read(before.entries, self.param.dtype)
+        if self.stack is not None:
+            old = bases_of_matrices(old, some)
+        rotation = self._of_moments(rotation_between(new, old))
+        self.rule.rotate_(moments, group, rotation, int(self.state["step"].item()))
 
     def _of_moments(self, rotation: Rotation) -> Rotation:
         """A rotation of the low-rank gradient, for moments as they are kept."""

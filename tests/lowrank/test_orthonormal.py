@@ -20,7 +20,7 @@ from hf_galore.lowrank.orthonormal import Factorisation, by_products, by_reflect
 from hf_galore.lowrank.products import FactoredGradient
 from hf_galore.lowrank.projection import Bases, Side, project
 from hf_galore.lowrank.refresh import new_bases
-from hf_galore.optim.target import Target
+from hf_galore.optim.refreshing import _Refresh
 from tests.lowrank.test_refresh import SIDES, drifted, power_law, random, random_orthonormal, with_spectrum
 from tests.support.helpers import assert_identical, target_of
 
@@ -211,14 +211,14 @@ def refreshed(gradient: Tensor | FactoredGradient, count: list[int], monkeypatch
     weight = nn.Parameter(torch.zeros(tuple(gradient.shape)))
     optimizer = GaLoreAdamW([{"params": [weight], "rank": 16, "proj_bits": 16}], lr=1e-2)
     target = target_of(optimizer, weight)
-    original = Target._figures
+    original = _Refresh._look
 
-    def counted(*args: Any) -> Any:
+    def counted(*args: Any, **options: Any) -> None:
         count[0] += 1
-        return original(*args)
+        original(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Target, "_figures", counted)
+        patch.setattr(_Refresh, "_look", counted)
         made = target.new_basis(gradient)
     assert made.usable
     target.use_basis(made, target.new_version(), keep=False)

@@ -405,7 +405,12 @@ def test_the_overlap_is_that_of_subspaces_whatever_their_bases(side: Side) -> No
     shapes = basis_shapes((m, n), side, rank)
 
     def bases(seed: int) -> Bases:
-        return Bases(*(None if shape is None else random_orthonormal(*shape, seed=seed + shape[0]) for shape in shapes))
+        return Bases(
+            *(
+                None if shape is None else random_orthonormal(shape[0], shape[1], seed=seed + shape[0])
+                for shape in shapes
+            )
+        )
 
     old = bases(0)
     mixing = random_orthonormal(rank, rank, 99)

@@ -40,7 +40,7 @@ def two_bases(side: Side, seed: int = 0) -> tuple[Bases, Bases]:
     """Old bases, and new ones that share some of their span."""
     generator = torch.Generator().manual_seed(seed)
     shapes = basis_shapes(SHAPE, side, RANK)
-    old = [None if shape is None else orthonormal(*shape, generator) for shape in shapes]
+    old = [None if shape is None else orthonormal(shape[0], shape[1], generator) for shape in shapes]
     new = []
     for p in old:
         noise = None if p is None else torch.randn(p.shape, generator=generator, dtype=torch.float64)
