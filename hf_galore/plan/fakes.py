@@ -59,6 +59,8 @@ class Fakes:
         """What an operation gives. Numbers that are not there are those of a full batch and finite gradients."""
         if func is _aten._local_scalar_dense.default and args[0].constant is None:
             return _answer(func, args)  # by far the most frequent question: no need to let it fail first
+        if func is _aten._grouped_mm.default:
+            return _grouped_product(*args, **kwargs)
         try:
             return self._cache.call(func, args, kwargs)
         except DataDependentOutputException:
@@ -144,6 +146,26 @@ def _all_of(func: Any, args: Any) -> Tensor:
     elif func is _aten.nonzero.default:
         return cast("Tensor", args[0].new_empty((args[0].numel(), args[0].ndim), dtype=torch.int64))
     raise NotImplementedError(f"The shape of what {func} gives depends on numbers that a plan does not have.")
+
+
+def _grouped_product(
+    first: Tensor, second: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """What `grouped_mm` gives, whose own rule for fakes knows bfloat16 only. Kernels take float32 and float16 too.
+
+    Source: torch, `aten/src/ATen/native/GroupedMMUtils.h` (`create_grouped_gemm_output_tensor`: rows of whole 16 bytes).
+    """
+    rows, columns = first.shape[-2], second.shape[-1]
+    if first.ndim == second.ndim == 2:
+        assert offs is not None
+        groups = [offs.shape[0]]
+    else:
+        groups = [first.shape[0]] if first.ndim == second.ndim == 3 else []
+    kind = dtype or first.dtype
+    granule = max(1, 16 // kind.itemsize)
+    width = math.ceil(columns / granule) * granule
+    strides = ([rows * width] if groups else []) + [width, 1]
+    return first.new_empty_strided([*groups, rows, columns], strides, dtype=kind)
 
 
 # ---- models
