@@ -3,13 +3,14 @@
     python -m tests.benchmarks.experts --results experts.jsonl       # the whole table: about ten minutes of one core
     python -m tests.benchmarks.experts --only gpt_oss --seeds 1
 
-Small models of four architectures (`SIZES`: 64 wide, 8 experts of 128, 2 layers) learn eight languages, each of which
+Small models of four architectures (`SIZES`: 64 wide, 8 experts of 128, 2 layers) learn four languages, each of which
 is a random table of what follows what; the first token of a row says which language it is of. Every optimizer has three
 learning rates, with a cosine schedule and clipping to a norm of 1; what is compared is the best of each with the first
-seed. The rank is a quarter of the width, which a scale of 2 goes with; everything else has its default.
+seed. The rank is a quarter of the width; gap and scale are fitted to so short a run; everything else has its default.
 
-Losses are of rows that nobody trained on, less what no model can know: `floor` is the entropy of the tables. State is
-what `optimizer.state` holds. What is projected at the real size is counted on models without weights.
+Losses are of rows that nobody trained on; no model can come below `floor`, the entropy of the tables. State is what
+`optimizer.state` holds. What is projected at the real size, and state there, is counted on models without weights, at a
+quarter of the smaller side of their experts.
 """
 
 from __future__ import annotations
@@ -31,18 +32,19 @@ from torch import Tensor, nn
 
 from hf_galore import GaLoreConfig, make_optimizer
 from hf_galore.integrations.target_modules import find_targets
+from hf_galore.integrations.weights import EXPERTS, weights_of
 from hf_galore.optim.bases import ON_HOST
 from tests.benchmarks.quality import MAX_NORM, WARMUP, Results, Run
 from tests.support.zoo import ZOO, made
 
-LANGUAGES, WORDS = 8, 56
+LANGUAGES, WORDS = 4, 28
 ROWS, LENGTH = 16, 32
 HIDDEN = 64
-RANK, GAP, SCALE = HIDDEN // 4, 20, 2.0
+RANK, GAP, SCALE = HIDDEN // 4, 50, 1.0
 FOLLOWERS = (0.4, 0.3, 0.2, 0.1)
 
 ADAMW, GALORE = "AdamW", "GaLore"
-RATES = {ADAMW: (8e-3, 1.6e-2, 3.2e-2), GALORE: (8e-3, 1.6e-2, 3.2e-2)}
+RATES = {ADAMW: (5e-3, 1e-2, 2e-2), GALORE: (5e-3, 1e-2, 2e-2)}
 
 COMMON: dict[str, Any] = {
     "vocab_size": LANGUAGES + WORDS,
@@ -131,7 +133,7 @@ def share_of_bytes(model: nn.Module, rank: int) -> float:
 
 @dataclasses.dataclass
 class Languages:
-    """Eight random tables of what follows what, the same for every seed of a training."""
+    """Four random tables of what follows what, the same for every seed of a training."""
 
     followers: Tensor  # (language, word, follower)
 
@@ -257,9 +259,10 @@ def table(names: list[str], results: Results, seeds: list[int], steps: int) -> T
     return shown
 
 
-def quarter(model: Any) -> int:
-    """A quarter of a model's width."""
-    return int(model.config.hidden_size) // 4
+def quarter(model: nn.Module) -> int:
+    """A quarter of the smaller side of a model's experts, in which most of its parameters are."""
+    experts = [weight for weight in weights_of(model) if weight.kind == EXPERTS and weight.param.ndim == 3]
+    return min(min(weight.param.shape[1:]) for weight in experts) // 4
 
 
 def main() -> None:
