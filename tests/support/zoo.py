@@ -821,7 +821,7 @@ class LanguageModel(nn.Module):
         return types.SimpleNamespace(loss=loss)
 
 
-def _recurrent(cls: type[nn.RNNBase]) -> Architecture:
+def _recurrent(cls: type[nn.LSTM | nn.GRU]) -> Architecture:
     def make(vocabulary: int, hidden: int, layers: int) -> nn.Module:
         return LanguageModel(vocabulary, hidden, cls(hidden, hidden, layers, batch_first=True))
 
