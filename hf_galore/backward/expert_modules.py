@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copyreg
 import types
 import weakref
 from typing import Any, cast
@@ -13,13 +12,11 @@ from torch import nn
 from ..integrations.accelerate import forward_attribute
 from ..integrations.fully_shard import as_unit, was
 from .experts import StackGradientSink, run_watched
+from .patched import Patched, patched_class, why_not_derivable
 
 
-class ProjectedExperts:
-    """What a patched module's class has before the module's own. Copies and pickles are of the module's own."""
-
-    original: type[nn.Module]
-    """The module's own class."""
+class ProjectedExperts(Patched):
+    """What a patched module's class has before the module's own."""
 
     @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -28,20 +25,29 @@ class ProjectedExperts:
         forward: Any = super().forward  # type: ignore[misc]
         return run_watched(forward, cast("nn.Module", self), None if ref is None else ref(), args, kwargs)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        plain = self.original.__new__(self.original)
-        plain.__dict__.update((key, value) for key, value in self.__dict__.items() if key != "_galore_sink")
-        made_by, arguments, *rest = cast("tuple[Any, ...]", plain.__reduce_ex__(protocol))
-        return (_new if made_by is copyreg.__newobj__ else made_by, arguments, *rest)  # type: ignore[attr-defined]
-
-
-def _new(cls: type, *arguments: Any) -> Any:
-    return cls.__new__(cls, *arguments)
-
 
 def why_not_watched(module: nn.Module) -> str | None:
     """Why `patch_experts` cannot serve a module, in words; `None` where it can."""
-    return None if forward_attribute(module) is None else "its forward has been replaced"
+    cls = was(type(module))
+    if cls.__module__.startswith("torch."):
+        return f"it is of class {cls.__name__}, which computes with all of its weights in one operation"
+    attribute = forward_attribute(module)
+    if attribute is not None and not _is_own(module.__dict__[attribute], module, cls):
+        return "its forward has been replaced"
+    return why_not_derivable(cls, ProjectedExperts)
+
+
+def _is_own(forward: Any, module: nn.Module, cls: type) -> bool:
+    """Whether this is the `forward` of a class, of that module."""
+    function = getattr(forward, "__func__", None)
+    return getattr(forward, "__self__", None) is module and function is cls.forward  # type: ignore[attr-defined]
+
+
+def _rebind(module: nn.Module, old: type, new: type) -> None:
+    """Let a module of which somebody has bound `forward`, as accelerate's wrapper does, run that of its new class."""
+    for attribute in ("forward", "_old_forward"):
+        if _is_own(module.__dict__.get(attribute), module, old):
+            setattr(module, attribute, types.MethodType(new.forward, module))  # type: ignore[attr-defined]
 
 
 class ExpertsPatch:
@@ -50,24 +56,29 @@ class ExpertsPatch:
     def __init__(self, module: nn.Module, cls: type[nn.Module]) -> None:
         self._module = weakref.ref(module)
         self._cls = cls  # that it had
+        self._patched = was(type(module))
 
     def remove(self) -> None:
-        """Make the module one of its own class again."""
+        """Give the module its own class again."""
         module = self._module()
-        if module is not None and issubclass(was(type(module)), ProjectedExperts):
-            module.__dict__.pop("_galore_sink", None)
+        if module is not None and was(type(module)) is self._patched:
+            del module.__dict__["_galore_sink"]
             module.__class__ = self._cls
+            _rebind(module, self._patched, was(self._cls))
 
 
 def patch_experts(module: nn.Module, sink: weakref.ref[Any]) -> ExpertsPatch:
-    """Send the gradients of a module's stacks to `sink`, which is referred to weakly."""
+    """Send the gradients of a module's stacks to `sink`, which is referred to weakly.
+
+    Raises:
+        ValueError: the module cannot be patched; see `why_not_watched`.
+    """
+    reason = why_not_watched(module)
+    if reason is not None:
+        raise ValueError(f"The projected backward cannot serve this module: {reason}.")
     cls = type(module)
-    own = was(cls)
-    subclasses: list[Any] = own.__subclasses__()
-    found = next((sub for sub in subclasses if sub.__dict__.get("original") is own), None)
-    if found is None:
-        bases = (ProjectedExperts, own)
-        found = types.new_class(f"Projected{own.__name__}", bases, exec_body=lambda body: body.update(original=own))
-    module.__class__ = as_unit(found, cls)
+    patched = patched_class(was(cls), ProjectedExperts)
+    module.__class__ = as_unit(patched, cls)
     module.__dict__["_galore_sink"] = sink
+    _rebind(module, was(cls), patched)
     return ExpertsPatch(module, cls)

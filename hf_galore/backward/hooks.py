@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from ..config import Exchange as ExchangeName
 from ..lowrank.products import FactoredGradient, GroupedGradient
 from ..lowrank.projection import Bases
-from .expert_modules import ProjectedExperts, patch_experts
+from .attached import GradientHook, detach_all, gradient_hooks_on
+from .expert_modules import patch_experts, why_not_watched
 from .gradient import HOLD, LowRankGradient
-from .linear import ProjectedLinear, patch_linear, why_not_patchable
+from .linear import patch_linear, why_not_patchable
 from .mode import Mode
 from .notices import Notices, is_compiled
 from .passes import PassCounter, Passes
+from .patched import Patched
 from .window import Window
 from .wrapped import Wrappers
 
@@ -122,7 +124,7 @@ class BackwardHooks:
         if optimizer is None:
             return
         for trained in self._lacking(optimizer.trained_parameters()):
-            handle = trained.param.register_post_accumulate_grad_hook(_GradientHook(me))
+            handle = trained.param.register_post_accumulate_grad_hook(GradientHook(me))
             self._handles.append(handle)
             self._windows[id(trained.param)] = Window(trained, self._mode, handle)
             self._wrappers.forget()
@@ -140,15 +142,14 @@ class BackwardHooks:
             if not self.projected_backward or not any(window.trained.projected for window in owned):
                 continue
             projecting += 1
-            if any(window.trained.projected and window.target.is_stack_of_experts for window in owned):
-                if not isinstance(module, ProjectedExperts):
-                    self._handles.append(patch_experts(module, me))
-            elif not isinstance(module, ProjectedLinear):
-                reason = why_not_patchable(module)
-                if reason is None:
-                    self._handles.append(patch_linear(module, me))
-                else:
-                    not_served[name] = reason
+            if isinstance(module, Patched):
+                continue
+            experts = any(window.trained.projected and window.target.is_stack_of_experts for window in owned)
+            reason = why_not_watched(module) if experts else why_not_patchable(module)
+            if reason is None:
+                self._handles.append((patch_experts if experts else patch_linear)(module, me))
+            else:
+                not_served[name] = reason
         self.notices.not_served(not_served, projecting)
         if is_compiled(model):
             self.notices.compiled()
@@ -322,39 +323,10 @@ class BackwardHooks:
         return [self._windows[id(param)].passes for param in params if id(param) in self._windows]
 
 
-class _GradientHook:
-    """A parameter's post-accumulate-grad hook; a class, so that `detach_all` can tell it from other hooks."""
-
-    def __init__(self, hooks: weakref.ref[BackwardHooks]) -> None:
-        self.hooks = hooks
-
-    def __call__(self, param: Tensor) -> None:
-        hooks = self.hooks()
-        if hooks is not None:
-            hooks.receive(param)
-
-
-def detach_all(model: nn.Module) -> None:
-    """Take the hooks of every GaLore optimizer off `model`."""
-    refs: list[weakref.ref[Any]] = [hook.hooks for param in model.parameters() for hook in _gradient_hooks_on(param)]
-    refs += [
-        module._galore_sink for module in model.modules() if isinstance(module, (ProjectedLinear, ProjectedExperts))
-    ]
-    for ref in refs:
-        owner = ref()
-        if isinstance(owner, BackwardHooks):
-            owner.detach()
-
-
 def hooks_on(param: Tensor) -> BackwardHooks | None:
     """What looks after a parameter's gradient during the backward pass, if anything does."""
-    owners = (hook.hooks() for hook in _gradient_hooks_on(param))
+    owners = (hook.hooks() for hook in gradient_hooks_on(param))
     return next((owner for owner in owners if owner is not None and owner.serves(param)), None)
-
-
-def _gradient_hooks_on(param: Tensor) -> list[_GradientHook]:
-    hooks = getattr(param, "_post_accumulate_grad_hooks", None) or {}
-    return [hook for hook in hooks.values() if isinstance(hook, _GradientHook)]
 
 
 def _remove(handles: list[Any]) -> None:

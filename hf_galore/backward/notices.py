@@ -45,7 +45,7 @@ class Notices:
             return
         logger.warning(
             "%s It serves %s of the %d modules with targets, so a step takes more memory and time than it would with "
-            "plain nn.Linear layers. If that is meant, say so by projected_backward=false.",
+            "plain linear layers. If that is meant, say so by projected_backward=false.",
             message,
             served or "none",
             projecting,

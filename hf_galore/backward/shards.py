@@ -48,8 +48,9 @@ class ShardHooks(BackwardHooks):
         super().attach_new()
         self._units = {id(shard): unit for unit in units(self._model) for shard, _ in unit.parameters()}
         for module in self._model.modules():
-            if isinstance(module, ProjectedLinear) and id(module.weight) in self._windows:
-                self._shards[id(module)] = weakref.ref(module.weight)
+            weight = module.weight if isinstance(module, ProjectedLinear) else None
+            if isinstance(weight, Tensor) and id(weight) in self._windows:
+                self._shards[id(module)] = weakref.ref(weight)
 
     def _check(self) -> None:
         optimizer = self._optimizer()

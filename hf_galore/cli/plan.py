@@ -224,7 +224,8 @@ def _table(found: MemoryPlan) -> Table:
 
 def _further(found: MemoryPlan) -> str:
     others = [f"{phase} {_size_of(nbytes)}" for phase, nbytes in found.phase_peaks.items() if phase != found.phase]
-    parts = [f"Peaks elsewhere: {', '.join(others)}; between steps {_size_of(found.resident_bytes)}."]
+    parts = [] if found.projection is None else [f"{found.projection}."]
+    parts += [f"Peaks elsewhere: {', '.join(others)}; between steps {_size_of(found.resident_bytes)}."]
     other = found.segmented_bytes if found.expandable else found.expandable_bytes
     kinds = ("with", "without") if found.expandable else ("without", "with")
     more = f"{gib(other - found.peak_bytes, found.peak_bytes)} GiB"

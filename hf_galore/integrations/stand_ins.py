@@ -15,6 +15,7 @@ from unittest import mock
 import numpy as np
 import torch
 import transformers.masking_utils
+import transformers.modeling_utils
 import transformers.trainer_pt_utils
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, TrainingArguments
@@ -51,7 +52,7 @@ def without_numbers(
         for owner, name, replacement in (
             # Weights come from nowhere, and nothing is written.
             (PreTrainedModel, "from_pretrained", classmethod(_from_config)),
-            (PreTrainedModel, "save_pretrained", _nothing),
+            (PreTrainedModel, "save_pretrained", _as_saved),
             *((owner, "save_pretrained", _nothing) for owner in _peft_models()),
             # transformers takes a fake for a sign of compilation, for which it makes other masks.
             (transformers.masking_utils, "is_tracing", lambda tensor=None: False),
@@ -132,6 +133,16 @@ def _from_config(
     )
     model.eval()
     return model
+
+
+def _as_saved(self: PreTrainedModel, *args: Any, state_dict: Any = None, **kwargs: Any) -> None:
+    """Instead of `PreTrainedModel.save_pretrained`, which writes experts as they are on the Hub: each by itself.
+
+    What transformers 5 keeps in one tensor is copied for that, where it is, all of it before anything is written.
+    """
+    convert: Any = getattr(transformers.modeling_utils, "revert_weight_conversion", None)
+    if convert is not None and kwargs.get("save_original_format", True):
+        convert(self, dict(self.state_dict() if state_dict is None else state_dict))
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer import Trainer
 
-from ..backward.hooks import detach_all
+from ..backward.attached import detach_all
 from ..config import GaLoreConfig
 from ..log import logger
 from ..optim.build import KINDS, needs_hooks, optimizer_cls_and_kwargs

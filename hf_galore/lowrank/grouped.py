@@ -130,12 +130,12 @@ def _bounds(ends: Tensor) -> tuple[list[int], list[int]]:
 
 
 def _serves(a: Tensor, b: Tensor) -> bool:
-    """Whether torch's kernel takes these: on a GPU bfloat16 in rows of whole 16 bytes, from compute capability 8.0."""
+    """Whether torch's kernel takes these: rows of whole 16 bytes, on a GPU of bfloat16 and from capability 8.0."""
     if grouped_mm is None or len(a) == 0 or len(b) == 0:
         return False
-    if a.device.type != "cuda":
-        return a.device.type == "cpu" and a.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    aligned = all(
-        stride * tensor.element_size() % 16 == 0 for tensor in (a, b) for stride in tensor.stride() if stride != 1
-    )
-    return a.dtype == torch.bfloat16 and aligned and torch.cuda.get_device_capability(a.device) >= (8, 0)
+    strides = [stride * tensor.element_size() for tensor in (a, b) for stride in tensor.stride() if stride != 1]
+    if any(stride % 16 for stride in strides):
+        return False
+    if a.device.type == "cuda":
+        return a.dtype == torch.bfloat16 and torch.cuda.get_device_capability(a.device) >= (8, 0)
+    return a.device.type == "cpu" and a.dtype in (torch.float32, torch.bfloat16, torch.float16)

@@ -149,11 +149,15 @@ def _all_of(func: Any, args: Any) -> Tensor:
 
 
 def _grouped_product(
-    first: Tensor, second: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, dtype: torch.dtype | None = None
+    first: Tensor,
+    second: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """What `grouped_mm` gives, whose own rule for fakes knows bfloat16 only. Kernels take float32 and float16 too.
 
-    Source: torch, `aten/src/ATen/native/GroupedMMUtils.h` (`create_grouped_gemm_output_tensor`: rows of whole 16 bytes).
+    Source: torch, `ATen/native/GroupedMMUtils.h` (`create_grouped_gemm_output_tensor`: rows of whole 16 bytes).
     """
     rows, columns = first.shape[-2], second.shape[-1]
     if first.ndim == second.ndim == 2:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from ..backward.linear import why_not_patchable
 from ..config import RefreshMethod
 from ..lowrank.projection import Side, low_rank_shape
 from ..optim.optimizer import GaLoreOptimizer
@@ -182,7 +183,11 @@ def _projection(target: Target, state: Mapping[str, Tensor], without_gradient: b
 def _linear_weights(model: nn.Module) -> set[int]:
     """The weights of linear layers that belong to one module each: whose gradient a projected backward spares."""
     owners: dict[int, list[nn.Module]] = {}
+    used_directly = set()
     for module in model.modules():
         for param in module.parameters(recurse=False):
             owners.setdefault(id(param), []).append(module)
-    return {key for key, modules in owners.items() if len(modules) == 1 and isinstance(modules[0], nn.Linear)}
+        if isinstance(module, nn.MultiheadAttention):  # which does not call the layer
+            used_directly.add(id(module.out_proj.weight))
+    served = {key for key, modules in owners.items() if len(modules) == 1 and why_not_patchable(modules[0]) is None}
+    return served - used_directly

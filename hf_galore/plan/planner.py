@@ -20,7 +20,11 @@ from transformers import Trainer
 from transformers.utils import is_datasets_available
 
 from ..expandable_segments import in_use as expandable_in_use
+from ..integrations.accelerate import unwrapped
+from ..integrations.callback import galore_optimizer
+from ..integrations.target_summary import grouped, projection_line
 from ..log import silenced
+from ..optim.groups import shape_in
 from .cards import parse_size, present_card
 from .fakes import Target, fake_training, forget_tables
 from .needs import CONTEXT, OUTSIDE, OUTSIDE_BYTES, allocator_bytes
@@ -66,6 +70,8 @@ class MemoryPlan:
     """What others leave of it, where it is this machine's."""
     notes: tuple[str, ...] = ()
     """What was assumed in place of something that was not there."""
+    projection: str | None = None
+    """How much of the model is projected, and of what kinds the rest is; `None` without GaLore."""
 
     @property
     def reserved_bytes(self) -> int:
@@ -151,11 +157,38 @@ def plan(
         record = rehearse(trainer, fakes, progress)
         device = str(trainer.args.device)
         parameters = sum(param.numel() for param in trainer.model.parameters())
+        projection, idle = _projection(trainer), _without_gradient(trainer)
         if look is not None:
             look(trainer, record)
     stood_for = target if device.startswith(target) else f"{target} (stood in for by {device} tensors)"
     found = _summary(record, stood_for, start, parameters)
-    return dataclasses.replace(found, vram_bytes=total, free_bytes=None if card is None else card.free)
+    free = None if card is None else card.free
+    return dataclasses.replace(found, vram_bytes=total, free_bytes=free, notes=idle, projection=projection)
+
+
+def _projection(trainer: Trainer) -> str | None:
+    """The line that a training begins with, from what its optimizer has."""
+    optimizer = galore_optimizer(trainer.optimizer)
+    if optimizer is None:
+        return None
+    targets = list(optimizer.targets())
+    shapes = [shape_in(target.param, target.group) for target in targets]
+    ranks = sorted({target.rank for target in targets})
+    named = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    return projection_line(trainer.model, (target.param for target in targets), shapes, named)
+
+
+def _without_gradient(trainer: Trainer) -> tuple[str, ...]:
+    """A note of parameters that no step has trained: of a loop over experts a plan does not know which have tokens."""
+    state = unwrapped(trainer.optimizer).state
+    idle = [name for name, param in trainer.model.named_parameters() if param.requires_grad and not state.get(param)]
+    if not idle:
+        return ()
+    return (
+        f"No step of the plan gave a gradient to {grouped(idle)}: without gradients, moments and activations of these "
+        "the plan says too little, if a training does. Experts that are computed in a loop (experts_implementation="
+        "'eager') cannot be planned: leave that out, or take 'grouped_mm'.",
+    )
 
 
 def _bytes_of(vram: Any) -> int:

@@ -15,6 +15,7 @@ from accelerate.state import GradientState
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
 from hf_galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 from hf_galore.backward.gradient import StandIn
@@ -107,7 +108,7 @@ class CheckpointedReentrant(Checkpointed):
 def options_of(net: nn.Module, **more: Any) -> dict[Tensor, dict[str, Any]]:
     # Bases unquantised: a code that rounding tips over is a difference of its own size.
     group = {"rank": RANK, "update_proj_gap": GAP, "scale": 0.5, "proj_bits": 16, **more}
-    return {module.weight: group for module in net.modules() if isinstance(module, nn.Linear)}
+    return {module.weight: group for module in net.modules() if isinstance(module, (nn.Linear, Conv1D))}
 
 
 def make(
@@ -729,7 +730,7 @@ def test_a_layer_that_cannot_be_served_falls_back_and_says_so_once(caplog: pytes
         net = run(WithSpecial, "layerwise, projected backward")
     said = [record.getMessage() for record in caplog.records if "cannot serve" in record.getMessage()]
     assert len(said) == 1
-    assert "up (it is of class Special, and not a plain nn.Linear), nor 1 other(s)" in said[0]
+    assert "up (its class Special has a forward of its own), nor 1 other(s)" in said[0]
     assert_same_weights(net, run(WithSpecial, "plain"))
 
 

@@ -28,6 +28,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Trainer,
 )
 
@@ -43,6 +45,7 @@ from hf_galore.plan.rehearsal import LOW_RANK
 from hf_galore.plan.tracking import GRANULE
 from hf_galore.recipes import any_recipe, stand_in
 from hf_galore.recipes.planning import plan_recipe
+from tests.support import helpers
 from tests.support.helpers import NAMES, VOCABULARY, assert_identical, make_trainer, optimizer_of, snapshot
 from tests.support.planning import LENGTH, OPTIM_ARGS, Maker, llama, rows, sft, tokenizer
 from tests.support.releases import FUSED_HEAD, HEAD_BY_TOKENS
@@ -110,6 +113,52 @@ def test_every_optimizer(optim: str, setting: str, tmp_path: Path) -> None:
 )
 def test_every_option_of_the_plain_optimizer(options: str, tmp_path: Path) -> None:
     assert_plan_is_measured(sft(tmp_path, "galore_adamw", optim_args=f"{OPTIM_ARGS}, {options}"))
+
+
+def mixtral(**overrides: Any) -> MixtralForCausalLM:
+    """Every token goes to all of its experts: a plan gives each a share of the tokens, and a real run may not."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    experts = {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 4, **overrides}
+    return MixtralForCausalLM(MixtralConfig(vocab_size=VOCABULARY, max_position_embeddings=64, **sizes, **experts))
+
+
+# A rank that the gradients of 16 different tokens have: a refresh of those that have not takes a copy of the gradient.
+MIXTURE = {"optim_target_modules": "all-linear", "optim_args": f"rank=4, update_proj_gap={helpers.GAP}"}
+
+
+@pytest.mark.parametrize(
+    ("optim", "setting"),
+    [
+        ("adamw_torch", {}),
+        ("galore_adamw", MIXTURE),
+        ("galore_adamw_8bit_layerwise", {**MIXTURE, "max_grad_norm": 1.0}),
+    ],
+    ids=["adamw", "plain", "layerwise and clipped"],
+)
+def test_a_mixture_of_experts(optim: str, setting: dict[str, Any], tmp_path: Path) -> None:
+    """With its grouped products, and with the copies of experts that a checkpoint takes."""
+    planned = assert_plan_is_measured(sft(tmp_path, optim, mixtral, **setting))
+    experts = 2 * 4 * (2 * 96 * 64 + 64 * 96) * 4
+    assert planned.breakdown["gradients" if optim != "galore_adamw_8bit_layerwise" else "parameters"] > experts
+    # gate_up_proj is written as two, neither of which is a view; down_proj is.
+    assert planned.phase_peaks["saving a checkpoint"] - planned.resident_bytes >= 2 * experts // 3
+    if optim == "adamw_torch":
+        assert planned.projection is None
+    else:
+        assert planned.projection is not None
+        assert planned.projection.startswith("GaLore projects 8 matrices and 4 stacks of 4 (")
+
+
+def test_experts_in_a_loop_are_not_planned_silently(tmp_path: Path) -> None:
+    """Before: a plan had none of their gradients and moments, and did not say so."""
+    planned = plan(sft(tmp_path, "adamw_torch", lambda: mixtral(experts_implementation="eager")), target="cpu")
+    (note,) = planned.notes
+    assert (
+        "gave a gradient to model.layers.*.mlp.experts.gate_up_proj (2), model.layers.*.mlp.experts.down_proj (2)"
+        in note
+    )
+    assert "take 'grouped_mm'" in note
 
 
 @pytest.mark.parametrize(

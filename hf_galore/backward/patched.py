@@ -1,0 +1,73 @@
+"""Modules whose class is replaced by one derived from it, for their `forward` to be another.
+
+The class, and not an attribute `forward`: a copy of the module would run the original's weights.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import types
+from typing import Any
+
+from torch import nn
+
+
+class Patched:
+    """What a patched module's class has before the module's own. Copies and pickles are of the module's own."""
+
+    original: type[nn.Module]
+    """The module's own class."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # As the original would be, whose own ways of it those are.
+        plain = self.original.__new__(self.original)
+        plain.__dict__.update((key, value) for key, value in self.__dict__.items() if key != "_galore_sink")
+        reduced: Any = plain.__reduce_ex__(protocol)
+        made_by, arguments, *rest = reduced
+        # pickle has a rule of its own for this one: an object of another class than the present is refused.
+        return (_new if made_by is copyreg.__newobj__ else made_by, arguments, *rest)  # type: ignore[attr-defined]
+
+
+def _new(cls: type, *arguments: Any) -> Any:
+    return cls.__new__(cls, *arguments)
+
+
+# A class that has one of these may copy its modules otherwise than by what they hold, or know its subclasses.
+_OF_ITS_OWN = ("__deepcopy__", "__copy__", "__init_subclass__", "__slots__")
+
+
+def why_not_derivable(cls: type[nn.Module], patch: type[Patched], base: type[nn.Module] = nn.Module) -> str | None:
+    """Why modules of a class cannot have a patched one, in words; `None` where they can.
+
+    Args:
+        cls: the modules' own.
+        patch: what would come before it.
+        base: a class that it is derived from, of which it is known.
+    """
+    own = [entries.__dict__ for entries in cls.__mro__ if entries not in base.__mro__]
+    name = next((name for name in _OF_ITS_OWN for entries in own if entries.get(name)), None)
+    if name is not None:
+        return f"its class {cls.__name__} has {name} of its own"
+    try:
+        cls.__new__(cls).__class__ = patched_class(cls, patch)
+    except TypeError as error:
+        return f"its class {cls.__name__} cannot be derived from: {error}"
+    return None
+
+
+def patched_class(cls: type[nn.Module], patch: type[Patched]) -> type[nn.Module]:
+    """The class of patched modules of a class; always the same one while there is one.
+
+    Args:
+        cls: the modules' own.
+        patch: what comes before it.
+
+    Raises:
+        TypeError: it cannot be derived from.
+    """
+    # The class knows those derived from it, by weak references: there is no table to keep.
+    found = next((sub for sub in cls.__subclasses__() if sub.__dict__.get("original") is cls), None)
+    if found is None:
+        name = f"Projected{cls.__name__}"
+        found = types.new_class(name, (patch, cls), exec_body=lambda body: body.update(original=cls))
+    return found
