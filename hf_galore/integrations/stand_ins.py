@@ -17,10 +17,11 @@ import torch
 import transformers.masking_utils
 import transformers.modeling_utils
 import transformers.trainer_pt_utils
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel, TrainingArguments
 from transformers.utils import is_peft_available
 
+from . import trainer_parts
 from .older import loss_asks_for_triton, loss_kernels, loss_of_all_labels, masks_ask_themselves, told_of_padding
 from .signatures import moved
 from .trl_dpo import without_reference_numbers
@@ -53,6 +54,7 @@ def without_numbers(
             # Weights come from nowhere, and nothing is written.
             (PreTrainedModel, "from_pretrained", classmethod(_from_config)),
             (PreTrainedModel, "save_pretrained", _as_saved),
+            (trainer_parts, "state_with_host_stacks", _state_on_card if gpu_loss else _nothing),
             *((owner, "save_pretrained", _nothing) for owner in _peft_models()),
             # transformers takes a fake for a sign of compilation, for which it makes other masks.
             (transformers.masking_utils, "is_tracing", lambda tensor=None: False),
@@ -143,6 +145,12 @@ def _as_saved(self: PreTrainedModel, *args: Any, state_dict: Any = None, **kwarg
     convert: Any = getattr(transformers.modeling_utils, "revert_weight_conversion", None)
     if convert is not None and kwargs.get("save_original_format", True):
         convert(self, dict(self.state_dict() if state_dict is None else state_dict))
+
+
+def _state_on_card(model: nn.Module) -> dict[str, Tensor]:
+    """Instead of `state_with_host_stacks`: what is saved without a copy on the host, which takes none of the card."""
+    stacks = {name for name, param in model.named_parameters() if param.ndim >= 3}
+    return {name: value for name, value in model.state_dict().items() if name not in stacks}
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

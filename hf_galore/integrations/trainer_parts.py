@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from transformers import TrainerState
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -21,6 +22,7 @@ PARTS: dict[str, str] = {
     "training_step": "(self, model, inputs, num_items_in_batch=None)",
     "evaluate": "(self, eval_dataset=None, ignore_keys=None, metric_key_prefix='eval')",
     "_save_checkpoint": "(self, model, trial)",
+    "_save": "(self, output_dir=None, state_dict=None)",
     "_save_rng_state": "(self, output_dir)",
     "_get_output_dir": "(self, trial)",
     "_load_from_checkpoint": "(self, resume_from_checkpoint, model=None)",
@@ -56,6 +58,24 @@ def micro_batches(trainer: Trainer) -> int:
     return int(trainer.current_gradient_accumulation_steps)
 
 
+def is_on_card(tensor: Tensor) -> bool:
+    """Whether a tensor takes memory of a card."""
+    return tensor.device.type == "cuda"
+
+
+def state_with_host_stacks(model: nn.Module) -> dict[str, Tensor] | None:
+    """The state of a model to be saved, with the stacks that are on a card copied to the host; `None` where none is.
+
+    transformers 5 has the experts of a layer in one tensor, and writes them as they are on the Hub, each by itself. It
+    copies them for that where they are, and most of all experts at once: for Qwen3-30B-A3B 36 GiB of a card that is
+    full already.
+    """
+    names = {name for name, param in model.named_parameters() if param.ndim >= 3 and is_on_card(param)}
+    if not names or not isinstance(model, PreTrainedModel):
+        return None
+    return {name: value.cpu() if name in names else value for name, value in model.state_dict().items()}
+
+
 class TrainerParts:
     """Beside a Trainer in a class's bases, in front of it: says when a checkpoint begins, and what was trained on."""
 
@@ -86,6 +106,11 @@ class TrainerParts:
             folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")  # type: ignore[attr-defined]
             self.before_checkpoint(folder)
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
+
+    def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:
+        if state_dict is None:
+            state_dict = state_with_host_stacks(self.model)  # type: ignore[attr-defined]
+        super()._save(output_dir, state_dict)  # type: ignore[misc]
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Save the random states, of every process: the Trainer's state, written next, says that all is there."""

@@ -7,11 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import Trainer, TrainerCallback
+import torch
+from safetensors.torch import load_file
+from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainerCallback
 
-from hf_galore.integrations.trainer_parts import TrainerParts, micro_batches, moved_parts, wrapped_methods
+from hf_galore.integrations.trainer_parts import (
+    TrainerParts,
+    micro_batches,
+    moved_parts,
+    state_with_host_stacks,
+    wrapped_methods,
+)
 from tests.integrations.test_trainer import make_sft_trainer
-from tests.support.helpers import Counting, arguments, make_trainer, tiny_llama
+from tests.support.helpers import Counting, arguments, assert_identical, make_trainer, tiny_llama
 
 
 def test_transformers_is_as_we_need_it() -> None:
@@ -94,3 +102,27 @@ def test_before_a_checkpoint_its_folder_is_named(tmp_path: Path) -> None:
     assert trainer.trained_tokens == 0  # no trainer of TRL's
     trainer.trained_tokens = 5
     assert trainer.trained_tokens == trainer._total_train_tokens == 5
+
+
+def test_experts_are_copied_on_the_host_to_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is written is what would be written without."""
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=4, tie_word_embeddings=True,
+    )  # fmt: skip
+    trainer = OwnParts(model=MixtralForCausalLM(config), args=arguments(tmp_path / "run", "adamw_torch"))
+    assert state_with_host_stacks(trainer.model) is None  # which is on no card
+    trainer.save_model(str(tmp_path / "plain"))
+    monkeypatch.setattr("hf_galore.integrations.trainer_parts.is_on_card", lambda tensor: True)
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: copied.append(tensor.shape) or tensor.clone())
+    copied: list[torch.Size] = []
+    trainer.save_model(str(tmp_path / "by_host"))
+    assert sorted(copied) == [(4, 32, 48), (4, 96, 32)]
+    plain, by_host = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "by_host"))
+    assert any("experts.3.w1.weight" in name for name in plain), "experts are not written as on the Hub"
+    assert_identical(by_host, plain)
+
+
+class OwnParts(TrainerParts, Trainer):  # type: ignore[misc, unused-ignore]
+    """A Trainer with these parts."""

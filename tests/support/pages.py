@@ -31,6 +31,7 @@ PEAK, NEEDS = "peak, GiB", "needs, GiB"
 PEAK_OF_A_RANK, A_CARD_NEEDS = "peak of a rank, GiB", "a card needs, GiB"
 """Those of the table of recipes for several cards."""
 
+AT_HOME = 24  # GB
 # What a step was measured to take, and on what: docs/cards.md.
 MEASURED = {"llama2_7b_oasst2.yaml": "0.54 s on an H200"}
 
@@ -88,9 +89,10 @@ def _rows(text: str, peak: str, needs: str) -> Iterator[tuple[str, Row]]:
 
 
 def readme_table() -> str:
-    """README's rows: the fine-tunings of docs/recipes.md, the largest card first."""
+    """README's rows: the fine-tunings of docs/recipes.md, the largest card that people have at home first, and last those in centres."""
     chosen = {name: row for name, row in recipe_rows().items() if "/" not in name and row.rank}
-    rows = sorted(chosen.items(), key=lambda item: -int(item[1].card.split()[0]))
+    sizes = {name: int(row.card.split()[0]) for name, row in chosen.items()}
+    rows = sorted(chosen.items(), key=lambda item: (sizes[item[0]] > AT_HOME, -sizes[item[0]]))
     head = "| card | model, all weights | recipe | a card needs | a step |\n|---|---|---|---|---|\n"
     for name, row in rows:
         time = MEASURED.get(name, "not measured")
