@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 pytest.importorskip("sklearn", reason="the extra glue is not installed")
-from tests.benchmarks.digits import ADAMW, GALORE, Run, train  # noqa: E402
+from tests.benchmarks.digits import ADAMW, GALORE, Run, train
 
 
 @pytest.mark.parametrize(("model", "lr", "epochs", "projected"), [("ResNet", 3e-3, 3, 5), ("ViT", 3e-3, 8, 12)])
