@@ -22,6 +22,7 @@ from tests.support.pages import (
     ARGUMENTS_PAGE,
     CHOOSING_PAGE,
     DOCS,
+    PARTS,
     README,
     ROOT,
     all_pages,
@@ -46,9 +47,9 @@ def test_readme_is_short() -> None:
 # ---- what is made
 
 
-@pytest.mark.parametrize("path", [README, ARGUMENTS_PAGE, CHOOSING_PAGE], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", list(PARTS), ids=lambda path: path.name)
 def test_what_is_made_is_of_today(path: Path) -> None:
-    assert path.read_text("utf-8") == written()[path], "run python -m tests.support.pages"
+    assert path.read_text("utf-8") == written(path), "run python -m tests.support.pages"
 
 
 def test_the_table_of_arguments_is_the_codes() -> None:

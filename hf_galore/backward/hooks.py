@@ -17,12 +17,13 @@ from ..config import Exchange as ExchangeName
 from ..lowrank.products import FactoredGradient, GroupedGradient
 from ..lowrank.projection import Bases
 from .attached import GradientHook, detach_all, gradient_hooks_on
-from .expert_modules import ProjectedExperts, patch_experts
+from .expert_modules import patch_experts, why_not_watched
 from .gradient import HOLD, LowRankGradient
-from .linear import ProjectedLinear, patch_linear, why_not_patchable
+from .linear import patch_linear, why_not_patchable
 from .mode import Mode
 from .notices import Notices, is_compiled
 from .passes import PassCounter, Passes
+from .patched import Patched
 from .window import Window
 from .wrapped import Wrappers
 
@@ -141,15 +142,14 @@ class BackwardHooks:
             if not self.projected_backward or not any(window.trained.projected for window in owned):
                 continue
             projecting += 1
-            if any(window.trained.projected and window.target.is_stack_of_experts for window in owned):
-                if not isinstance(module, ProjectedExperts):
-                    self._handles.append(patch_experts(module, me))
-            elif not isinstance(module, ProjectedLinear):
-                reason = why_not_patchable(module)
-                if reason is None:
-                    self._handles.append(patch_linear(module, me))
-                else:
-                    not_served[name] = reason
+            if isinstance(module, Patched):
+                continue
+            experts = any(window.trained.projected and window.target.is_stack_of_experts for window in owned)
+            reason = why_not_watched(module) if experts else why_not_patchable(module)
+            if reason is None:
+                self._handles.append((patch_experts if experts else patch_linear)(module, me))
+            else:
+                not_served[name] = reason
         self.notices.not_served(not_served, projecting)
         if is_compiled(model):
             self.notices.compiled()

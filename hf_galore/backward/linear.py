@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..integrations.accelerate import forward_attribute
 from ..integrations.fully_shard import as_unit, was
-from .patched import Patched, patched_class
+from .patched import Patched, patched_class, why_not_derivable
 
 
 class LinearGradientSink(Protocol):
@@ -203,10 +203,6 @@ def _kinds() -> list[_Kind]:
     return kinds
 
 
-# A class that has one of these may copy its layers otherwise than by what they hold, or know its subclasses.
-_OF_ITS_OWN = ("__deepcopy__", "__copy__", "__init_subclass__", "__slots__")
-
-
 def _kind_of(cls: type[nn.Module]) -> _Kind | str:
     """The kind that layers of a class are, or why they are of none."""
     kind = next((kind for kind in _kinds() if issubclass(cls, kind.base)), None)
@@ -214,15 +210,7 @@ def _kind_of(cls: type[nn.Module]) -> _Kind | str:
         return f"it is of class {cls.__name__}, and neither an nn.Linear nor a Conv1D"
     if cls.forward is not kind.base.forward:
         return f"its class {cls.__name__} has a forward of its own"
-    own = [base.__dict__ for base in cls.__mro__ if base not in kind.base.__mro__]
-    name = next((name for name in _OF_ITS_OWN for entries in own if entries.get(name)), None)
-    if name is not None:
-        return f"its class {cls.__name__} has {name} of its own"
-    try:
-        cls.__new__(cls).__class__ = patched_class(cls, kind.patch)
-    except TypeError as error:
-        return f"its class {cls.__name__} cannot be derived from: {error}"
-    return kind
+    return why_not_derivable(cls, kind.patch, kind.base) or kind
 
 
 def why_not_patchable(module: nn.Module) -> str | None:

@@ -32,6 +32,29 @@ def _new(cls: type, *arguments: Any) -> Any:
     return cls.__new__(cls, *arguments)
 
 
+# A class that has one of these may copy its modules otherwise than by what they hold, or know its subclasses.
+_OF_ITS_OWN = ("__deepcopy__", "__copy__", "__init_subclass__", "__slots__")
+
+
+def why_not_derivable(cls: type[nn.Module], patch: type[Patched], base: type[nn.Module] = nn.Module) -> str | None:
+    """Why modules of a class cannot have a patched one, in words; `None` where they can.
+
+    Args:
+        cls: the modules' own.
+        patch: what would come before it.
+        base: a class that it is derived from, of which it is known.
+    """
+    own = [entries.__dict__ for entries in cls.__mro__ if entries not in base.__mro__]
+    name = next((name for name in _OF_ITS_OWN for entries in own if entries.get(name)), None)
+    if name is not None:
+        return f"its class {cls.__name__} has {name} of its own"
+    try:
+        cls.__new__(cls).__class__ = patched_class(cls, patch)
+    except TypeError as error:
+        return f"its class {cls.__name__} cannot be derived from: {error}"
+    return None
+
+
 def patched_class(cls: type[nn.Module], patch: type[Patched]) -> type[nn.Module]:
     """The class of patched modules of a class; always the same one while there is one.
 

@@ -116,7 +116,7 @@ def batch(cls: type[Experts], step: int = 0) -> tuple[Tensor, Tensor]:
 def made(cls: type[Experts], **how: Any) -> tuple[Experts, GaLoreOptimizer]:
     model = cls(dtype_of(cls))
     options = {"rank": RANK, "update_proj_gap": 2, "scale": 0.5, "proj_bits": 16}
-    projected = {model.up: options, model.down: options}
+    projected: dict[Tensor, dict[str, Any]] = {model.up: options, model.down: options}
     return model, GaLoreAdamW(model.parameters(), lr=1e-2, eps=1e-4, param_options=projected, module=model, **how)
 
 
@@ -147,8 +147,8 @@ def test_experts_train_as_by_whole_gradients(cls: type[Experts], how: dict[str, 
     (plain, _), (found, _) = trained(cls), trained(cls, **how)
     for name, param in found.named_parameters():
         # What differs is the order of sums: by 1e-16 of float64 numbers; of float32 ones Adam's ε keeps it small.
-        close = {"rtol": 1e-9, "atol": 1e-11} if dtype_of(cls) == torch.float64 else {"rtol": 1e-4, "atol": 2e-5}
-        torch.testing.assert_close(param, plain.get_parameter(name), **close)
+        rtol, atol = (1e-9, 1e-11) if dtype_of(cls) == torch.float64 else (1e-4, 2e-5)
+        torch.testing.assert_close(param, plain.get_parameter(name), rtol=rtol, atol=atol)
 
 
 def test_all_ways_are_the_same_model() -> None:
@@ -163,7 +163,7 @@ class Shapes(TorchDispatchMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.count = 0
+        self.count: int = 0
         self._own = {param.data_ptr() for param in model.parameters()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -173,7 +173,7 @@ class Shapes(TorchDispatchMode):
                 continue
             storage = one.untyped_storage()
             is_large = storage.nbytes() >= COUNT * INNER * WIDTH * one.element_size()
-            self.count += is_large and storage.data_ptr() not in self._own
+            self.count += int(is_large and storage.data_ptr() not in self._own)
         return made
 
 
@@ -191,7 +191,7 @@ def test_no_gradient_of_a_stack_is_built(cls: type[Experts]) -> None:
             loss.backward()
         kinds = {type(model.up.grad), type(model.down.grad)}
         assert (LowRankGradient in kinds) == bool(how)
-        return shapes.count
+        return int(shapes.count)
 
     assert count_of({}) > 0
     assert count_of({"projected_backward": True}) == 0
@@ -275,7 +275,7 @@ def test_autocast_reaches_single_experts() -> None:
     def run(**how: Any) -> Experts:
         torch.manual_seed(0)
         model = Loop(torch.float32)
-        projected = {model.up: {"rank": RANK, "proj_bits": 16}}
+        projected: dict[Tensor, dict[str, Any]] = {model.up: {"rank": RANK, "proj_bits": 16}}
         optimizer = GaLoreAdamW(model.parameters(), lr=1e-2, eps=1e-2, param_options=projected, module=model, **how)
         for step in range(3):
             x, counts = batch(Loop, step)

@@ -217,7 +217,7 @@ class Stack(nn.Module):
 
 def test_nothing_is_lost_of_a_matrix_whose_first_gradient_comes_later_in_a_window() -> None:
     model = Stack()
-    options = {model.weight: {**OPTIONS, "update_proj_gap": 100}}
+    options: dict[Tensor, dict[str, Any]] = {model.weight: {**OPTIONS, "update_proj_gap": 100}}
     optimizer = GaLoreAdamW(model.parameters(), lr=1e-2, param_options=options, module=model, layerwise=True,
                             hold_gradients=True)  # fmt: skip
     start = model.weight.detach().clone()
@@ -238,7 +238,7 @@ def test_nothing_is_lost_of_a_matrix_whose_first_gradient_comes_later_in_a_windo
 
 def test_a_dropped_pass_takes_back_the_refresh_of_some() -> None:
     model = Stack()
-    options = {model.weight: {**OPTIONS, "update_proj_gap": 100}}
+    options: dict[Tensor, dict[str, Any]] = {model.weight: {**OPTIONS, "update_proj_gap": 100}}
     optimizer = GaLoreAdamW(model.parameters(), lr=1e-2, param_options=options, module=model, layerwise=True,
                             hold_gradients=True)  # fmt: skip
     some, others = torch.tensor([1.0, 1, 0, 1, 0]).double(), torch.tensor([0.0, 1, 1, 0, 0]).double()
