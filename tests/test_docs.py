@@ -122,6 +122,18 @@ def test_ranks_for_a_share_of_the_energy_are_those_that_the_notebook_ends_with()
     assert set(figures) <= found
 
 
+def test_shares_of_energy_by_kind_are_those_that_the_notebook_ends_with() -> None:
+    cells = json.loads((ROOT / "notebooks" / "05_other_architectures.ipynb").read_text("utf-8"))["cells"]
+    (cell,) = (cell for cell in cells if cell["id"] == "energy")
+    html = "".join("".join(output.get("data", {}).get("text/html", [])) for output in cell["outputs"])
+    body = html.split("<tbody>")[1]
+    shown = [re.findall(r">\s*([^<>\n]+?)\s*</t[dh]>", row) for row in body.split("</tr>")[:-1]]
+    table = (DOCS / "how-it-works.md").read_text("utf-8").split("\n| kind |")[1].split("\n\n")[0]
+    written_there = [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()[2:]]
+    assert len(shown) == 8
+    assert [[cell.replace(" %", "%") for cell in row] for row in written_there] == shown
+
+
 # ---- what is named
 
 

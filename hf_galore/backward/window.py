@@ -212,8 +212,7 @@ class Window:
         if self.exchange is not None:
             self._receive_to_send(self.exchange)
             return
-        param, target = self.param, self.target
-        gradient = param.grad
+        param, target, gradient = self.param, self.target, self.param.grad
         assert gradient is not None
         if not isinstance(gradient, LowRankGradient) or gradient.addend is not None:
             if self.passes.count() > 1 and self._refresh_due():

@@ -76,12 +76,16 @@ class Turns(Trained):
     def _lengthen_gaps(self, made: NewBasis, before: Before) -> None:
         """Set how many gaps those matrices wait that had a basis before their new one."""
         chance = max(self.rank / shape[-2] for shape in self._shapes if shape is not None)
-        last, factors = (numbers_of(value) for value in (before.entries["refreshed_at"], self.state["gap_factor"]))
-        overlaps = {0: made.overlap} if made.of_stack is None else dict(zip(*made.of_stack, strict=True))
-        for index, overlap in overlaps.items():
+        factors = numbers_of(self.state["gap_factor"])
+        if made.of_stack is None:
+            if before.had_basis:
+                self.state["gap_factor"] = counter(next_gap_factor(factors[0], made.overlap, chance))
+            return
+        last = numbers_of(before.entries["refreshed_at"])
+        for index, overlap in zip(*made.of_stack, strict=True):
             if last[index] != NEVER:
                 factors[index] = next_gap_factor(factors[index], overlap, chance)
-        self.state["gap_factor"] = counter(factors[0] if self.stack is None else factors)
+        self.state["gap_factor"] = counter(factors)
 
 
 def forget_phases(parameters: Iterable[Trained]) -> None:

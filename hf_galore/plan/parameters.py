@@ -36,6 +36,8 @@ class Projection:
     """Bytes of an element of the direction that the rule makes of R."""
     without_gradient: bool = False
     """Whether the backward pass computes R without G."""
+    matrices: tuple[int, ...] | None = None
+    """What the parameter is projected as, m × n or a stack k × m × n, where that is not its own shape."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +70,13 @@ class Parameter:
         """Elements of R; 0 for a full-rank parameter."""
         if self.projection is None:
             return 0
-        return math.prod(low_rank_shape(self.shape, self.projection.side, self.projection.rank))
+        return math.prod(low_rank_shape(self.matrices, self.projection.side, self.projection.rank))
+
+    @property
+    def matrices(self) -> tuple[int, ...]:
+        """What it is projected as, if it is."""
+        found = None if self.projection is None else self.projection.matrices
+        return self.shape if found is None else found
 
     @property
     def basis_bytes(self) -> int:
@@ -177,6 +185,7 @@ def _projection(target: Target, state: Mapping[str, Tensor], without_gradient: b
         # 8-bit kernels give it in the gradient's dtype, others in that of the moments.
         target.param.element_size() if isinstance(target.rule, Adam8bit) else max(4, itemsize),
         without_gradient,
+        target.matrix_shape,
     )
 
 

@@ -7,7 +7,7 @@ alone (`hf_galore.plan.wire`). Neither goes through the ranks: a thousand take n
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from transformers import Trainer
@@ -15,8 +15,9 @@ from transformers import Trainer
 from ..expandable_segments import in_use as expandable_in_use
 from ..integrations.accelerate import unwrapped
 from ..integrations.fsdp_units import fsdp_units
+from ..integrations.target_summary import grouped
 from .needs import needed_at_a_guess
-from .parameters import parameters_of
+from .parameters import Parameter, parameters_of
 from .ranks import RankMemory, memory_a_rank, phases_of
 from .rehearsal import Record
 from .wire import Devices, Exchange, Kind, sent_bytes, wire_bytes
@@ -115,6 +116,9 @@ def rank_plan(
         processes: how many there are to be.
         sharded: whether FSDP2 shards the model; else DDP has all of it in each process.
         exchange: what DDP reduces of targets; by default R where the backward pass gives it, else G.
+
+    Raises:
+        ValueError: the model is to be sharded, and something is projected that is not when it is.
     """
     optimizer, model, args = unwrapped(trainer.optimizer), trainer.model, trainer.args
     hooks = getattr(optimizer, "hooks", None)
@@ -129,6 +133,8 @@ def rank_plan(
         # accelerate makes trained weights float32 where it is told to compute in less (`fsdp2_prepare_model`).
         float32=sharded and (args.bf16 or args.fp16),
     )
+    if sharded:
+        _check_matrices(parameters)
     buffer_bytes = sum(buffer.nbytes for buffer in model.buffers())
     memory = memory_a_rank(parameters, phases_of(record.tracker, devices), devices, buffer_bytes=buffer_bytes)
     payload, where_all_refresh = (
@@ -139,3 +145,22 @@ def rank_plan(
     upcast = any(parameter.itemsize != parameter.wire_itemsize for parameter in parameters)
     sent = sent_bytes(payload, processes)
     return RankPlan(devices, name, upcast, memory, payload, sent, where_all_refresh)
+
+
+def _check_matrices(parameters: Iterable[Parameter]) -> None:
+    """Check that all that is projected are matrices, as FSDP2 shards them.
+
+    Raises:
+        ValueError: there are stacks or convolutions among them.
+    """
+    others = [
+        parameter.name
+        for parameter in parameters
+        if parameter.projection is not None and (len(parameter.shape) != 2 or len(parameter.matrices) != 2)
+    ]
+    if others:
+        raise ValueError(
+            f"Stacks of experts and convolutions train full-rank where FSDP2 shards them, but this plan has them "
+            f"projected: {grouped(others)}. Let optim_target_modules name the others only, such as attn: then the plan "
+            "has these as they are trained. Or plan for DDP, without sharded."
+        )

@@ -28,7 +28,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -306,37 +306,34 @@ class Figures:
         return found
 
 
-def markdown(rows: Iterable[tuple[Row, Figures]]) -> str:
-    """The table."""
-    heads = [
-        "optimizer, bits of a basis",
-        *(f"loss at {mark:.0%}" for mark in MARKS),
-        "not finite",
-        "ms a step, first → last (ratio)",
-        "times a new one's",
-        "resident MiB, early → end",
-        "optimizer KiB, early → end",
-        "max \\|PᵀP − I\\|",
-        "of random ones",
-        "refreshes",
-    ]
-    lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
-    for row, figures in rows:
+def markdown(rows: Sequence[tuple[Row, Figures]]) -> str:
+    """The table, with a column for each run."""
+
+    def milliseconds(figures: Figures) -> str:
         first, last = (1000 * seconds for seconds in figures.cpu)
-        cells = [
-            row.name,
-            *(f"{loss:.3f}" for loss in figures.losses),
-            str(figures.nonfinite),
-            f"{first:.2f} → {last:.2f} ({last / first:.2f})",
-            f"{figures.times_new:.2f}",
-            " → ".join(f"{size / 2**20:.0f}" for size in figures.resident),
-            " → ".join(f"{size / 2**10:,.0f}" for size in figures.state),
-            f"{figures.defect:.2g}",
-            f"{figures.random:.2g}",
-            f"{figures.refreshes:,}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        return f"{first:.2f} → {last:.2f} ({last / first:.2f})"
+
+    def loss(mark: int) -> Callable[[Figures], str]:
+        return lambda figures: f"{figures.losses[mark]:.3f}"
+
+    lines: dict[str, Callable[[Figures], str]] = {
+        **{f"held-out loss at {share:.0%} of the steps": loss(mark) for mark, share in enumerate(MARKS)},
+        "steps with a number that is not finite": lambda figures: str(figures.nonfinite),
+        "processor's ms a step, first → last twentieth": milliseconds,
+        "a step at the end ÷ one of a new optimizer": lambda figures: f"{figures.times_new:.2f}",
+        "resident MiB, after a twentieth → at the end": lambda figures: _change(figures.resident, 2**20),
+        "optimizer's KiB, then": lambda figures: _change(figures.state, 2**10),
+        "max \\|PᵀP − I\\|, all bases": lambda figures: f"{figures.defect:.2g}",
+        "… of random bases in these bits": lambda figures: f"{figures.random:.2g}",
+        "refreshes": lambda figures: f"{figures.refreshes:,}",
+    }
+    table = [["", *(row.name for row, _ in rows)], ["---"] * (1 + len(rows))]
+    table += [[name, *(cell(figures) for _, figures in rows)] for name, cell in lines.items()]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+
+
+def _change(sizes: tuple[int, int], unit: int) -> str:
+    return " → ".join(f"{size / unit:,.0f}" for size in sizes)
 
 
 def main() -> None:
@@ -347,7 +344,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=names, metavar="ROW", help=f"of: {'; '.join(names)}")
     parser.add_argument("--table", action="store_true", help="only the rows that are finished")
     args = parser.parse_args()
-    figures, faults = [], []
+    figures: list[tuple[Row, Figures]] = []
+    faults: list[str] = []
     for row in (row for row in TABLE if args.only is None or row.name in args.only):
         path = args.folder / f"{row.name.replace(' ', '-').replace(',', '')}-{args.steps}.pt"
         if args.table and not (path.exists() and torch.load(path, weights_only=True)["step"] == args.steps):

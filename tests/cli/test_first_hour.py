@@ -14,7 +14,6 @@ pytest.importorskip("pyte", reason="what the tests of older releases run in has 
 
 from hf_galore.recipes.checkpoints import last_checkpoint
 from hf_galore.recipes.embedded_model import CACHE_VARIABLE, Embedded
-from tests.support.commands import command_line
 from tests.support.terminal import COLUMNS, Terminal
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such terminal")
@@ -40,11 +39,11 @@ class Person:
 
     def __init__(self, folder: Path, cache: Path) -> None:
         self.folder = folder
-        self._environment = {CACHE_VARIABLE: str(cache), "PYTHONPATH": str(Path(__file__).parents[2])}
+        self._environment = {CACHE_VARIABLE: str(cache)}
 
     def opens(self, *arguments: str) -> Terminal:
         """Type `hf-galore ...`."""
-        return Terminal(command_line(*arguments), self.folder, self._environment)
+        return Terminal(arguments, self.folder, self._environment)
 
     def sees(self, *arguments: str, status: int = 0) -> str:
         """Type `hf-galore ...`, wait for its end, and return the screen as one text with single spaces.

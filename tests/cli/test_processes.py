@@ -28,6 +28,7 @@ from hf_galore.recipes.catalog import catalog, copy, find, listed, next_commands
 from hf_galore.recipes.checkpoints import check_folders, flaw
 from hf_galore.recipes.embedded_model import CACHE_VARIABLE, Embedded
 from hf_galore.recipes.run_record import RunFacts
+from tests.support import warm
 from tests.support.commands import ON_CPU, history, options, recipe_on_cpu, short_run, weights, write_recipe
 from tests.support.helpers import arguments
 from tests.support.ranks import printed
@@ -49,8 +50,8 @@ def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     os.environ.pop("TQDM_DISABLE", None)
 
 
-def run(command: Sequence[str | Path], cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+def run(command: Sequence[str | Path], cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=env, timeout=300)
 
@@ -66,9 +67,12 @@ def assert_one_speaks(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optim", ["galore_adamw", "galore_adamw_layerwise"])  # rounding tips codes of 8 bits over
+@pytest.mark.parametrize(
+    ("optim", "launcher"),
+    [("galore_adamw", "torchrun"), ("galore_adamw_layerwise", "its agent")],  # rounding tips codes of 8 bits over
+)
 def test_the_quickstart_in_two_processes_is_that_of_one(
-    optim: str, small: Embedded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    optim: str, launcher: str, small: Embedded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half as many rows a device, and every number as before; what is shown and written is so once."""
     settings = {
@@ -90,7 +94,10 @@ def test_the_quickstart_in_two_processes_is_that_of_one(
     assert main(["quickstart", *options({**settings, "output_dir": one, "per_device_train_batch_size": 8})]) == 0
     given = options({**settings, "output_dir": two, "per_device_train_batch_size": 4})
     kept = ["--redirects", "3", "--log-dir", str(tmp_path / "logs")]
-    ended = run([*TORCHRUN, *kept, "-m", "hf_galore", "quickstart", *given])
+    if launcher == "torchrun":
+        ended = run([*TORCHRUN, *kept, "-m", "hf_galore", "quickstart", *given])
+    else:  # as quick as a command alone
+        ended = warm.ran(warm.torchrun, 2, tmp_path / "logs", warm.hf_galore, "quickstart", *given)
     assert ended.returncode == 0, ended.stderr + printed(tmp_path, 0, "stderr") + printed(tmp_path, 1, "stderr")
 
     for name, expected in weights(one).items():
@@ -258,8 +265,7 @@ def in_two(small: Embedded, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "output_dir": folder / "dpo-out",
         })],
     }  # fmt: skip
-    # Which a command sets before tqdm is imported, and these are forked too late for.
-    ended = run([sys.executable, "-m", "tests.support.commands_in_two", folder, json.dumps(commands)], TQDM_DELAY="3")
+    ended = warm.ran(warm.module, "tests.support.commands_in_two", str(folder), json.dumps(commands))
     assert ended.returncode == 0, ended.stderr
     return folder
 
@@ -307,7 +313,7 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on_from_its_last_whole
     optim: str, small: Embedded, tmp_path: Path
 ) -> None:
     """To where it would have ended; the program that is run here holds that the weights and all state are the same."""
-    ended = run([sys.executable, "-m", "tests.support.killed_ranks", tmp_path, small.model, small.data, optim])
+    ended = warm.ran(warm.module, "tests.support.killed_ranks", *map(str, (tmp_path, small.model, small.data, optim)))
     assert ended.returncode == 0, ended.stdout + ended.stderr
     found: list[dict[str, Any]] = json.loads(ended.stdout.splitlines()[-1])
     assert len(found) == 4

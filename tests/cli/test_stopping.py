@@ -6,8 +6,6 @@ import os
 import re
 import shlex
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from hf_galore.recipes.embedded_model import Embedded
 from tests.support import signals
 from tests.support.commands import history, options, recipe_on_cpu, short_run, weights
 from tests.support.helpers import assert_identical
+from tests.support.warm import module, ran, torchrun
 
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, **({signal.SIGHUP: 129} if hasattr(signal, "SIGHUP") else {})}
 OPTIM = {
@@ -244,15 +243,8 @@ def test_of_several_runs_no_further_is_begun(
 def test_several_processes_stop_after_the_same_step(settings: dict[str, Any], tmp_path: Path) -> None:
     """One of two is asked; a checkpoint is the work of both, and neither waits for the other for ever."""
     given = options({**settings, "optim": "galore_adamw", "gradient_accumulation_steps": 1})
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    ended = subprocess.run(
-        [*launcher, "-m", "tests.support.stopped_run", "sft", *given],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "STATUS_FOLDER": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    environment = {"OMP_NUM_THREADS": "1", "STATUS_FOLDER": str(tmp_path)}
+    ended = ran(torchrun, 2, None, module, "tests.support.stopped_run", "sft", *given, environment=environment)
     statuses = [(tmp_path / f"status-{rank}").read_text() for rank in (0, 1)]
     assert statuses == ["143", "143"], ended.stderr
     assert last_checkpoint(tmp_path / "out") == tmp_path / "out" / "checkpoint-3"

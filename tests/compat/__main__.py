@@ -123,8 +123,15 @@ def _row(environment: Environment, tests: Sequence[str], wheel: Path, checkout: 
     run = subprocess.run(
         [*command, "--junitxml", str(results), *paths_of(tests)],
         cwd=checkout,
-        # One thread each, as many processes as cores; and the package that is installed, not a checkout's.
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", **_variables(environment)},
+        # One thread each, as many processes as cores; the package that is installed, not a checkout's; and bytecode is
+        # written, whatever the machine says: uv leaves that to the first import, and each process would compile anew.
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": "",
+            "PYTHONDONTWRITEBYTECODE": "",
+            **_variables(environment),
+        },
         check=False,
     )
     result = counted(results) if results.exists() else f"pytest ended with {run.returncode} and no results"

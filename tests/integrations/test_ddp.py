@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import accelerate
@@ -14,18 +11,7 @@ from packaging.version import parse
 from torch import Tensor
 
 from tests.support.helpers import assert_same_but_for_rounding
-
-
-def launch(processes: int, *command: str) -> None:
-    """Run a module of the tests in several processes of this machine."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    subprocess.run(
-        [*launcher, "-m", *command],
-        check=True,
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
+from tests.support.warm import launch, module, ran
 
 
 def weights_of(processes: int, folder: Path) -> dict[str, dict[str, dict[str, Tensor]]]:
@@ -61,8 +47,8 @@ def farthest(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 def test_loops_of_ones_own(tmp_path: Path) -> None:
     """Each way to train, with 2 and 4 processes, from weights that only the first of them has."""
-    alone = [sys.executable, "-m", "tests.support.ddp_loops_script", str(tmp_path / "0.pt")]
-    subprocess.run(alone, check=True, cwd=Path(__file__).parents[2], timeout=300)
+    alone = ran(module, "tests.support.ddp_loops_script", str(tmp_path / "0.pt"))
+    assert alone.returncode == 0, alone.stderr
     one = torch.load(tmp_path / "0.pt")
     for processes in (2, 4):
         file = tmp_path / f"{processes}.pt"

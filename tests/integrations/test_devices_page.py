@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.integrations.test_ddp import launch
 from tests.support.pages import ROOT
 from tests.support.snippets import snippets_of
+from tests.support.warm import launch
 
 PAGE = ROOT / "docs" / "devices.md"
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from tests.support.fsdp2_script import BY_TRAINER, CASES, CHECKPOINTED, CORE, by_trainer, make_model, plan, unsharded
 from tests.support.helpers import assert_same_but_for_rounding, perturbed, snapshot, tiny_llama
+from tests.support.warm import begun, end, ended, module, torchrun
 
 pytestmark = pytest.mark.slow
 
@@ -30,17 +29,17 @@ LOOSE = {"adam_8bit": 0.05, "layerwise_8bit": 0.1, "randomized": 0.05}
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """What the processes of one launch have found."""
     folder = tmp_path_factory.mktemp("fsdp2")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"]
-    with subprocess.Popen(
-        [*launcher, "-m", "tests.support.fsdp2_script", str(folder)],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    ) as launched:
-        try:
-            found: Found = unsharded()
-            assert launched.wait(timeout=400) == 0
-        finally:
-            launched.terminate()  # torchrun, which ends its processes
+    printed = folder / "printed"
+    launched = begun(
+        *(torchrun, 4, None, module, "tests.support.fsdp2_script", str(folder)),
+        streams=(os.devnull, printed, printed),
+        environment={"OMP_NUM_THREADS": "1"},
+    )
+    try:
+        found: Found = unsharded()
+        assert ended(launched, 400) == 0, printed.read_text("utf-8")
+    finally:
+        end(launched)
     files = sorted(folder.glob("*.pt"))
     assert len(files) == 4
     return found | {key: value for file in files for key, value in torch.load(file).items()}

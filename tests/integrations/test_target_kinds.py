@@ -187,7 +187,7 @@ class AggregateLayer(MoEGate):
         ({"gate": MoEGate()}, {"gate.weight"}),
         ({"a": AggregateLayer()}, set()),
     ],
-    ids=repr,
+    ids=lambda value: repr(sorted(value) if isinstance(value, set) else value),
 )
 def test_what_a_models_own_parameters_are(modules: dict[str, nn.Module], expected: set[str]) -> None:
     model = nn.ModuleDict({**modules, "linear": nn.Linear(16, 16)})
@@ -280,7 +280,7 @@ def test_all_linear_of_one_of_each_kind() -> None:
         (["position_embeddings", "cell"], {"position_embeddings", "cell.weight_ih", "cell.weight_hh"}),
         (["o"], {name for name in SHAPES if "o" in name}),  # neither `tokens` nor `position_embeddings`
     ],
-    ids=repr,
+    ids=lambda value: repr(sorted(value) if isinstance(value, set) else value),
 )
 def test_entries_reach_all_kinds(entries: Any, expected: set[str]) -> None:
     assert set(find(Mixed(), entries).projected) == expected

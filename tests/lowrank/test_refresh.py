@@ -21,7 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 from hf_galore.config import REFRESH_METHODS, RefreshMethod
-from hf_galore.lowrank import methods, projection
+from hf_galore.lowrank import methods
+from hf_galore.lowrank import products as product_functions
 from hf_galore.lowrank.products import FactoredGradient, Gradient
 from hf_galore.lowrank.projection import Bases, Side, basis_shapes, project, side_of
 from hf_galore.lowrank.refresh import (
@@ -324,7 +325,7 @@ def test_a_refresh_takes_the_products_that_are_said(
     taken: list[str] = []
 
     def counting(name: str) -> Callable[[Gradient, Tensor], Tensor]:
-        original = getattr(projection, name)
+        original = getattr(product_functions, name)
 
         def product(gradient: Gradient, matrix: Tensor) -> Tensor:
             taken.append(name)
@@ -578,7 +579,7 @@ def test_all_that_an_optimizer_reads_from_the_device_is_one_tensor_a_refresh(
         assert self.untyped_storage().data_ptr() in {tensor.untyped_storage().data_ptr() for tensor in readable()}
         return tolist(self)
 
-    monkeypatch.setattr("hf_galore.optim.target.figures_of", remembering)
+    monkeypatch.setattr("hf_galore.optim.refreshing.figures_of", remembering)
     # As on a GPU, where the host does not know whether an update is skipped.
     monkeypatch.setattr("hf_galore.lowrank.nonfinite._look", lambda skip: None)
     monkeypatch.setattr(Tensor, "tolist", checked)

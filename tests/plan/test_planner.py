@@ -28,8 +28,6 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
     Trainer,
 )
 
@@ -45,9 +43,8 @@ from hf_galore.plan.rehearsal import LOW_RANK
 from hf_galore.plan.tracking import GRANULE
 from hf_galore.recipes import any_recipe, stand_in
 from hf_galore.recipes.planning import plan_recipe
-from tests.support import helpers
 from tests.support.helpers import NAMES, VOCABULARY, assert_identical, make_trainer, optimizer_of, snapshot
-from tests.support.planning import LENGTH, OPTIM_ARGS, Maker, llama, rows, sft, tokenizer
+from tests.support.planning import LENGTH, MIXTURE, OPTIM_ARGS, Maker, llama, mixtral, rows, sft, tokenizer
 from tests.support.releases import FUSED_HEAD, HEAD_BY_TOKENS
 
 
@@ -113,18 +110,6 @@ def test_every_optimizer(optim: str, setting: str, tmp_path: Path) -> None:
 )
 def test_every_option_of_the_plain_optimizer(options: str, tmp_path: Path) -> None:
     assert_plan_is_measured(sft(tmp_path, "galore_adamw", optim_args=f"{OPTIM_ARGS}, {options}"))
-
-
-def mixtral(**overrides: Any) -> MixtralForCausalLM:
-    """Every token goes to all of its experts: a plan gives each a share of the tokens, and a real run may not."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    experts = {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 4, **overrides}
-    return MixtralForCausalLM(MixtralConfig(vocab_size=VOCABULARY, max_position_embeddings=64, **sizes, **experts))
-
-
-# A rank that the gradients of 16 different tokens have: a refresh of those that have not takes a copy of the gradient.
-MIXTURE = {"optim_target_modules": "all-linear", "optim_args": f"rank=4, update_proj_gap={helpers.GAP}"}
 
 
 @pytest.mark.parametrize(

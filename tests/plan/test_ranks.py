@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 from transformers import Trainer
 
+from hf_galore import GaLoreConfig
+from hf_galore.integrations.target_modules import find_targets
 from hf_galore.plan.fakes import fake_training
 from hf_galore.plan.parameters import Parameter, Projection
 from hf_galore.plan.planner import MemoryPlan, plan
@@ -17,7 +20,8 @@ from hf_galore.plan.ranks import BUCKETS, GATHERED, WEIGHTS, WORKING, Phase, mem
 from hf_galore.plan.rehearsal import BASES, GRADIENTS, LOW_RANK, MOMENTS, PARAMETERS, REFERENCE_MODEL, Record
 from hf_galore.plan.tracking import ACTIVATIONS, BACKWARD, FORWARD, TEMPORARIES, StorageTracker
 from hf_galore.plan.wire import Devices, Exchange
-from tests.support.planning import llama, sft
+from tests.support.helpers import GAP
+from tests.support.planning import MIXTURE, llama, mixtral, sft
 
 # ---- by hand
 
@@ -166,6 +170,29 @@ def test_fsdp2_halves_what_a_rank_keeps(optim: str, tmp_path: Path) -> None:
         assert four.memory.parts[part] == pytest.approx(two.memory.parts[part] / 2, rel=0.05)
     assert two.memory.parts[WORKING] >= one.breakdown.get(ACTIVATIONS, 0)
     assert two.payload["reduce-scatter"] == four.payload["reduce-scatter"]
+
+
+def test_a_stack_is_exchanged_as_its_low_rank_gradients(tmp_path: Path) -> None:
+    _, rank = planned(tmp_path, "galore_adamw_layerwise", 4, model=mixtral, **MIXTURE)
+    model = mixtral()
+    projected = find_targets(model, "all-linear", GaLoreConfig(rank=4))
+    low_rank = sum(math.prod(shape) // min(shape[-2:]) * 4 for shape in projected.matrices())
+    full_rank = sum(param.numel() for param in model.parameters()) - sum(
+        weight.numel() for weight in projected.projected.values()
+    )
+    whole = sum(weight.numel() for weight in projected.projected.values())
+    share = 1 / GAP
+    assert {len(shape) for shape in projected.matrices()} == {2, 3}
+    assert rank.payload["all-reduce"] == pytest.approx(4 * (full_rank + (1 - share) * low_rank))
+    assert rank.payload["reduce"] == pytest.approx(4 * share * whole)
+
+
+def test_stacks_that_fsdp2_would_not_project_are_not_planned_so(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"train full-rank where FSDP2 shards them.* name the others only") as error:
+        planned(tmp_path, "galore_adamw", 2, sharded=True, model=mixtral, **MIXTURE)
+    assert "projected: model.layers.*.mlp.experts.gate_up_proj (2), model.layers.*.mlp.experts.down_proj (2)." in str(
+        error.value
+    )
 
 
 # ---- the moment

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +28,7 @@ from hf_galore.plan.tracking import BACKWARD
 from hf_galore.plan.wire import Devices, Exchange, Kind, sent_bytes, wire_bytes
 from tests.support.helpers import tiny_llama
 from tests.support.planning import llama
+from tests.support.warm import launch
 from tests.support.wire import CountedBytes
 from tests.support.wire_script import FSDP_WAYS, TOKENS, WAYS, Model, galore
 
@@ -44,14 +42,7 @@ Counted = dict[str, dict[str, dict[str, int]]]
 def ranks_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where each of 2 or 4 processes has left what it has counted."""
     folder = tmp_path_factory.mktemp(f"ranks-{request.param}")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(request.param)]
-    subprocess.run(
-        [*launcher, "-m", "tests.support.wire_script", str(folder)],
-        check=True,
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
+    launch(request.param, "tests.support.wire_script", str(folder))
     return folder
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from hf_galore.recipes.embedded_model import Embedded
 from hf_galore.recipes.run_record import RecordedTrainer
 from hf_galore.recipes.stream_position import POSITION_FILE
 from hf_galore.recipes.whole_files import write_whole
+from tests.support import warm
 from tests.support.commands import recorded_trainer, write_checkpoint
 from tests.support.helpers import Counting, arguments, tiny_llama
 
@@ -308,13 +306,6 @@ def test_tensors_are_not_read(out: Path) -> None:
 def test_thirty_kills_at_random_moments_and_thirty_resumes(tmp_path: Path) -> None:
     """And the weights and moments at the end are those of a run that was left alone, bit for bit."""
     seed, kills = 1, 30
-    script = subprocess.run(
-        [sys.executable, "-m", "tests.support.killed_runs", str(tmp_path), str(seed), str(kills)],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    script = warm.ran(warm.module, "tests.support.killed_runs", str(tmp_path), str(seed), str(kills))
     assert script.returncode == 0, f"seed {seed}: {script.stderr}"
     assert json.loads(script.stdout.splitlines()[-1])["kills"] == kills

@@ -7,8 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 from tokenizers import Tokenizer, models
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+)
 from trl import SFTConfig, SFTTrainer
 
 from tests.support import helpers
@@ -21,6 +29,8 @@ LENGTH, BATCH = 16, 2
 TARGETS = ["q_proj", "up_proj", "down_proj"]
 OPTIM_ARGS = f"rank={helpers.RANK}, update_proj_gap={helpers.GAP}"
 GALORE = {"optim_target_modules": TARGETS, "optim_args": OPTIM_ARGS}
+# A rank that the gradients of 16 different tokens have: a refresh of those that have not takes a copy of the gradient.
+MIXTURE: dict[str, Any] = {"optim_target_modules": "all-linear", "optim_args": f"rank=4, update_proj_gap={helpers.GAP}"}
 
 ModelOf = Callable[[], Any]
 Maker = Callable[[], Trainer]
@@ -29,6 +39,14 @@ Maker = Callable[[], Trainer]
 def llama(**overrides: Any) -> LlamaForCausalLM:
     """With grouped-query attention."""
     return tiny_llama(num_attention_heads=4, num_key_value_heads=2, **overrides)
+
+
+def mixtral(**overrides: Any) -> MixtralForCausalLM:
+    """Every token goes to all of its experts: a plan gives each a share of the tokens, and a real run may not."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    experts = {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 4, **overrides}
+    return MixtralForCausalLM(MixtralConfig(vocab_size=VOCABULARY, max_position_embeddings=64, **sizes, **experts))
 
 
 def llama_folder(folder: Path, layers: int) -> Path:

@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import NoReturn, TypeAlias
 
 import torch
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import hf_galore.cli.dpo
 import hf_galore.cli.glue
 import hf_galore.cli.pretrain
 import hf_galore.cli.sft  # noqa: F401  (for the processes to come)
 from hf_galore.cli.main import main as hf_galore_main
+from tests.support.warm import torchrun
 
 COUNT = 2
 
@@ -57,19 +56,8 @@ def under_torchrun(arguments: list[str], folder: Path, prepare: Prepare | None =
         folder: where the processes leave their numbers, their statuses and what they print.
         prepare: what each does before.
     """
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=COUNT,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        run_id=folder.name,
-        max_restarts=0,
-        start_method="fork",
-        logs_specs=DefaultLogsSpecs(log_dir=str(folder / "logs"), redirects=Std.ALL),
-    )
     try:
-        elastic_launch(config, _work)(arguments, prepare, folder)
+        torchrun(COUNT, folder / "logs", _work, arguments, prepare, folder)
     except ChildFailedError:
         return 1
     return 0

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import pty
 import re
+import struct
+import termios
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,35 +15,38 @@ from types import TracebackType
 
 import pexpect
 import pyte
+from pexpect.fdpexpect import fdspawn
 
-from tests.support.signals import set_defaults
+from tests.support import warm
 
 COLUMNS, LINES = 80, 40
 
 
 class Terminal:
-    """A command in a terminal; a context manager, at whose end the command has ended.
+    """`hf-galore ...` in a terminal; a context manager, at whose end the command has ended.
+
+    Its process begins with the libraries imported (see `tests.support.warm`).
 
     Args:
-        command: the program and its arguments.
+        arguments: of the command.
         folder: where it runs.
         environment: what it gets beside this process's own environment.
     """
 
-    def __init__(self, command: Sequence[str], folder: Path, environment: dict[str, str] | None = None) -> None:
-        inherited = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES", "NO_COLOR")}
+    def __init__(self, arguments: Sequence[str], folder: Path, environment: dict[str, str] | None = None) -> None:
         self.screen = pyte.HistoryScreen(COLUMNS, LINES, history=2000)
         self._stream = pyte.Stream(self.screen)
-        self._process = pexpect.spawn(
-            command[0],
-            list(command[1:]),
-            cwd=str(folder),
-            env={**inherited, "TERM": "xterm-256color", **(environment or {})},
-            dimensions=(LINES, COLUMNS),
-            encoding="utf-8",
-            timeout=None,
-            preexec_fn=set_defaults,  # or else the keys that stop a command may do nothing
+        self._ours, self._its = pty.openpty()
+        fcntl.ioctl(self._its, termios.TIOCSWINSZ, struct.pack("HHHH", LINES, COLUMNS, 0, 0))
+        size = {"COLUMNS": str(COLUMNS), "LINES": str(LINES)}  # whatever those of this process's terminal are
+        self._process = warm.begun(
+            warm.hf_galore,
+            *arguments,
+            streams=[os.ttyname(self._its)] * 3,
+            folder=folder,
+            environment={"TERM": "xterm-256color", **size, **(environment or {})},
         )
+        self._keys = fdspawn(self._ours, encoding="utf-8", timeout=None)
 
     def __enter__(self) -> Terminal:
         return self
@@ -47,7 +54,9 @@ class Terminal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._process.close(force=True)
+        warm.end(self._process)
+        os.close(self._its)
+        os.close(self._ours)
 
     def text(self) -> str:
         """All that has been on the screen, with what has scrolled away; each line without spaces at its end."""
@@ -78,26 +87,25 @@ class Terminal:
 
     def type(self, text: str) -> None:
         """Press the keys of a text; "\\n" is the return key."""
-        self._process.send(text.replace("\n", "\r"))
+        self._keys.send(text.replace("\n", "\r"))
 
     def press_ctrl(self, key: str) -> None:
         """Press Ctrl and a letter."""
-        self._process.sendcontrol(key)
+        self._keys.send(chr(ord(key.upper()) - ord("@")))
 
     def status(self, seconds: float = 240) -> int:
         """Wait until the command has ended, and return its exit status, as a shell has it."""
         self._read_until(lambda: False, seconds)
-        assert not self._process.isalive(), f"it runs on:\n{self.text()}"
-        signalled: int | None = self._process.signalstatus
-        return int(self._process.exitstatus) if signalled is None else 128 + signalled
+        ended = self._process.exitcode
+        assert ended is not None, f"it runs on:\n{self.text()}"
+        return 128 - ended if ended < 0 else ended
 
     def _read_until(self, done: Callable[[], object], seconds: float) -> None:
-        """Show what comes, until something is so or the command has ended."""
+        """Show what comes, until something is so or the command has ended and no more comes."""
         end = time.monotonic() + seconds
         while not done() and time.monotonic() < end:
-            what = self._process.expect([r"(?s).+", pexpect.TIMEOUT, pexpect.EOF], timeout=0.2)
-            if what == 0:
-                self._stream.feed(self._process.after)
-            elif what == 2:
-                self._process.wait()
+            runs = self._process.is_alive()
+            if self._keys.expect([r"(?s).+", pexpect.TIMEOUT], timeout=0.2 if runs else 0) == 0:
+                self._stream.feed(self._keys.after)
+            elif not runs:
                 return
