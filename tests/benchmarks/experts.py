@@ -1,7 +1,7 @@
 """Mixtures of experts under GaLore and AdamW: what is projected, what optimizers take, and what losses they come to.
 
     python -m tests.benchmarks.experts --results experts.jsonl       # the whole table: about ten minutes of one core
-    python -m tests.benchmarks.experts --only gpt_oss --seeds 1
+    python -m tests.benchmarks.experts --only mixtral --large         # four times as much to learn in the same steps
 
 Small models of four architectures (`SIZES`: 64 wide, 8 experts of 128, 2 layers) learn four languages, each of which
 is a random table of what follows what; the first token of a row says which language it is of. Every optimizer has three
@@ -37,17 +37,31 @@ from hf_galore.optim.bases import ON_HOST
 from tests.benchmarks.quality import MAX_NORM, WARMUP, Results, Run
 from tests.support.zoo import ZOO, made
 
-LANGUAGES, WORDS = 4, 28
 ROWS, LENGTH = 16, 32
 HIDDEN = 64
 RANK, GAP, SCALE = HIDDEN // 4, 50, 1.0
 FOLLOWERS = (0.4, 0.3, 0.2, 0.1)
 
 ADAMW, GALORE = "AdamW", "GaLore"
-RATES = {ADAMW: (5e-3, 1e-2, 2e-2), GALORE: (5e-3, 1e-2, 2e-2)}
+RATES = {ADAMW: (1e-2, 2e-2, 4e-2), GALORE: (1e-2, 2e-2, 4e-2)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """How much there is to learn: what follows each word of each language."""
+
+    languages: int
+    words: int
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens: one for each language, and one for each word."""
+        return self.languages + self.words
+
+
+SMALL, LARGE = Task(4, 28), Task(8, 56)
 
 COMMON: dict[str, Any] = {
-    "vocab_size": LANGUAGES + WORDS,
     "hidden_size": HIDDEN,
     "intermediate_size": 2 * HIDDEN,
     "moe_intermediate_size": 2 * HIDDEN,
@@ -86,9 +100,10 @@ SIZES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 
 
-def small(name: str) -> nn.Module:
+def small(name: str, task: Task = SMALL) -> nn.Module:
     """A small model of one of the architectures, the same for a seed of torch's."""
-    return made(*SIZES[name])
+    cls, settings = SIZES[name]
+    return made(cls, {**settings, "vocab_size": task.vocabulary})
 
 
 # ---- what is projected, and what optimizers hold
@@ -131,27 +146,24 @@ def share_of_bytes(model: nn.Module, rank: int) -> float:
 # ---- the task
 
 
-@dataclasses.dataclass
 class Languages:
-    """Four random tables of what follows what, the same for every seed of a training."""
+    """Random tables of what follows what, the same for every seed of a training."""
 
-    followers: Tensor  # (language, word, follower)
-
-    @classmethod
-    def made(cls) -> Languages:
-        """The tables."""
+    def __init__(self, task: Task) -> None:
         generator = torch.Generator().manual_seed(0)
-        order = torch.rand(LANGUAGES, WORDS, WORDS, generator=generator).argsort(-1)
-        return cls(order[..., : len(FOLLOWERS)] + LANGUAGES)
+        order = torch.rand(task.languages, task.words, task.words, generator=generator).argsort(-1)
+        self._task = task
+        self._followers = order[..., : len(FOLLOWERS)] + task.languages  # (language, word, follower)
 
     def rows(self, number: int, generator: torch.Generator) -> Tensor:
         """New rows: a language, a word, and what follows."""
-        language = torch.randint(LANGUAGES, (number,), generator=generator)
-        row = [language, torch.randint(LANGUAGES, LANGUAGES + WORDS, (number,), generator=generator)]
+        first = self._task.languages
+        language = torch.randint(first, (number,), generator=generator)
+        row = [language, torch.randint(first, self._task.vocabulary, (number,), generator=generator)]
         chances = torch.tensor(FOLLOWERS)
         for _ in range(LENGTH - 2):
             choice = torch.multinomial(chances, number, replacement=True, generator=generator)
-            row.append(self.followers[language, row[-1] - LANGUAGES, choice])
+            row.append(self._followers[language, row[-1] - first, choice])
         return torch.stack(row, 1)
 
 
@@ -165,13 +177,13 @@ def _loss(model: Any, rows: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 2:].flatten())
 
 
-def train(name: str, optimizer_name: str, run: Run) -> dict[str, Any]:
+def train(name: str, optimizer_name: str, run: Run, task: Task = SMALL) -> dict[str, Any]:
     """Train, and return the held-out loss with what led to it."""
     from transformers import get_cosine_schedule_with_warmup
 
     torch.manual_seed(run.seed)
-    model = small(name)
-    languages = Languages.made()
+    model = small(name, task)
+    languages = Languages(task)
     generator = torch.Generator().manual_seed(run.seed)
     optimizer = OPTIMIZERS[optimizer_name](model, run.lr)
     schedule = get_cosine_schedule_with_warmup(optimizer, int(WARMUP * run.steps), run.steps)
@@ -199,57 +211,63 @@ def train(name: str, optimizer_name: str, run: Run) -> dict[str, Any]:
 # ---- the table
 
 
-def _row(name: str, optimizer_name: str) -> str:
-    return f"{name} {optimizer_name}"
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is trained for the table."""
+
+    names: list[str]
+    seeds: list[int]
+    steps: int
+    task: Task
+
+    def run(self, name: str, optimizer_name: str, lr: float, seed: int) -> Run:
+        """One of its runs."""
+        return Run(f"{name} {optimizer_name}" + " large" * (self.task == LARGE), lr, seed, self.steps)
+
+    def best_rate(self, results: Results, name: str, optimizer_name: str) -> float:
+        """The learning rate with the lowest loss."""
+        tried = {lr: results.loss(self.run(name, optimizer_name, lr, self.seeds[0])) for lr in RATES[optimizer_name]}
+        finite = {lr: loss for lr, loss in tried.items() if loss is not None and math.isfinite(loss)}
+        return min(finite, key=finite.__getitem__)
 
 
-def _best(results: Results, name: str, optimizer_name: str, seed: int, steps: int) -> float:
-    """The learning rate with the lowest loss."""
-    tried = {lr: results.loss(Run(_row(name, optimizer_name), lr, seed, steps)) for lr in RATES[optimizer_name]}
-    finite = {lr: loss for lr, loss in tried.items() if loss is not None and math.isfinite(loss)}
-    return min(finite, key=finite.__getitem__)
-
-
-def perform(names: list[str], results: Results, seeds: list[int], steps: int, console: Console) -> None:
+def perform(plan: Plan, results: Results, console: Console) -> None:
     """What of the runs is missing: all rates with the first seed, the best one with the others."""
 
-    def run(pairs: list[tuple[str, str, Run]]) -> None:
-        missing = [(name, optimizer, wanted) for name, optimizer, wanted in pairs if results.missing([wanted])]
-        for name, optimizer, wanted in track(missing, "Runs", console=console, transient=True):
-            line = train(name, optimizer, wanted)
+    def run(trainings: list[tuple[str, str, float, int]]) -> None:
+        missing = [one for one in trainings if results.missing([plan.run(*one)])]
+        for name, optimizer, lr, seed in track(missing, "Runs", console=console, transient=True):
+            line = train(name, optimizer, plan.run(name, optimizer, lr, seed), plan.task)
             results.add(line)
-            console.print(f"{line['name']:22} lr {line['lr']:.0e}  seed {line['seed']}  {line['loss']:.4f}")
+            console.print(f"{line['name']:22} lr {lr:.0e}  seed {seed}  {line['loss']:.4f}")
 
-    both = [(name, optimizer) for name in names for optimizer in RATES]
-    run([(n, o, Run(_row(n, o), lr, seeds[0], steps)) for n, o in both for lr in RATES[o]])
-    run(
-        [
-            (n, o, Run(_row(n, o), _best(results, n, o, seeds[0], steps), seed, steps))
-            for n, o in both
-            for seed in seeds[1:]
-        ]
-    )
+    both = [(name, optimizer) for name in plan.names for optimizer in RATES]
+    run([(*one, lr, plan.seeds[0]) for one in both for lr in RATES[one[1]]])
+    run([(*one, plan.best_rate(results, *one), seed) for one in both for seed in plan.seeds[1:]])
 
 
-def table(names: list[str], results: Results, seeds: list[int], steps: int) -> Table:
+def table(plan: Plan, results: Results) -> Table:
     """Each architecture's figures."""
-    shown = Table("", title=f"After {steps} steps; mean of {len(seeds)} seeds; the best of three rates of each")
+    title = f"After {plan.steps} steps; {len(plan.seeds)} seed(s); the best of three rates of each"
+    shown = Table("", title=title)
     columns = ("projected", "real size", "state / AdamW's", "real size", "AdamW", "GaLore", "GaLore / AdamW", "rates")
     for column in columns:
         shown.add_column(column, justify="right")
-    for name in names:
-        rates = {o: _best(results, name, o, seeds[0], steps) for o in RATES}
+    for name in plan.names:
+        rates = {optimizer: plan.best_rate(results, name, optimizer) for optimizer in RATES}
         losses = {
-            o: statistics.fmean(loss for seed in seeds if (loss := results.loss(Run(_row(name, o), lr, seed, steps))))
-            for o, lr in rates.items()
+            optimizer: statistics.fmean(
+                loss for seed in plan.seeds if (loss := results.loss(plan.run(name, optimizer, lr, seed))) is not None
+            )
+            for optimizer, lr in rates.items()
         }
-        real = ZOO[name].make_real()
+        model, real = small(name, plan.task), ZOO[name].make_real()
         rank = quarter(real)
         shown.add_row(
             name,
-            f"{100 * share_projected(small(name), RANK):.1f} %",
+            f"{100 * share_projected(model, RANK):.1f} %",
             f"{100 * share_projected(real, rank):.1f} %",
-            f"{100 * share_of_bytes(small(name), RANK):.1f} %",
+            f"{100 * share_of_bytes(model, RANK):.1f} %",
             f"{100 * share_of_bytes(real, rank):.1f} %",
             f"{losses[ADAMW]:.4f}",
             f"{losses[GALORE]:.4f}",
@@ -268,8 +286,9 @@ def quarter(model: nn.Module) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="the first one chooses the rates")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="the first one chooses the rates")
     parser.add_argument("--only", nargs="+", choices=list(SIZES), default=list(SIZES))
+    parser.add_argument("--large", action="store_true", help="eight languages of 56 words, in place of four of 28")
     parser.add_argument("--results", type=Path, help="a file of finished runs to read and to add to")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -279,8 +298,9 @@ def main() -> None:
         f"floor {FLOOR:.4f}"
     )
     results = Results(args.results)
-    perform(args.only, results, args.seeds, args.steps, console)
-    console.print(table(args.only, results, args.seeds, args.steps))
+    plan = Plan(args.only, args.seeds, args.steps, LARGE if args.large else SMALL)
+    perform(plan, results, console)
+    console.print(table(plan, results))
 
 
 if __name__ == "__main__":

@@ -315,7 +315,8 @@ MIXTURES = (
         n_heads=4,
         n_layers=2,
         attn_config={"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
-        ffn_config={"ffn_hidden_size": 2 * HIDDEN, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": HIDDEN},
+        # As wide as the model: older releases of transformers take the one for the other in routers.
+        ffn_config={"ffn_hidden_size": HIDDEN, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": HIDDEN},
     ),
     _moe(
         "jetmoe",
@@ -472,7 +473,7 @@ ENCODERS = (
     ),
     _encoder("electra", "ElectraForSequenceClassification", "ELECTRA small", _classes, embedding_size=16),
     _encoder("distilbert", "DistilBertForSequenceClassification", "DistilBERT", _classes, hidden_dim=64),
-    _encoder("modernbert", "ModernBertForMaskedLM", "ModernBERT base", _tokens, layer_types=["full_attention"] * 2),
+    _encoder("modernbert", "ModernBertForMaskedLM", "ModernBERT base", _tokens),
     _encoder("albert", "AlbertForMaskedLM", "ALBERT xxlarge", _tokens, embedding_size=16),
     _encoder("mpnet", "MPNetForMaskedLM", "MPNet base", _tokens),
     _encoder(
