@@ -89,7 +89,7 @@ def _rows(text: str, peak: str, needs: str) -> Iterator[tuple[str, Row]]:
 
 
 def readme_table() -> str:
-    """README's rows: the fine-tunings of docs/recipes.md, the largest card that people have at home first, and last those in centres."""
+    """README's rows: the fine-tunings of docs/recipes.md, the largest card at home first, and those in centres last."""
     chosen = {name: row for name, row in recipe_rows().items() if "/" not in name and row.rank}
     sizes = {name: int(row.card.split()[0]) for name, row in chosen.items()}
     rows = sorted(chosen.items(), key=lambda item: (sizes[item[0]] > AT_HOME, -sizes[item[0]]))
