@@ -125,6 +125,8 @@ def _matrices(shapes: Sequence[Sequence[int]]) -> str:
 
 def _share(count: int, total: int) -> str:
     percent = 100 * count / max(total, 1)
+    if count < total and percent >= 99.95:
+        return "over 99.9 %"
     if percent >= 0.095:
         return f"{percent:.1f} %"
     return f"{percent:.2f} %" if percent >= 0.005 else "under 0.01 %"

@@ -452,7 +452,9 @@ def test_a_line_where_nothing_is_left() -> None:
 
 def test_small_shares_are_not_none() -> None:
     model = nn.ModuleDict({"linear": nn.Linear(512, 512, bias=False), "norm": nn.LayerNorm(4)})
-    assert line_of(model).endswith("full-rank: norms and biases under 0.01 %.")
+    line = line_of(model)
+    assert line.endswith("full-rank: norms and biases under 0.01 %.")
+    assert "(262.1K parameters, over 99.9 %)" in line
 
 
 # By what is named, what the warning says; `None` for none.
