@@ -81,7 +81,7 @@ def train(
         stop_at: the step after which to stop before `steps`, as an interruption would.
         accumulate: micro-batches of a step.
         max_norm: of the gradients; `None` for no clipping.
-        target_modules: which linear layers to project, such as ["attn"] of what is trainable.
+        target_modules: which weights to project, such as ["attn"] of what is trainable.
 
     Returns:
         The moving average of the weights.

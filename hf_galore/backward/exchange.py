@@ -5,7 +5,8 @@ a target's           is exchanged by
 ===================  =========================================================================================
 low-rank gradient R  a mean over all processes, several at a time
 gradient G           a mean over all processes, where R is not to be reduced (`exchange=dense`)
-G for a refresh      a mean in one process, which takes the new basis from it and sends all others basis and R
+G for a refresh      a mean in one process, which takes the new basis from it and sends all others basis and R; but R
+                     where only experts are due that have tokens in none
 ===================  =========================================================================================
 
 The processes do so in one order, whatever the order in which their gradients come: else each would wait for another.
@@ -26,7 +27,7 @@ from torch.autograd import Variable
 
 from .passes import in_segment
 from .processes import Processes
-from .shared_refresh import SharedRefresh
+from .shared_refresh import SharedRefresh, waits_for_gradients
 
 if TYPE_CHECKING:
     from .window import Window
@@ -243,20 +244,31 @@ class Exchange:
         self._sent.add(id(window))
         kind = self._kinds[id(window)]
         if kind == "low_rank":
-            low_rank = window.low_rank_to_send()
-            if self._bucket and not _alike(self._bucket[0][1], low_rank):
-                self._seal()
-            self._bucket.append((window, low_rank))
-            if sum(part.nbytes for _, part in self._bucket) >= self._bucket_bytes:
-                self._seal()
+            self._add(window, window.low_rank_to_send())
             return
         self._seal()
         whole = window.whole_to_send()
+        if kind == "refresh" and not self.dense and waits_for_gradients(window.target, whole, self.processes):
+            with torch.no_grad(), torch.autocast(whole.device.type, enabled=False):
+                low_rank = window.target.projected_by(whole, window.target.bases())
+                if self._reduces:
+                    self._add(window, low_rank)
+                else:
+                    window.use_low_rank(low_rank)  # which holds it
+            return
         if kind == "whole":
             work, used = self.processes.mean_(whole), self._used([window])
             self._in_flight.append(_InFlight(work, lambda: window.use_whole(whole) if all(used()) else None))
         else:
             self._refresh(window, whole)
+
+    def _add(self, window: Window, low_rank: Tensor) -> None:
+        """Send a low-rank gradient, with others."""
+        if self._bucket and not _alike(self._bucket[0][1], low_rank):
+            self._seal()
+        self._bucket.append((window, low_rank))
+        if sum(part.nbytes for _, part in self._bucket) >= self._bucket_bytes:
+            self._seal()
 
     def _seal(self) -> None:
         """Send the low-rank gradients that have come together."""

@@ -1,16 +1,41 @@
-"""A refresh that one process computes for all that have copies of a model."""
+"""A refresh that one process computes for all that have copies of a model; and whether there is one to compute."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
+from ..lowrank.matrices import as_matrices
+from ..lowrank.projection import norm_of_each
 from .processes import Layout, Part, Processes
 
 if TYPE_CHECKING:
     from ..optim.bases import NewBasis
     from ..optim.target import Target
+
+
+def waits_for_gradients(target: Target, gradient: Tensor, processes: Processes | None) -> bool:
+    """Whether a stack's refresh waits on: it is due for matrices that had no gradient, and have none in any process.
+
+    An expert that gets no tokens would else have the whole gradient of all experts exchanged in each step. Waits for
+    the device, where it is not a turn of the whole stack.
+
+    Args:
+        target: the target.
+        gradient: G of this process.
+        processes: that ask this together; `None` where they have the same gradient.
+    """
+    due = target.matrices_due()
+    if target.stack is None or len(due) == target.stack:
+        return False
+    norms = norm_of_each(as_matrices(gradient, target.matrix_shape))
+    found = torch.stack([(norms[due] != 0).any(), (norms != 0).any()]).float()
+    if processes is not None:
+        processes.mean_(found).wait()
+    of_due, of_any = found.tolist()
+    return bool(of_any) and not of_due
 
 
 class SharedRefresh:

@@ -50,9 +50,9 @@ LONGER = {
         "least memory. Any other optimizer of the Trainer's may stand here too: adamw_torch, adamw_bnb_8bit, ..."
     ),
     "optim_target_modules": (
-        "The linear layers that are projected, by parts of their names: --optim_target_modules attn mlp. Or one "
-        "regular expression for whole names, in quotes; or all-linear, for all but the output head. The rest trains "
-        "full-rank. In a recipe: optim_target_modules: [attn, mlp]."
+        "The weights that are projected, by parts of their names: --optim_target_modules attn mlp. Or one regular "
+        "expression for whole names, in quotes; or all-linear, for linear layers, experts, convolutions and the like, "
+        "but the output head. The rest trains full-rank. In a recipe: optim_target_modules: [attn, mlp]."
     ),
     "optim_args": (
         "GaLore's keys, as one text in quotes: --optim_args 'rank=256, scale=1'. In a recipe: optim_args: {rank: 256, "

@@ -110,7 +110,7 @@ def _check_optimizer(config: Mapping[str, Any]) -> str:
 def _check_options(config: Mapping[str, Any]) -> GaLoreConfig:
     if not config.get(TARGETS):
         raise ValueError(
-            f"{OPTIMIZER}: {config[OPTIMIZER]} needs {TARGETS}: which linear layers to project, such as [attn, mlp] or "
+            f"{OPTIMIZER}: {config[OPTIMIZER]} needs {TARGETS}: which weights to project, such as [attn, mlp] or "
             "all_linear."
         )
     return GaLoreConfig.from_optim_args(joined(config.get(ARGUMENTS)))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from torch import nn
 
 from ..log import and_others
-from .weights import DEPTHWISE, VECTORS, Weight, is_lora, weights_of
+from .weights import DEPTHWISE, EMBEDDINGS, VECTORS, Weight, is_lora, weights_of
 
 ALL_LINEAR = "all-linear"
 
@@ -32,6 +32,7 @@ def explain_nothing_linear(model: nn.Module, chosen: Sequence[Weight], computed:
         f"optim_target_modules is {ALL_LINEAR!r}, but {type(model).__name__} has no trainable linear layer (nor "
         "experts, convolutions, or weights of recurrence or attention) besides its output head."
         + (f" It has some {others}, which cannot be projected." if others else "")
+        + _by_their_names(weights_of(model))
     )
 
 
@@ -70,14 +71,13 @@ def explain_no_match(
         model: the model.
         weights: all of its weights that have names, frozen ones too.
         matched: those trainable ones that it matches: none can be projected.
-        computed: the layers without a weight of their own.
+        computed: the layers without a weight of their own that it matches.
         is_regex: whether it is a regular expression for whole names.
     """
     start = f"optim_target_modules: {entry!r} matches no trainable matrix of {type(model).__name__}."
-    without_weight = [name for name in computed if matches(name)]
-    if without_weight:
+    if computed:
         return (
-            f"{start} It matches only layers {COMPUTED_FROM}: {shown(without_weight)}. Such a weight cannot be "
+            f"{start} It matches only layers {COMPUTED_FROM}: {shown(computed)}. Such a weight cannot be "
             "projected; what it is computed from trains full-rank. Leave it out, or take the parametrization off the "
             "layer."
         )
@@ -91,12 +91,19 @@ def explain_no_match(
                 "use_peft)."
             )
         return f"{start} It matches frozen ones: unfreeze them, or leave it out."
-    others = sorted({type(module).__name__ for name, module in model.named_modules() if name and matches(name)})
+    modules = {name: module for name, module in model.named_modules() if name and matches(name)}
+    inside = [weight.name for weight in weights if any(weight.name.startswith(f"{name}.") for name in modules)]
+    if inside:
+        return (
+            f"{start} It matches modules, and the weights in them have names of their own, such as {inside[0]!r}: a "
+            f"regular expression has to match the whole name. Give a list of parts of names, or put '.*' behind."
+        )
+    others = sorted({type(module).__name__ for module in modules.values()})
     if others:
         return f"{start} It matches only modules of other kinds ({', '.join(others)}), which cannot be projected."
     vectors = [weight.name for weight in weights_of(model) if weight.kind == VECTORS and matches(weight.name)]
     if vectors:
-        return f"{start} It matches only norms and biases ({shown(vectors)}), which cannot be projected."
+        return f"{start} It matches only norms, biases and other vectors ({shown(vectors)}), which cannot be projected."
     return f"{start} {_suggestion(entry, weights, is_regex)}"
 
 
@@ -115,19 +122,27 @@ def _left_alone(weights: Iterable[Weight]) -> str:
 def _suggestion(entry: str, weights: Sequence[Weight], is_regex: bool) -> str:
     """What may have been meant by an entry that matches nothing."""
     maps = [weight.name for weight in weights if weight.role == "linear map"]
+    names = f"Names in it: {', '.join(_parts(maps or [weight.name for weight in weights]))}."
     if is_regex:
         example = maps[0] if maps else "model.layers.0.mlp.up_proj"
-        return (
-            f"A string is a regular expression that has to match a module's whole name, such as {example!r}; for parts "
-            f"of names give a list: [{entry!r}]."
-        )
+        whole = f"A string is a regular expression that has to match a whole name, such as {example!r}"
+        if any(entry in weight.name for weight in weights):
+            return f"{whole}; for parts of names give a list: [{entry!r}]."
+        return f"{whole}. {names}"
     # By parts of parts as well: entries are substrings, and 'atn' is meant to be the end of 'self_attn'.
     parts = _parts(weight.name for weight in weights)
-    pieces = {piece: part for part in parts for piece in (*part.split("_"), part)}
-    near = list(dict.fromkeys(pieces[piece] for piece in difflib.get_close_matches(entry, sorted(pieces), n=3)))
+    pieces = {piece.lower(): part for part in parts for piece in (*part.split("_"), part)}
+    close = difflib.get_close_matches(entry.lower(), sorted(pieces), n=3)
+    near = list(dict.fromkeys(pieces[piece] for piece in close))
     if near:
         return f"Did you mean {' or '.join(repr(n) for n in near)}?"
-    return f"Names in it: {', '.join(_parts(maps))}."
+    return names + _by_their_names(weights)
+
+
+def _by_their_names(weights: Iterable[Weight]) -> str:
+    """A sentence on the matrices that only an entry of their own reaches, embeddings aside; nothing where none are."""
+    names = [w.name for w in weights if w.role == "by name" and w.kind != EMBEDDINGS and w.param.requires_grad]
+    return f" Other matrices, by their own names: {shown(names)}." if names else ""
 
 
 def _parts(names: Iterable[str]) -> list[str]:

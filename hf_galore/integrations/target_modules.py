@@ -56,7 +56,7 @@ def find_targets(model: nn.Module, target_modules: Any, config: GaLoreConfig) ->
         model: the model.
         target_modules: as in `TrainingArguments.optim_target_modules`. A string is a regular expression that has to
             match a whole name, or "all-linear": every linear map but the output head. A list holds substrings of
-            names, whole names or regular expressions.
+            names, whole names or regular expressions, and may have "all-linear" among them.
         config: its rank decides which weights are too small to be projected.
 
     Raises:
@@ -67,26 +67,27 @@ def find_targets(model: nn.Module, target_modules: Any, config: GaLoreConfig) ->
     trainable = [weight for weight in weights if weight.param.requires_grad]
     maps = [weight for weight in trainable if weight.role != "by name"]
     computed = list(computed_layers(model))
-    if is_all_linear(target_modules):
-        chosen = [weight for weight in maps if not weight.in_head]
-        in_head = head_modules(model)
-        computed = [name for name in computed if id(model.get_submodule(name)) not in in_head]
-        if not any(map(_can_be_projected, chosen)):
-            raise ValueError(explain_nothing_linear(model, chosen, computed))
-    else:
-        entries = _entries(target_modules)
-        names: set[str] = set()
-        for entry, matches in entries.items():
+    names: set[str] = set()
+    computed_names: set[str] = set()
+    for entry, matches in _entries(target_modules).items():
+        if is_all_linear(entry):
+            matched = [weight for weight in maps if not weight.in_head]
+            in_head = head_modules(model)
+            of_entry = [name for name in computed if id(model.get_submodule(name)) not in in_head]
+            if not any(map(_can_be_projected, matched)):
+                raise ValueError(explain_nothing_linear(model, matched, of_entry))
+        else:
             matched = [weight for weight in maps if matches(weight.name)]
+            of_entry = [name for name in computed if matches(name)]
             # What an entry means are others only if it matches no linear map, even one that cannot be projected.
-            if not matched and not any(matches(name) for name in computed):
+            if not matched and not of_entry:
                 matched = [weight for weight in trainable if weight.role == "by name" and matches(weight.name)]
             if not any(map(_can_be_projected, matched)):
                 is_regex = isinstance(target_modules, str)
-                raise ValueError(explain_no_match(entry, matches, model, weights, matched, computed, is_regex))
-            names.update(weight.name for weight in matched)
-        computed = [name for name in computed if any(matches(name) for matches in entries.values())]
-        chosen = [weight for weight in trainable if weight.name in names]
+                raise ValueError(explain_no_match(entry, matches, model, weights, matched, of_entry, is_regex))
+        names.update(weight.name for weight in matched)
+        computed_names.update(of_entry)
+    chosen = [weight for weight in trainable if weight.name in names]
 
     targets = unique(filter(_can_be_projected, chosen))
     projected = [weight for weight in targets if is_projectable(_shape(weight), config.rank)]
@@ -95,7 +96,7 @@ def find_targets(model: nn.Module, target_modules: Any, config: GaLoreConfig) ->
     return Targets(
         {weight.name: weight.param for weight in projected},
         {weight.name: weight.param for weight in targets if weight not in projected},
-        tuple(computed),
+        tuple(name for name in computed if name in computed_names),
         {weight.name: weight.view_as for weight in projected if weight.view_as is not None},
         tuple(weight.name for weight in unique(chosen) if weight.kind == DEPTHWISE),
         tuple(weight.name for weight in unique(chosen) if weight.is_left_sharded),

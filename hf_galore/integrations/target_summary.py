@@ -56,10 +56,11 @@ def projection_line(
     return f"{line}; full-rank: {', '.join(rest)}" if rest else f"{line}; nothing trains full-rank"
 
 
-def warning_of_unreached(model: nn.Module, target_modules: Any, targets: Targets) -> str | None:
+def warning_of_unreached(model: nn.Module, target_modules: Any, targets: Targets, config: GaLoreConfig) -> str | None:
     """A warning where many of the trainable parameters are matrices that `target_modules` does not reach.
 
-    Embeddings and the output head do not count: as full-rank as they are, they are so with "all-linear".
+    Embeddings and the output head do not count: as full-rank as they are, they are so with "all-linear". Nor does what
+    the rank is too large for.
     """
     trainable = _trainable(model)
     reached = {id(weight) for weights in (targets.projected, targets.too_small) for weight in weights.values()}
@@ -70,6 +71,7 @@ def warning_of_unreached(model: nn.Module, target_modules: Any, targets: Targets
         and weight.role != "none"
         and not weight.in_head
         and weight.kind != EMBEDDINGS
+        and weight.is_projectable(config.rank)
     ]
     total = elements(trainable)
     if elements(missed) <= MUCH * total:
@@ -79,13 +81,13 @@ def warning_of_unreached(model: nn.Module, target_modules: Any, targets: Targets
     alike: dict[str, list[Weight]] = {}
     for weight in missed:
         alike.setdefault(_pattern(weight.name), []).append(weight)
-    first, *_ = max(alike.values(), key=elements)
+    first = max(max(alike.values(), key=elements), key=lambda weight: elements([weight]))
     largest = f"{first.name} ({' × '.join(map(str, first.param.shape))})"
     if first.is_left_sharded:
         return f"{start}, most of them because FSDP2 has sharded what is no single matrix, such as {largest}."
     entry = _entry_for(first.name)
     if is_all_linear(target_modules):
-        advice = f"give a list of names with {entry!r} in it in place of {ALL_LINEAR!r}"
+        advice = f"give [{ALL_LINEAR!r}, {entry!r}]"
     elif first.kind == OTHERS:
         advice = f"add {entry!r}"
     else:
@@ -103,23 +105,28 @@ def _trainable(model: nn.Module) -> list[Weight]:
 def _entry_for(name: str) -> str:
     """An entry for a list that reaches this weight and those like it: the end of its name that says something."""
     parts = name.split(".")
+    while len(parts) > 1 and parts[-1].isdigit():  # of a list: with its other elements
+        parts.pop()
     ends = (".".join(parts[-count:]) for count in range(1, len(parts) + 1))
-    return next((end for end in ends if end != "weight" and not end.isdigit()), name)
+    return next((end for end in ends if end != "weight"), name)
 
 
 def _matrices(shapes: Sequence[Sequence[int]]) -> str:
     """`32 matrices and 64 stacks of 128`."""
-    sizes = [shape[0] for shape in shapes if len(shape) == 3]
+    sizes = [shape[0] for shape in shapes if len(shape) == 3 and shape[0] > 1]
     single = len(shapes) - len(sizes)
+    matrices = "1 matrix" if single == 1 else f"{single} matrices"
     if not sizes:
-        return f"{single} matrices"
+        return matrices
     of = str(min(sizes)) if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
     stacks = f"{len(sizes)} {'stack' if len(sizes) == 1 else 'stacks'} of {of}"
-    return f"{single} matrices and {stacks}" if single else f"{stacks} matrices"
+    return f"{matrices} and {stacks}" if single else f"{stacks} matrices"
 
 
 def _share(count: int, total: int) -> str:
     percent = 100 * count / max(total, 1)
+    if count < total and percent >= 99.95:
+        return "over 99.9 %"
     if percent >= 0.095:
         return f"{percent:.1f} %"
     return f"{percent:.2f} %" if percent >= 0.005 else "under 0.01 %"

@@ -111,7 +111,7 @@ def galore_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None, *, s
     config = GaLoreConfig.from_optim_args(args.optim_args)
     if args.optim_target_modules is None:
         raise ValueError(
-            f"optim={name!r} needs optim_target_modules: which linear layers to project, such as ['attn', 'mlp'] or "
+            f"optim={name!r} needs optim_target_modules: which weights to project, such as ['attn', 'mlp'] or "
             "'all-linear'."
         )
     if model is None:

@@ -12,7 +12,8 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 from transformers.pytorch_utils import Conv1D
 
-from ..lowrank.matrices import ViewAs
+from ..lowrank.matrices import ViewAs, matrix_shape
+from ..lowrank.projection import is_projectable
 from ..optim.shard import is_sharded
 
 LINEAR, EXPERTS, ROUTERS = "linear layers", "experts", "routers"
@@ -39,6 +40,10 @@ class Weight:
     """How it makes matrices, where that is not what is usual for its dimensions."""
     in_head: bool = False
     """Whether it belongs to the model's output head, which "all-linear" leaves out."""
+
+    def is_projectable(self, rank: int) -> bool:
+        """Whether it makes matrices, both sides of which are above the rank."""
+        return self.role != "none" and is_projectable(matrix_shape(self.param.shape, self.view_as), rank)
 
     @property
     def is_left_sharded(self) -> bool:
@@ -118,7 +123,7 @@ _ATTENTION_WEIGHT = re.compile(r"(in|q|k|v)_proj_weight")
 # `MixtralTopKRouter`, DeepSeek's `MoEGate`, `JetMoeTopKGating`; not `AggregateLayer`, `GatedMLP`.
 _ROUTER = re.compile(r"Router|Gat(e(?!d)|ing)|[Tt]op_?[Kk]")
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "moe_num_experts", "n_experts", "n_routed_experts")
-_TABLE = re.compile(r"embed|pos(ition)?_|_pos|token")
+_TABLE = re.compile(r"embed|pos(ition)?_|_pos|^pos$|token")
 
 
 def _use(path: str, own: str, module: nn.Module, param: Tensor) -> _Use:
@@ -126,7 +131,7 @@ def _use(path: str, own: str, module: nn.Module, param: Tensor) -> _Use:
         return _Use(OTHERS)  # no shape yet; or quantised, which no optimizer can train
     if own == "weight" and isinstance(module, _LAYERS):
         return _of_layer(module, param)
-    if own == "weight" and isinstance(module, nn.Embedding):
+    if own == "weight" and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return _Use(EMBEDDINGS, "by name", by_module=True)
     if sum(size > 1 for size in param.shape) < 2 or own.endswith("bias") or "norm" in type(module).__name__.lower():
         return _Use(VECTORS)

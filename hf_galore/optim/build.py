@@ -68,7 +68,7 @@ def make_optimizer(
         model: the model; several as one, `nn.ModuleList([unet, text_encoder])`. What is frozen stays out of the
             optimizer.
         target_modules: which weights to project, as `TrainingArguments.optim_target_modules`: a list of parts of names,
-            a regular expression for whole names, or "all-linear".
+            a regular expression for whole names, or "all-linear", which may be in a list with others.
         optim: one of `KINDS`.
         optim_args: the options of GaLore, as a string of `key=value` items, a mapping, or a `GaLoreConfig`.
         lr: learning rate η.
@@ -143,7 +143,7 @@ def optimizer_cls_and_kwargs(
         options[weight] = {**config.group_options(), **view}
     if say:
         logger.info(summarize(model, targets, config))
-        unreached = warning_of_unreached(model, target_modules, targets)
+        unreached = warning_of_unreached(model, target_modules, targets, config)
         if unreached:
             logger.warning(unreached)
         adapters = targets.lora_adapters()

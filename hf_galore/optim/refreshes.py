@@ -15,7 +15,7 @@ from torch import nn
 from ..backward.gradient import StandIn
 from ..backward.passes import gone
 from ..backward.processes import Processes
-from ..backward.shared_refresh import SharedRefresh
+from ..backward.shared_refresh import SharedRefresh, waits_for_gradients
 from ..integrations import ddp
 from .bases import NewBasis
 from .target import Target
@@ -36,7 +36,7 @@ class SharedRefreshes:
     def __init__(self, processes: Processes, parameters: Sequence[Trained]) -> None:
         self._processes = processes
         self._due = [trained for trained in parameters if isinstance(trained, Target) and _is_whole(trained)]
-        self._due = [target for target in self._due if target.due()]
+        self._due = [target for target in self._due if target.due() and not _waits(target)]
         self._made: dict[int, NewBasis] = {}
 
     def step(self, trained: Trained) -> bool:
@@ -67,6 +67,11 @@ class SharedRefreshes:
         for work, (target, refresh) in zip(works, refreshes, strict=True):
             work.wait()
             self._made[id(target)] = refresh.made()
+
+
+def _waits(target: Target) -> bool:
+    gradient = target.param.grad
+    return gradient is not None and waits_for_gradients(target, gradient, None)
 
 
 def _is_whole(trained: Trained) -> bool:

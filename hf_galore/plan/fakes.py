@@ -9,6 +9,7 @@ is in `hf_galore.integrations.stand_ins`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -93,7 +94,7 @@ def fake_training(target: Target) -> Iterator[Fakes]:
         for module, name, replacement in (
             (torch, "save", _nothing),
             (nn.Module, "_apply", _apply),
-            (nn.functional, "scaled_dot_product_attention", _attention),
+            (nn.functional, "scaled_dot_product_attention", functools.partial(_attention, on_card=target == "cuda")),
             # Gradients are finite, which the host of a CPU knows, and that of a GPU does not.
             (nonfinite, "_look", lambda norm: None if target == "cuda" else False),
             (nonfinite, "host_knows", lambda tensor: target == "cpu"),
@@ -208,11 +209,14 @@ def _attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    *,
+    on_card: bool,
 ) -> Tensor:
     """Instead of `scaled_dot_product_attention`, which cannot ask a fake and would not take a fused kernel.
 
     Fused kernels on CPUs and GPUs allocate the same: the output, and a float32 number for each row of it. (With dropout
-    a CPU has none, and takes more than this says.)
+    a CPU has none, and takes more than this says.) Of values of another width than keys, as DeepSeek's are, a CPU has
+    none either, and forms the scores.
     """
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
@@ -220,6 +224,20 @@ def _attention(
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         bias = torch.zeros_like(attn_mask, dtype=query.dtype)
         attn_mask = bias.masked_fill_(attn_mask.logical_not(), -math.inf)
+    if value.shape[-1] != query.shape[-1]:
+        if not on_card or enable_gqa:
+            return cast(
+                "Tensor",
+                _aten._scaled_dot_product_attention_math(
+                    query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
+                )[0],
+            )
+        return cast(
+            "Tensor",
+            _aten._scaled_dot_product_efficient_attention(
+                query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale
+            )[0],
+        )
     # Fewer heads of keys and values than of queries (enable_gqa) are nothing that it makes copies for.
     output: Tensor = _aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale

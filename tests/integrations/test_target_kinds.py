@@ -301,7 +301,7 @@ def test_a_parameter_of_the_model_itself_has_a_name() -> None:
         ("mixng", "Did you mean 'mixing'?"),
         ("conv.1", "only depthwise convolutions, of one filter for each channel (conv.1), which train full-rank"),
         ("norm", "only modules of other kinds (LayerNorm), which cannot be projected"),
-        ("attn.in_proj_bias", "only norms and biases (attn.in_proj_bias), which cannot be projected"),
+        ("attn.in_proj_bias", "only norms, biases and other vectors (attn.in_proj_bias), which cannot be projected"),
     ],
 )
 def test_an_entry_that_selects_nothing_says_why(entry: str, hint: str) -> None:
@@ -388,7 +388,7 @@ def test_stacks_and_convolutions_that_are_sharded_are_not_projected() -> None:
     assert line_of(model).endswith("; stacks and convolutions that are sharded by FSDP2: experts.gate_up_proj, conv.")
     with pytest.raises(ValueError, match=r"only stacks and convolutions that are sharded by FSDP2 \(conv\)"):
         find(model, ["conv"])
-    found = warning_of_unreached(model, "all-linear", targets)
+    found = warning_of_unreached(model, "all-linear", targets, CONFIG)
     assert found is not None
     assert "because FSDP2 has sharded what is no single matrix, such as experts.gate_up_proj (6 × 16 × 24)" in found
 
@@ -447,12 +447,14 @@ def test_the_line_of_one_of_each_kind() -> None:
 
 def test_a_line_where_nothing_is_left() -> None:
     model = nn.Sequential(nn.Linear(16, 16, bias=False))
-    assert line_of(model) == "GaLore projects 1 matrices (256 parameters, 100.0 %) at rank 4; nothing trains full-rank."
+    assert line_of(model) == "GaLore projects 1 matrix (256 parameters, 100.0 %) at rank 4; nothing trains full-rank."
 
 
 def test_small_shares_are_not_none() -> None:
     model = nn.ModuleDict({"linear": nn.Linear(512, 512, bias=False), "norm": nn.LayerNorm(4)})
-    assert line_of(model).endswith("full-rank: norms and biases under 0.01 %.")
+    line = line_of(model)
+    assert line.endswith("full-rank: norms and biases under 0.01 %.")
+    assert "(262.1K parameters, over 99.9 %)" in line
 
 
 # By what is named, what the warning says; `None` for none.
@@ -477,7 +479,7 @@ UNREACHED: list[tuple[Any, list[str] | None]] = [
 @pytest.mark.parametrize(("target_modules", "words"), UNREACHED, ids=[repr(case[0]) for case in UNREACHED])
 def test_a_warning_of_what_no_entry_reaches(target_modules: Any, words: list[str] | None) -> None:
     model = mixture("mixtral")
-    found = warning_of_unreached(model, target_modules, find(model, target_modules))
+    found = warning_of_unreached(model, target_modules, find(model, target_modules), CONFIG)
     if words is None:
         assert found is None
     else:
@@ -487,7 +489,7 @@ def test_a_warning_of_what_no_entry_reaches(target_modules: Any, words: list[str
 
 def test_embeddings_and_the_head_alone_are_nothing_to_warn_of() -> None:
     model = tiny_llama(vocab_size=2048)
-    assert warning_of_unreached(model, "all-linear", find(model)) is None
+    assert warning_of_unreached(model, "all-linear", find(model), CONFIG) is None
 
 
 def test_frozen_parameters_are_nothing_to_warn_of() -> None:
@@ -495,7 +497,7 @@ def test_frozen_parameters_are_nothing_to_warn_of() -> None:
     for layer in model.model.layers:
         layer.self_attn.requires_grad_(True)
     targets = find(model, ["attn"])
-    assert warning_of_unreached(model, ["attn"], targets) is None
+    assert warning_of_unreached(model, ["attn"], targets, CONFIG) is None
     assert summarize(model, targets, CONFIG).endswith("100.0 %) at rank 4; nothing trains full-rank.")
 
 
@@ -506,7 +508,59 @@ def test_a_large_matrix_of_unknown_use_is_warned_of(caplog: pytest.LogCaptureFix
         optimizer_cls_and_kwargs(model, "all-linear", optim="galore_adamw", config=CONFIG, hold_gradients=False)
     (line,) = [record.getMessage() for record in caplog.records]
     assert "most of all other matrices, such as a.filters (6 × 16 × 24)" in line
-    assert line.endswith("give a list of names with 'filters' in it in place of 'all-linear'.")
-    targets = find(model, ["linear", "filters"])
+    assert line.endswith("To project these give ['all-linear', 'filters'].")
+    targets = find(model, ["all-linear", "filters"])
     assert set(targets.projected) == {"linear", "a.filters"}
-    assert warning_of_unreached(model, ["linear", "filters"], targets) is None
+    assert warning_of_unreached(model, ["all-linear", "filters"], targets, CONFIG) is None
+
+
+class Bare(nn.Module):
+    """Matrices that a model has made itself, some in a list, and a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.bag = nn.Linear(16, 16), nn.EmbeddingBag(30, 16)
+        self.blocks = nn.ParameterList(nn.Parameter(torch.zeros(16, 24)) for _ in range(3))
+        self.Up, self.pos = nn.Parameter(torch.zeros(16, 24)), nn.Parameter(torch.zeros(1, 9, 16))
+        self.large, self.flat = nn.Parameter(torch.zeros(30, 16)), nn.Parameter(torch.zeros(4, 600))
+        self.lstm = nn.LSTM(16, 16)
+
+
+def test_bare_matrices() -> None:
+    """Tables are embeddings; the entry for an element of a list reaches all; what is too flat is not asked for."""
+    model = Bare()
+    targets = find(model)
+    assert ("pos", "embeddings") in [(weight.name, weight.kind) for weight in weights_of(model)]
+    assert ("bag", "embeddings") in [(weight.name, weight.kind) for weight in weights_of(model)]
+    warning = warning_of_unreached(model, "all-linear", targets, CONFIG)
+    assert warning is not None
+    share = 100 * (4 * 16 * 24 + 30 * 16) / sum(param.numel() for param in model.parameters())  # not `flat`
+    assert warning.startswith(f"{share:.1f} % of the trainable parameters")
+    assert warning.endswith("such as blocks.0 (16 × 24). To project these give ['all-linear', 'blocks'].")
+    assert set(find(model, ["all-linear", "blocks"]).projected) == {
+        *targets.projected,
+        *(f"blocks.{i}" for i in range(3)),
+    }
+    assert set(find(model, ["all-linear", "pos", "bag"]).projected) == {*targets.projected, "pos", "bag"}
+    assert line_of(model, ["pos"]).startswith("GaLore projects 1 matrix (144 parameters, ")
+
+
+@pytest.mark.parametrize(
+    ("target_modules", "words"),
+    [
+        (["up"], ["Did you mean 'Up'?"]),
+        (["zzz"], ["Names in it: linear, lstm, weight_", "Other matrices, by their own names: Up, large, "]),
+        ("lstm", ["the weights in them have names of their own, such as 'lstm.weight_ih_l0'"]),
+        (["linear.bias"], ["It matches only norms, biases and other vectors (linear.bias)"]),
+    ],
+    ids=repr,
+)
+def test_names_that_are_no_layers_are_suggested_too(target_modules: Any, words: list[str]) -> None:
+    with pytest.raises(ValueError, match="matches no trainable matrix of Bare") as error:
+        find(Bare(), target_modules)
+    assert [word for word in words if word not in str(error.value)] == []
+
+
+def test_all_linear_of_bare_matrices_names_them() -> None:
+    with pytest.raises(ValueError, match=r"no trainable linear layer .* Other matrices, by their own names: filters"):
+        find(Stacked("filters"))

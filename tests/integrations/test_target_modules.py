@@ -302,7 +302,13 @@ REFUSED: list[tuple[Any, type[Exception], list[str]]] = [
     ((), ValueError, ["()", "at least one module"]),
     ([""], ValueError, ["['']", "match everything"]),
     (["mlp", ""], ValueError, ["['mlp', '']", "match everything"]),
-    (["all-linear", "nothing"], ValueError, ["'all-linear'"]),
+    (["all-linear", "nothing"], ValueError, ["'nothing' matches no trainable matrix"]),
+    ("attm", ValueError, ["'attm'", "whole name", "Names in it", "self_attn"]),
+    (
+        r"model\.layers\.0\.mlp",
+        ValueError,
+        ["names of their own, such as 'model.layers.0.mlp.gate_proj'", "'.*' behind"],
+    ),
     (8, TypeError, ["8", "string or a list of strings"]),
     ([8], TypeError, ["[8]", "string or a list of strings"]),
     ({"mlp": True}, TypeError, ["{'mlp': True}", "string or a list of strings"]),
@@ -502,7 +508,7 @@ def test_what_a_weight_is_computed_from_trains_as_with_adamw(
         ends.append({key: param for key, param in snapshot(model).items() if "layers.0.mlp.up_proj" in key})
     assert_same_path(ends[0], ends[1], start, 1e-4)
     (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("hf_galore")][:1]
-    assert line.startswith("GaLore projects 1 matrices")
+    assert line.startswith("GaLore projects 1 matrix")
     assert "whose weight is computed" in line
     assert line.endswith(": model.layers.0.mlp.up_proj.")
 

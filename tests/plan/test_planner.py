@@ -24,6 +24,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -133,6 +135,20 @@ def test_a_mixture_of_experts(optim: str, setting: dict[str, Any], tmp_path: Pat
     else:
         assert planned.projection is not None
         assert planned.projection.startswith("GaLore projects 8 matrices and 4 stacks of 4 (")
+
+
+def test_values_of_another_width_than_keys(tmp_path: Path) -> None:
+    """Before: a plan of DeepSeek's attention ended in an error of a product whose sides do not go together."""
+
+    def latent() -> Any:
+        torch.manual_seed(0)
+        widths = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+        sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+        dense = {"first_k_dense_replace": 2, "num_key_value_heads": 4, "vocab_size": VOCABULARY}
+        return DeepseekV3ForCausalLM(DeepseekV3Config(**widths, **sizes, **dense))
+
+    planned = assert_plan_is_measured(sft(tmp_path, "adamw_torch", latent))
+    assert plan(sft(tmp_path, "adamw_torch", latent)).breakdown["activations"] < planned.breakdown["activations"]
 
 
 def test_experts_in_a_loop_are_not_planned_silently(tmp_path: Path) -> None:

@@ -241,7 +241,7 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no targets": (
         {"optim_target_modules": None},
-        "optim='galore_adamw' needs optim_target_modules: which linear layers",
+        "optim='galore_adamw' needs optim_target_modules: which weights",
     ),
     "rank above every side": (
         {"optim_args": "rank=4096"},

@@ -9,7 +9,7 @@ import contextlib
 import copy
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,12 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from hf_galore.backward.shared_refresh import SharedRefresh
 from hf_galore.integrations import ddp
 from hf_galore.lowrank import refresh
 from hf_galore.lowrank.projection import Bases
 from hf_galore.optim.classes import GaLoreAdamW
+from hf_galore.optim.target import Target
 
 WAYS: tuple[dict[str, Any], ...] = (
     {"layerwise": True},
@@ -440,15 +442,71 @@ def as_patient_as_the_wrapper() -> None:
     assert group._get_backend(torch.device("cpu")).options._timeout == TIMEOUT
 
 
+class Routed(nn.Module):
+    """Experts that a pass takes or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.experts = nn.Linear(8, 8), nn.Parameter(torch.randn(4, 16, 8) / 4)
+
+    def forward(self, x: Tensor, taken: Sequence[int]) -> Tensor:
+        x = self.first(x)
+        for index in taken:
+            x = x + nn.functional.linear(x, self.experts[index]).tanh() @ self.experts[index]
+        return x
+
+
+def experts_without_tokens(way: dict[str, Any]) -> None:
+    """Some have tokens in one process only, one in none until the sixth step: it is not waited for in each step."""
+
+    def loss_of(model: nn.Module, step: int, rank: int) -> Tensor:
+        taken = [0, 1 + rank % 2, *([3] if step == 5 and rank == 1 else [])]
+        x = torch.randn(6, 8, generator=torch.Generator().manual_seed(100 * step + rank))
+        found: Tensor = model(x, taken).square().mean()
+        return found
+
+    def optimizer_of(model: Routed, way: dict[str, Any]) -> GaLoreAdamW:
+        group = {"rank": 3, "proj_bits": 16, "update_proj_gap": 100}
+        options = dict.fromkeys([model.experts, model.first.weight], group)
+        return GaLoreAdamW(model.parameters(), lr=1e-2, eps=1e-4, module=model, param_options=options, **way)
+
+    stacks = []
+    own = SharedRefresh.__init__
+
+    def counted(refresh: SharedRefresh, target: Target, *args: Any) -> None:
+        stacks.append(target.stack)
+        own(refresh, target, *args)
+
+    model, alone = Routed(), Routed()
+    before, optimizer = flat(model), optimizer_of(model, way)
+    wrapped = DistributedDataParallel(model)
+    rank, size = distributed.get_rank(), distributed.get_world_size()
+    with mock.patch.object(SharedRefresh, "__init__", counted):
+        take_steps(optimizer, lambda step: loss_of(wrapped, step, rank), 8)
+    assert_same_everywhere(model, before)
+    (experts,) = (target for target in optimizer.targets() if target.stack is not None)
+    assert experts.state["refreshed_at"].tolist() == [0, 0, 0, 5]
+    # Where whole gradients are exchanged in any case, the process that has the refresh looks for itself.
+    dense = way == {"layerwise": True, "projected_backward": False}
+    assert stacks.count(4) == (6 if dense else 2)
+    optimizer.close()
+    own_optimizer = optimizer_of(alone, {})
+    take_steps(own_optimizer, lambda step: sum(loss_of(alone, step, r) for r in range(size)) / size, 8)  # type: ignore[arg-type, return-value]
+    assert (flat(alone) - flat(model)).abs().max() < 2e-6
+
+
 def main(output: Path) -> None:
     distributed.init_process_group("gloo", timeout=TIMEOUT)
     as_patient_as_the_wrapper()
     processors_that_round_differently({})
     gradients_that_differ()
+    experts_without_tokens({})
     compiled_first()
     for way in WAYS:
         for check in (
             unused,
+            experts_without_tokens,
             refused,
             nothing_but_targets,
             not_finite_and_zero,
