@@ -11,7 +11,8 @@ from torch import nn
 
 from ..integrations.accelerate import forward_attribute
 from ..integrations.fully_shard import as_unit, was
-from .experts import StackGradientSink, run_watched
+from .expert_watch import run_watched
+from .experts import StackGradientSink
 from .patched import Patched, patched_class, why_not_derivable
 
 

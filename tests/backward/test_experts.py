@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -237,8 +238,49 @@ class Other(Loop):
         return super().forward(x, counts) + self.up[2].sum() + self.down.mean()
 
 
-def test_other_uses_of_a_weight_count() -> None:
-    (plain, _), (found, _) = trained(Other), trained(Other, layerwise=True, hold_gradients=True)
+class Sums(Loop):
+    """One that adds up all of a weight, the gradient of which is one number in memory."""
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        """The output, of which a part is no product; one weight is in no product at all."""
+        return super().forward(x, counts) + self.up[1].sum() + self.up[2].sum()
+
+
+class Indexed(Loop):
+    """One that looks weights up by arrays."""
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        """The output of two weights together."""
+        both = self.up[np.array([0, 2])].sum(dim=0) + self.up[range(2)].sum(dim=0)
+        return F.linear(torch.tanh(F.linear(x, both)), self.down[np.int64(1)].T)
+
+
+class Checkpointed(Loop):
+    """One that computes each expert anew in the backward pass, in the newer way."""
+
+    reentrant = False
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        """The output for rows that are sorted by expert."""
+
+        def one(rows: Tensor, index: int) -> Tensor:
+            return torch.tanh(F.linear(rows, self.up[index])) @ self.down[index]
+
+        parts = enumerate(x.split(counts.tolist()))
+        return torch.cat(
+            [cast("Tensor", checkpoint(one, rows, index, use_reentrant=self.reentrant)) for index, rows in parts]
+        )
+
+
+class CheckpointedReentrantly(Checkpointed):
+    """One that does so in the older way: each expert's gradient comes in a backward pass of its own."""
+
+    reentrant = True
+
+
+@pytest.mark.parametrize("cls", [Other, Sums, Indexed, Checkpointed, CheckpointedReentrantly])
+def test_other_uses_of_a_weight_count(cls: type[Experts]) -> None:
+    (plain, _), (found, _) = trained(cls), trained(cls, layerwise=True, hold_gradients=True)
     torch.testing.assert_close(found.up, plain.up, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(found.down, plain.down, rtol=1e-9, atol=1e-11)
 
