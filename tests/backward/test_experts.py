@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from collections.abc import Callable
 from typing import Any, cast
@@ -305,6 +306,7 @@ def test_the_module_is_its_own_again() -> None:
     model, optimizer = made(Loop, layerwise=True)
     assert isinstance(model, Loop)
     assert type(model) is not Loop
+    assert inspect.signature(model.forward) == inspect.signature(Loop().forward)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.copy(model)):
         assert type(other) is Loop
         assert_identical(other.state_dict(), model.state_dict())
