@@ -126,10 +126,10 @@ class _Watch(TorchFunctionMode):
                 return made
         if func in _BATCHED:
             x, use = args[0], self._use(args[1])
-            is_served = use is not None and use.number is None and isinstance(x, Tensor) and x.ndim == 3
-            if use is not None and is_served and len(x) == len(use.weight) and x.dtype == use.weight.dtype:
-                if torch.is_autocast_enabled(x.device.type):
-                    return None
+            if use is None or use.number is not None or not isinstance(x, Tensor) or x.ndim != 3:
+                return None
+            x = _as_taken(x, use.weight)
+            if x is not None and len(x) == len(use.weight):
                 return cast("Tensor", Batched.apply(x, use.weight, How(self._sink, use.is_transposed)))
         return None
 
@@ -137,16 +137,13 @@ class _Watch(TorchFunctionMode):
         use = self._use(weight)
         if use is None or use.number is None or not isinstance(x, Tensor) or x.ndim < 2:
             return None
-        device_type = x.device.type
-        if torch.is_autocast_enabled(device_type) and torch.float64 not in (x.dtype, weight.dtype):
-            # What autocast does to these operations, which it cannot see inside a custom function.
-            x = x.to(torch.get_autocast_dtype(device_type))
-            bias = None if bias is None else bias.to(x.dtype)
-        elif x.dtype != weight.dtype:
+        taken = _as_taken(x, weight)
+        if taken is None:
             return None
+        bias = bias if bias is None or not torch.is_autocast_enabled(x.device.type) else bias.to(taken.dtype)
         slices, uses = self._slices[id(use.weight)]
         how = How(self._sink, columns_in != use.is_transposed)
-        made = cast("Tensor", Slice.apply(x, slices[use.number], use.number, uses, how))
+        made = cast("Tensor", Slice.apply(taken, slices[use.number], use.number, uses, how))
         return made if bias is None else made + bias
 
     def _grouped(self, x: Any, weight: Any, *rest: Any, offs: Tensor | None = None, **others: Any) -> Tensor | None:
@@ -156,6 +153,15 @@ class _Watch(TorchFunctionMode):
         if x.ndim != 2 or x.dtype != use.weight.dtype or grouped_mm is None:
             return None
         return cast("Tensor", Grouped.apply(x, use.weight, offs, How(self._sink, use.is_transposed)))
+
+
+def _as_taken(x: Tensor, weight: Tensor) -> Tensor | None:
+    """An input in the dtype that a product takes here; `None` where it is another than the weight's."""
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type) and torch.float64 not in (x.dtype, weight.dtype):
+        # What autocast does to these operations, which it cannot see inside a custom function.
+        return x.to(torch.get_autocast_dtype(device_type))
+    return x if x.dtype == weight.dtype else None
 
 
 def _number(index: Any) -> int | None:

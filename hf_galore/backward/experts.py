@@ -95,6 +95,7 @@ class Batched(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.weight = weight
         ctx.how = how
+        weight = weight.to(x.dtype)
         return torch.bmm(x, weight.mT if how.columns_in else weight)
 
     @staticmethod
@@ -106,7 +107,7 @@ class Batched(torch.autograd.Function):
             grad_weight = _gradient(ctx, ctx.weight, how.sink, FactoredGradient(*how.factors(delta, x)))
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.bmm(delta, weight if how.columns_in else weight.mT)
+            grad_x = torch.bmm(delta, (weight if how.columns_in else weight.mT).to(delta.dtype))
         return grad_x, grad_weight, None
 
 
