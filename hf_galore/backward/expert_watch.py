@@ -57,6 +57,13 @@ class _Watch(TorchFunctionMode):
         self._known = {key: _Use(weight, None, False, weight) for key, weight in stacks.items()}
         self._slices: dict[int, tuple[tuple[Tensor, ...], Uses]] = {}
         self._saving = _saved_tensors_hooks()
+        self._served: set[int] = set()
+        self._others: set[int] = set()
+
+    @property
+    def missed(self) -> bool:
+        """Whether a stack was used that is in none of the products."""
+        return not self._others <= self._served
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -76,7 +83,10 @@ class _Watch(TorchFunctionMode):
                 return made
         elif not torch.is_grad_enabled():
             self._note_segment(args)
-        return func(*args, **kwargs)
+        made = func(*args, **kwargs)
+        if isinstance(made, Tensor) and made.requires_grad:
+            self._others.update(id(self._known[id(arg)].weight) for arg in args if id(arg) in self._known)
+        return made
 
     def _note_segment(self, args: Any) -> None:
         """Note the stacks that a reentrant checkpoint uses: their gradient is that of several backward passes."""
@@ -85,6 +95,11 @@ class _Watch(TorchFunctionMode):
         if node is not None:
             for record in self._sink.passes_of(used):
                 record.note_segment(node)
+
+    def _noted(self, use: _Use) -> Tensor:
+        """The stack, noted as one of a product."""
+        self._served.add(id(use.weight))
+        return use.weight
 
     def _use(self, tensor: Any) -> _Use | None:
         return self._known.get(id(tensor))
@@ -130,7 +145,7 @@ class _Watch(TorchFunctionMode):
                 return None
             x = _as_taken(x, use.weight)
             if x is not None and len(x) == len(use.weight):
-                return cast("Tensor", Batched.apply(x, use.weight, How(self._sink, use.is_transposed)))
+                return cast("Tensor", Batched.apply(x, self._noted(use), How(self._sink, use.is_transposed)))
         return None
 
     def _of_slice(self, x: Any, weight: Any, *, columns_in: bool, bias: Tensor | None = None) -> Tensor | None:
@@ -141,7 +156,7 @@ class _Watch(TorchFunctionMode):
         if taken is None:
             return None
         bias = bias if bias is None or not torch.is_autocast_enabled(x.device.type) else bias.to(taken.dtype)
-        slices, uses = self._slices[id(use.weight)]
+        slices, uses = self._slices[id(self._noted(use))]
         how = How(self._sink, columns_in != use.is_transposed)
         made = cast("Tensor", Slice.apply(taken, slices[use.number], use.number, uses, how))
         return made if bias is None else made + bias
@@ -152,7 +167,7 @@ class _Watch(TorchFunctionMode):
             return None
         if x.ndim != 2 or x.dtype != use.weight.dtype or grouped_mm is None:
             return None
-        return cast("Tensor", Grouped.apply(x, use.weight, offs, How(self._sink, use.is_transposed)))
+        return cast("Tensor", Grouped.apply(x, self._noted(use), offs, How(self._sink, use.is_transposed)))
 
 
 def _as_taken(x: Tensor, weight: Tensor) -> Tensor | None:
@@ -200,5 +215,8 @@ def run_watched(
     if not stacks or torch._C._functorch.peek_interpreter_stack() is not None or fwAD._current_level >= 0:
         return forward(*args, **kwargs)
     assert sink is not None
-    with _Watch(stacks, sink):
-        return forward(*args, **kwargs)
+    with _Watch(stacks, sink) as watch:
+        made = forward(*args, **kwargs)
+    if watch.missed:
+        sink.not_recognised(module)
+    return made

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..lowrank.grouped import GroupedGradient, grouped_mm
 from ..lowrank.products import FactoredGradient
@@ -28,6 +28,9 @@ class StackGradientSink(Protocol):
 
     def gradient_of_stack(self, weight: Tensor, factors: FactoredGradient | GroupedGradient) -> Tensor | None:
         """What stands for the gradient of one use of a stack; `None` where the gradient itself has to."""
+
+    def not_recognised(self, module: nn.Module) -> None:
+        """Note that a module uses stacks in no product that is recognised."""
 
     def passes_of(self, params: Iterable[Tensor]) -> list[Passes]:
         """The records of the backward passes that are to bring some parameters gradients."""

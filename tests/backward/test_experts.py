@@ -288,6 +288,17 @@ def test_other_uses_of_a_weight_count(cls: type[Experts]) -> None:
 
 
 @pytest.mark.parametrize("cls", SERVED)
+def test_it_is_said_where_gradients_are_built(cls: type[Experts], caplog: pytest.LogCaptureFixture) -> None:
+    for other, is_said in ((cls, False), (Gathered, True)):
+        caplog.clear()
+        trained(other, projected_backward=True)
+        said = [
+            record.getMessage() for record in caplog.records if "in no product that is recognised" in record.message
+        ]
+        assert len(said) == is_said
+
+
+@pytest.mark.parametrize("cls", SERVED)
 def test_two_passes_before_a_step_add_up(cls: type[Experts]) -> None:
     def run(**how: Any) -> Experts:
         model, optimizer = made(cls, **how)
@@ -320,11 +331,12 @@ def test_the_module_is_its_own_again() -> None:
 def test_autocast_reaches_experts(cls: type[Experts], monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[Tensor] = []
     serve = BackwardHooks.gradient_of_stack
-    monkeypatch.setattr(
-        BackwardHooks,
-        "gradient_of_stack",
-        lambda hooks, weight, *rest: served.append(weight) or serve(hooks, weight, *rest),
-    )
+
+    def noted(hooks: BackwardHooks, weight: Tensor, factors: Any) -> Tensor | None:
+        served.append(weight)
+        return serve(hooks, weight, factors)
+
+    monkeypatch.setattr(BackwardHooks, "gradient_of_stack", noted)
 
     def run(**how: Any) -> Experts:
         torch.manual_seed(0)
