@@ -302,8 +302,8 @@ class BackwardHooks:
 
     def not_recognised(self, module: nn.Module) -> None:
         """Say that a module's stacks are in no product whose factors are handed on."""
-        name = next((name for name, other in self._model.named_modules() if other is module), type(module).__name__)
-        self.notices.not_recognised(name)
+        names = (name for name, other in self._model.named_modules() if other is module)
+        self.notices.not_recognised(next(names, "") or "the model")
 
     def bases_for_rows(self, weight: Tensor) -> Bases | None:
         """The bases that rows of a gradient can be projected with by themselves; `None` where autograd has to build it.
