@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 import weakref
 from typing import Any, cast
@@ -11,12 +12,26 @@ from torch import nn
 
 from ..integrations.accelerate import forward_attribute
 from ..integrations.fully_shard import as_unit, was
-from .experts import StackGradientSink, run_watched
+from .expert_watch import run_watched
+from .experts import StackGradientSink
 from .patched import Patched, patched_class, why_not_derivable
 
 
 class ProjectedExperts(Patched):
     """What a patched module's class has before the module's own."""
+
+    def __init_subclass__(cls) -> None:
+        """Let the `forward` of patched modules have the signature of their own: a Trainer reads names off it."""
+        super().__init_subclass__()
+        if "original" not in cls.__dict__:
+            return  # what FSDP2 makes of a patched class
+        patched: Any = ProjectedExperts.forward
+
+        @functools.wraps(cls.original.forward)
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return patched(self, *args, **kwargs)
+
+        cls.forward = forward  # type: ignore[method-assign]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -300,6 +300,11 @@ class BackwardHooks:
         window = self._window_of(weight)
         return None if window is None else window.gradient_of(factors)
 
+    def not_recognised(self, module: nn.Module) -> None:
+        """Say that a module's stacks are in no product whose factors are handed on."""
+        names = (name for name, other in self._model.named_modules() if other is module)
+        self.notices.not_recognised(next(names, "") or "the model")
+
     def bases_for_rows(self, weight: Tensor) -> Bases | None:
         """The bases that rows of a gradient can be projected with by themselves; `None` where autograd has to build it.
 

@@ -51,6 +51,21 @@ class Notices:
             projecting,
         )
 
+    def not_recognised(self, name: str) -> None:
+        """Warn that the gradient of a stack of weights is built.
+
+        Args:
+            name: of the module that has it.
+        """
+        if self._is_new("not recognised"):
+            logger.warning(
+                "The projected backward cannot serve %s: it uses a stack of weights in no product that is recognised "
+                "(grouped_mm, bmm, or F.linear and matmul with weight[i]), so that its gradient is built, which takes "
+                "more memory. A model of transformers can be switched: model.set_experts_implementation('grouped_mm'). "
+                "If it is meant, say so by projected_backward=false. This is said once.",
+                name,
+            )
+
     def own_reduction(self, what: str) -> None:
         """Warn that gradients are built, as a program has them reduced in its own way.
 

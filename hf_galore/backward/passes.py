@@ -93,6 +93,15 @@ class PassCounter:
         return PassCounter, (gone, gone)  # weak references cannot be pickled
 
 
+def reentrant_segment() -> Callable[[], Any] | None:
+    """A weak reference to the node of the reentrant checkpoint whose segment runs forward; `None` in none."""
+    if not _in_function_forward() or in_backward():
+        return None
+    node = _present_node()
+    # Functions that compute something themselves are part of the pass around them.
+    return node if "Checkpoint" in type(node()).__name__ else None
+
+
 def gone() -> None:
     """Return what a dead weak reference returns."""
 

@@ -154,8 +154,9 @@ def refresh_of_stack(target: Target, gradient: Gradient, seed: int) -> NewBasis:
     watch = Stopwatch(target.param.device)
     due = target.matrices_due()
     with_gradient = _with_gradient(gradient, due)
-    steps = numbers_of(target.state["refreshed_at"])
-    kept = {key: target.state[key] for key in target.basis_keys}
+    state = target.with_placed_bases()
+    steps = numbers_of(state["refreshed_at"])
+    kept = {key: state[key] for key in target.basis_keys}
     if all(step == NEVER for step in steps):
         kept = target.layout.kept(_provisional(target, gradient), target.param.dtype)
     low_rank = None

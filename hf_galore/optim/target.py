@@ -109,17 +109,17 @@ class Target(Turns):
 
     def bases(self) -> Bases:
         """The present bases, in the weight's dtype; zeros before the first refresh."""
-        return self.layout.read(self._with_placed_bases(), self.param.dtype)
+        return self.layout.read(self.with_placed_bases(), self.param.dtype)
 
     def bases_here(self) -> Bases:
         """The present bases as gradients are projected with them here."""
-        return self.layout.read_here(self._with_placed_bases(), self.param.dtype)
+        return self.layout.read_here(self.with_placed_bases(), self.param.dtype)
 
     def projected_by(self, gradient: Gradient, bases: Bases) -> Tensor:
         """The low-rank gradient of G, with what `bases_here` gave."""
         return project(self._as_matrices(gradient), bases)
 
-    def _with_placed_bases(self) -> State:
+    def with_placed_bases(self) -> State:
         """The state, with its bases where the weight is: with 16 bits they have its dtype."""
         state = self.state
         self._place(state, self.basis_keys, self.param.dtype if self.layout.bits == 16 else None)
@@ -177,7 +177,7 @@ class Target(Turns):
 
     def parts_of_refresh(self, dtype: torch.dtype) -> dict[str, tuple[torch.Size, torch.dtype]]:
         """The shapes and dtypes of what one process sends the others of a refresh, with R in `dtype`."""
-        state = self._with_placed_bases()
+        state = self.with_placed_bases()
         kept = {key: state[key] for key in self.basis_keys}
         return NewBasis.parts(kept, torch.Size(self._shape_of_gradient()), dtype)
 
@@ -206,7 +206,7 @@ class Target(Turns):
         Returns:
             What `update` needs for the first update in the new bases, and `take_back`.
         """
-        state, group = self._with_placed_bases(), self.group
+        state, group = self.with_placed_bases(), self.group
         matrices = None if made.of_stack is None else made.of_stack.matrices
         keep = keep or group["moments"] == "rotate"
         before = before_refresh(state, self.basis_keys, keep=keep, matrices=matrices)
@@ -255,7 +255,7 @@ class Target(Turns):
             before: from `use_basis`, where this is the first update after a refresh.
             bases: `bases_here()`, where they are at hand: quantised ones take time to read.
         """
-        state, group = self._with_placed_bases(), self.group
+        state, group = self.with_placed_bases(), self.group
         skip = Skip(self.over_ranks(norm_of(low_rank)) if norm is None else norm)
         if before is not None and before.complete and skip.known:
             self.take_back(before)

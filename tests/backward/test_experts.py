@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_galore import GaLoreAdamW
 from hf_galore.backward.gradient import LowRankGradient
+from hf_galore.backward.hooks import BackwardHooks
 from hf_galore.optim.optimizer import GaLoreOptimizer
 from tests.support.helpers import assert_identical
 
@@ -237,10 +240,62 @@ class Other(Loop):
         return super().forward(x, counts) + self.up[2].sum() + self.down.mean()
 
 
-def test_other_uses_of_a_weight_count() -> None:
-    (plain, _), (found, _) = trained(Other), trained(Other, layerwise=True, hold_gradients=True)
+class Sums(Loop):
+    """One that adds up all of a weight, the gradient of which is one number in memory."""
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        """The output, of which a part is no product; one weight is in no product at all."""
+        return super().forward(x, counts) + self.up[1].sum() + self.up[2].sum()
+
+
+class Indexed(Loop):
+    """One that looks weights up by arrays."""
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        """The output of two weights together."""
+        both = self.up[np.array([0, 2])].sum(dim=0) + self.up[range(2)].sum(dim=0)
+        return F.linear(torch.tanh(F.linear(x, both)), self.down[np.int64(1)].T)
+
+
+class Checkpointed(Loop):
+    """One that computes each expert anew in the backward pass, in the newer way."""
+
+    reentrant = False
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        """The output for rows that are sorted by expert."""
+
+        def one(rows: Tensor, index: int) -> Tensor:
+            return torch.tanh(F.linear(rows, self.up[index])) @ self.down[index]
+
+        parts = enumerate(x.split(counts.tolist()))
+        return torch.cat(
+            [cast("Tensor", checkpoint(one, rows, index, use_reentrant=self.reentrant)) for index, rows in parts]
+        )
+
+
+class CheckpointedReentrantly(Checkpointed):
+    """One that does so in the older way: each expert's gradient comes in a backward pass of its own."""
+
+    reentrant = True
+
+
+@pytest.mark.parametrize("cls", [Other, Sums, Indexed, Checkpointed, CheckpointedReentrantly])
+def test_other_uses_of_a_weight_count(cls: type[Experts]) -> None:
+    (plain, _), (found, _) = trained(cls), trained(cls, layerwise=True, hold_gradients=True)
     torch.testing.assert_close(found.up, plain.up, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(found.down, plain.down, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("cls", SERVED)
+def test_it_is_said_where_gradients_are_built(cls: type[Experts], caplog: pytest.LogCaptureFixture) -> None:
+    for other, is_said in ((cls, False), (Gathered, True)):
+        caplog.clear()
+        trained(other, projected_backward=True)
+        said = [
+            record.getMessage() for record in caplog.records if "in no product that is recognised" in record.message
+        ]
+        assert len(said) == is_said
 
 
 @pytest.mark.parametrize("cls", SERVED)
@@ -263,6 +318,7 @@ def test_the_module_is_its_own_again() -> None:
     model, optimizer = made(Loop, layerwise=True)
     assert isinstance(model, Loop)
     assert type(model) is not Loop
+    assert inspect.signature(model.forward) == inspect.signature(Loop().forward)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.copy(model)):
         assert type(other) is Loop
         assert_identical(other.state_dict(), model.state_dict())
@@ -271,14 +327,24 @@ def test_the_module_is_its_own_again() -> None:
     assert "_galore_sink" not in model.__dict__
 
 
-def test_autocast_reaches_single_experts() -> None:
+@pytest.mark.parametrize("cls", [Loop, Batched])
+def test_autocast_reaches_experts(cls: type[Experts], monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[Tensor] = []
+    serve = BackwardHooks.gradient_of_stack
+
+    def noted(hooks: BackwardHooks, weight: Tensor, factors: Any) -> Tensor | None:
+        served.append(weight)
+        return serve(hooks, weight, factors)
+
+    monkeypatch.setattr(BackwardHooks, "gradient_of_stack", noted)
+
     def run(**how: Any) -> Experts:
         torch.manual_seed(0)
-        model = Loop(torch.float32)
+        model = cls(torch.float32)
         projected: dict[Tensor, dict[str, Any]] = {model.up: {"rank": RANK, "proj_bits": 16}}
         optimizer = GaLoreAdamW(model.parameters(), lr=1e-2, eps=1e-2, param_options=projected, module=model, **how)
         for step in range(3):
-            x, counts = batch(Loop, step)
+            x, counts = batch(cls, step)
             with torch.autocast("cpu", torch.bfloat16):
                 output = model(x.float(), counts)
                 assert output.dtype == torch.bfloat16
@@ -288,4 +354,5 @@ def test_autocast_reaches_single_experts() -> None:
         return model
 
     # G is rounded to bfloat16 before it is projected, R after.
-    torch.testing.assert_close(run(layerwise=True).up, run().up, rtol=0, atol=2e-3)
+    torch.testing.assert_close(run(layerwise=True).up, run().up, rtol=0, atol=3e-3)
+    assert len(served) == 6  # of each step both stacks

@@ -115,8 +115,13 @@ def test_experts_are_copied_on_the_host_to_be_saved(tmp_path: Path, monkeypatch:
     assert state_with_host_stacks(trainer.model) is None  # which is on no card
     trainer.save_model(str(tmp_path / "plain"))
     monkeypatch.setattr("hf_galore.integrations.trainer_parts.is_on_card", lambda tensor: True)
-    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: copied.append(tensor.shape) or tensor.clone())
     copied: list[torch.Size] = []
+
+    def cpu(tensor: torch.Tensor) -> torch.Tensor:
+        copied.append(tensor.shape)
+        return tensor.clone()
+
+    monkeypatch.setattr(torch.Tensor, "cpu", cpu)
     trainer.save_model(str(tmp_path / "by_host"))
     assert sorted(copied) == [(4, 32, 48), (4, 96, 32)]
     plain, by_host = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "by_host"))

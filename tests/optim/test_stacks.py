@@ -188,6 +188,24 @@ def test_resumed_while_some_have_not_had_their_turn(moments: str) -> None:
     assert_identical(resumed.state_dict()["state"], optimizer.state_dict()["state"])
 
 
+def test_some_have_their_turn_after_the_weight_was_cast() -> None:
+    weight = nn.Parameter(weights(torch.float32))
+    optimizer = GaLoreAdamW([{"params": [weight], **OPTIONS}], lr=1e-2)
+    state = optimizer.state[weight]
+    for index, gradient in enumerate(gradients(torch.float64)[:6]):
+        if index == 5:  # the next refresh is that of one matrix alone
+            assert state["refreshed_at"].tolist() == [3, 0, 3, 3, -1]
+            weight.data = weight.data.double()
+        weight.grad = gradient.to(weight.dtype)
+        optimizer.step()
+    assert state["refreshed_at"].tolist() == [3, 5, 3, 3, -1]
+    basis = state["basis_left"]
+    assert basis.dtype == torch.float64
+    expected = torch.eye(RANK, dtype=torch.float64).expand(COUNT, RANK, RANK)
+    torch.testing.assert_close(basis.mT @ basis, expected, rtol=0, atol=1e-5)
+    assert (basis[1].mT @ basis[1] - expected[1]).abs().max() < 1e-12, "made from a float64 gradient"
+
+
 def test_one_gradient_that_is_not_finite_skips_the_parameter() -> None:
     weight = nn.Parameter(weights(torch.float32))
     optimizer = GaLoreAdamW([{"params": [weight], **OPTIONS}], lr=1e-2)
