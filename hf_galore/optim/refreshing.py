@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from .target import Target
 
 
+# The part of a stack's gradient that may be copied for bases that are computed again.
+_COPIED_PART = 8
+
+
 class _Figures(NamedTuple):
     """What the host knows of the refresh of one matrix."""
 
@@ -98,6 +102,18 @@ class _Refresh:
             self._bases = compute(gradient, self._old, self._bases)
             self._look(gradient)
             return
+        # Gradients that are there as they are have to be copied: a few of a stack at a time.
+        size = max(1, len(self.figures) // _COPIED_PART) if isinstance(gradient, Tensor) else len(indices)
+        for start in range(0, len(indices), size):
+            self._replace_some(gradient, indices[start : start + size], compute)
+
+    def _replace_some(
+        self,
+        gradient: Gradient,
+        indices: Sequence[int],
+        compute: Callable[[Gradient, Bases | None, Bases], Bases],
+    ) -> None:
+        """Compute those of some matrices of a stack again."""
         some = chosen(gradient, indices)
         old = None if self._old is None else bases_of_matrices(self._old, indices)
         part = _Refresh(self._target, self._layout.of(len(indices)), old, self._seed)
