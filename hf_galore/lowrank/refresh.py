@@ -24,8 +24,9 @@ PROBES = 16
 # A column with less than this part of what a column has on average may stand for nothing: `methods.ENERGY_FLOOR` leaves
 # up to that in it. (Columns of real gradients have 3e-4 and more.)
 WEAK = 1e-4
-# What rounding leaves of a row that depends on others, in units of the dtype's precision and of the row's square.
-_PIVOT = 64
+# The part of a vector's square below which it depends on others. Rounding leaves up to 4e-5 of one that does, in float32;
+# of others, where gradients are of full rank, mostly 0.5 and more is left.
+_PIVOT = 1e-3
 # Rows of a gradient that tell what precision it was computed in.
 _SAMPLE_ROWS = 64
 
@@ -93,7 +94,7 @@ def full_rank(bases: Bases, gradient: Gradient, old: Bases | None, low_rank: Ten
         bases: as `new_bases` gives them.
         gradient: G, or its factors.
         old: those before, if there were any.
-        low_rank: R in these bases, if it is whole.
+        low_rank: R in these bases; of a sharded gradient the rows of its long side that this process has.
     """
     floor = _noise_floor(gradient)
     found = [nonzero_columns(basis).all(dim=-1) for basis in old or () if basis is not None]
@@ -102,22 +103,27 @@ def full_rank(bases: Bases, gradient: Gradient, old: Bases | None, low_rank: Ten
             limit = floor.clamp_min(WEAK * share.shape[-1] ** -0.5)
             enough = _tokens(gradient) >= share.shape[-1]
             found.append((share > limit.unsqueeze(-1)).all(dim=-1) & enough)
-    if low_rank is not None and low_rank.dtype.itemsize >= 4 and not isinstance(gradient, ShardedGradient):
-        found.append(_independent(low_rank if bases.left is not None else low_rank.mT))
+    if low_rank is not None and low_rank.dtype.itemsize >= 4:
+        if isinstance(gradient, ShardedGradient):
+            products = gradient.ranks.sum(gram(low_rank))
+        else:
+            products = gram(low_rank.mT if bases.right is None else low_rank)
+        found.append(_independent(products))
     flag: Tensor = torch.stack(found).all(dim=0)
     return flag.to(at_least_float32(gradient.dtype))
 
 
-def _independent(rows: Tensor) -> Tensor:
-    """Whether no row depends on those before it, as far as rounding allows to say so: a boolean, or k of them.
+def _independent(products: Tensor) -> Tensor:
+    """Whether no vector depends on those before it, as far as rounding allows to say so: a boolean, or k of them.
 
-    The pivots of a Cholesky factorisation are what is left of a row's square once the others are taken out.
+    The pivots of a Cholesky factorisation are what is left of a vector's square once the others are taken out.
+
+    Args:
+        products: of the vectors with each other, r × r.
     """
-    products = gram(rows.mT)
     factor, failed = torch.linalg.cholesky_ex(products)
     left: Tensor = factor.diagonal(dim1=-2, dim2=-1).square()
-    limit = _PIVOT * torch.finfo(rows.dtype).eps
-    enough: Tensor = (left > limit * products.diagonal(dim1=-2, dim2=-1)).all(dim=-1)
+    enough: Tensor = (left > _PIVOT * products.diagonal(dim1=-2, dim2=-1)).all(dim=-1)
     return enough.logical_and(failed == 0)
 
 

@@ -95,7 +95,8 @@ def check_gradient_bits(groups: Iterable[Group], *, hooked: bool) -> None:
 
 def is_target(param: Tensor, group: Group) -> bool:
     """Whether a parameter of a group is projected."""
-    return "rank" in group and is_projectable(shape_in(param, group), group["rank"])
+    # Flat pieces, which engines put in the place of matrices, are none: who looks for those says so.
+    return "rank" in group and param.ndim >= 2 and is_projectable(shape_in(param, group), group["rank"])
 
 
 def shape_in(param: Tensor, group: Group) -> tuple[int, ...]:
