@@ -24,8 +24,8 @@ PROBES = 16
 # A column with less than this part of what a column has on average may stand for nothing: `methods.ENERGY_FLOOR` leaves
 # up to that in it. (Columns of real gradients have 3e-4 and more.)
 WEAK = 1e-4
-# The part of a vector's square below which it depends on others. Rounding leaves up to 4e-5 of one that does, in float32;
-# of others, where gradients are of full rank, mostly 0.5 and more is left.
+# The part of a vector's square below which it depends on others. Rounding leaves up to 4e-5 of one that does, in
+# float32; of others, where gradients are of full rank, mostly 0.5 and more is left.
 _PIVOT = 1e-3
 # Rows of a gradient that tell what precision it was computed in.
 _SAMPLE_ROWS = 64
