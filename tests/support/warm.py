@@ -121,6 +121,7 @@ def torchrun(processes: int, logs: Path | None, work: Callable[..., object], *ar
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
