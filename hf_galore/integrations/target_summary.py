@@ -85,7 +85,7 @@ def warning_of_unreached(model: nn.Module, target_modules: Any, targets: Targets
     largest = f"{first.name} ({' × '.join(map(str, first.param.shape))})"
     if first.is_left_sharded:
         return f"{start}, most of them because FSDP2 has sharded what is no single matrix, such as {largest}."
-    entry = _entry_for(first.name)
+    entry = _entry_for(first, missed, [weight for weight in trainable if weight.role != "none"])
     if is_all_linear(target_modules):
         advice = f"give [{ALL_LINEAR!r}, {entry!r}]"
     elif first.kind == OTHERS:
@@ -102,13 +102,24 @@ def _trainable(model: nn.Module) -> list[Weight]:
     return unique(weight for weight in weights_of(model) if weight.param.requires_grad)
 
 
-def _entry_for(name: str) -> str:
-    """An entry for a list that reaches this weight and those like it: the end of its name that says something."""
-    parts = name.split(".")
+def _entry_for(first: Weight, missed: Sequence[Weight], matrices: Sequence[Weight]) -> str:
+    """An entry for a list that reaches a weight, and as many as can be of its kind, but nothing that is not missed.
+
+    Args:
+        first: the weight.
+        missed: what no entry reaches.
+        matrices: all, those that are reached too.
+    """
+    parts = first.name.split(".")
     while len(parts) > 1 and parts[-1].isdigit():  # of a list: with its other elements
         parts.pop()
     ends = (".".join(parts[-count:]) for count in range(1, len(parts) + 1))
-    return next((end for end in ends if end != "weight"), name)
+    own = next((end for end in ends if end != "weight"), first.name)
+    missing = {id(weight.param) for weight in missed}
+    others = [weight.name for weight in matrices if id(weight.param) not in missing]
+    wider = [part for part in reversed(parts[:-1]) if not part.isdigit() and not any(part in name for name in others)]
+    alike = [weight for weight in missed if weight.kind == first.kind]
+    return max([own, *wider], key=lambda entry: elements([weight for weight in alike if entry in weight.name]))
 
 
 def _matrices(shapes: Sequence[Sequence[int]]) -> str:

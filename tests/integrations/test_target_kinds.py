@@ -467,7 +467,7 @@ UNREACHED: list[tuple[Any, list[str] | None]] = [
             "78.2 % of the trainable parameters",
             "no entry of optim_target_modules reaches",
             "experts, such as model.layers.0.mlp.experts.gate_up_proj (8 × 96 × 64)",
-            "add 'gate_up_proj', or give 'all-linear'",
+            "add 'experts', or give 'all-linear'",
         ],
     ),
     (["attn", "gate"], ["25.9 %", "model.layers.0.mlp.experts.down_proj (8 × 64 × 48)", "add 'down_proj'"]),
