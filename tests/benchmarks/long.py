@@ -37,6 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_galore import GaLoreAdamW, GaLoreAdamW8bit
+from hf_galore.lowrank.projection import nonzero_columns
 from hf_galore.lowrank.quantize import dequantize_basis, quantize_basis
 from tests.benchmarks.quality import standard_library
 from tests.benchmarks.step import targets
@@ -127,9 +128,10 @@ def rate(step: int, steps: int) -> float:
 
 
 def basis_defect(basis: Tensor) -> float:
-    """max |PᵀP − I|"""
-    gram = basis.double().mT @ basis.double()
-    return float((gram - torch.eye(len(gram), dtype=gram.dtype)).abs().max())
+    """max |PᵀP − I| over the columns that stand for a direction: of a gradient of a lower rank the others are zero."""
+    columns = basis.double()[:, nonzero_columns(basis)]
+    gram = columns.mT @ columns
+    return float((gram - torch.eye(len(gram), dtype=gram.dtype)).abs().max()) if len(gram) else 0.0
 
 
 def largest_defect(optimizer: GaLoreAdamW) -> float:
