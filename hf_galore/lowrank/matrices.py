@@ -16,6 +16,7 @@ Each matrix of a stack is projected by itself, with bases of its own, and all of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -50,10 +51,7 @@ def matrix_shape(shape: Sequence[int], view_as: ViewAs | None = None) -> tuple[i
     if len(given) == 3 and view_as != "flat":
         return given
     if len(given) >= 3 and view_as != "stack":
-        rest = 1
-        for size in given[1:]:
-            rest *= size
-        return given[0], rest
+        return given[0], math.prod(given[1:])
     raise ValueError(
         f"A parameter of shape {given} is no matrix and no stack of matrices"
         + (", which has 3 dimensions." if view_as == "stack" else ": it has fewer than 2 dimensions.")

@@ -210,7 +210,7 @@ def before_refresh(
         matrices: of a stack those that have new bases.
     """
     entries: State = {key: state[key] for key in COUNTERS if key in state}
-    if all(step == NEVER for step in numbers_of(state["refreshed_at"])):
+    if never_refreshed(state):
         return Before(entries, basis_keys, complete=True, matrices=matrices)
     if keep:
         entries |= {key: state[key].clone() for key in basis_keys}
@@ -258,6 +258,6 @@ def count_refresh(state: State, step: int, matrices: Sequence[int] | None = None
     state["refreshed_at"], state["refreshes"] = counter(steps), counter(counts)
 
 
-def refreshed_at(state: State) -> int:
-    """The step of the last refresh of a target that is one matrix; `NEVER` before the first."""
-    return int(state["refreshed_at"].item())
+def never_refreshed(state: State) -> bool:
+    """Whether a target has never been refreshed, nor any matrix of a stack."""
+    return all(step == NEVER for step in numbers_of(state["refreshed_at"]))

@@ -20,7 +20,7 @@ from ..lowrank.products import FactoredGradient, Gradient, GroupedGradient
 from ..lowrank.projection import Bases, norm_of_each
 from ..lowrank.refresh import bases_of_lower_rank, cheaper_from_factors, figures_of, may_fail, new_bases
 from ..lowrank.schedule import NEVER
-from .bases import BasisLayout, NewBasis, OfStack, State, numbers_of
+from .bases import BasisLayout, NewBasis, OfStack, State, never_refreshed, numbers_of
 from .report import Stopwatch
 from .skipped import uncount
 from .stack import bases_of_matrices
@@ -151,7 +151,7 @@ class _Refresh:
 def refresh_of_matrix(target: Target, gradient: Gradient, seed: int) -> NewBasis:
     """A refresh of a target that is one matrix; changes nothing but the count of skipped updates."""
     watch = Stopwatch(target.param.device)
-    old = None if target.had_no_basis() else target.bases()
+    old = None if never_refreshed(target.state) else target.bases()
     refresh = _Refresh(target, target.layout, old, seed)
     refresh.compute(gradient)
     norm, energy, overlap, *_ = refresh.figures[0]
@@ -173,7 +173,7 @@ def refresh_of_stack(target: Target, gradient: Gradient, seed: int) -> NewBasis:
     state = target.with_placed_bases()
     steps = numbers_of(state["refreshed_at"])
     kept = {key: state[key] for key in target.basis_keys}
-    if all(step == NEVER for step in steps):
+    if never_refreshed(state):
         kept = target.layout.kept(_provisional(target, gradient), target.param.dtype)
     low_rank = None
     norms: dict[int, float] = {}

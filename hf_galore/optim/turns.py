@@ -69,10 +69,6 @@ class Turns(Trained):
         next_of = {pair: step_of_next_refresh(pair[0], gap, self.phase, pair[1]) for pair in set(pairs)}
         return [index for index, pair in enumerate(pairs) if step >= next_of[pair]]
 
-    def had_no_basis(self) -> bool:
-        """Whether it has never been refreshed, any of it."""
-        return all(step == NEVER for step in numbers_of(self.state["refreshed_at"]))
-
     def _lengthen_gaps(self, made: NewBasis, before: Before) -> None:
         """Set how many gaps those matrices wait that had a basis before their new one."""
         chance = max(self.rank / shape[-2] for shape in self._shapes if shape is not None)
