@@ -29,6 +29,12 @@ Exchange = Literal["low_rank", "dense"]
 EXCHANGES: tuple[Exchange, ...] = get_args(Exchange)
 EmbeddingBits = Literal[32, 8]
 EMBEDDING_BITS: tuple[EmbeddingBits, ...] = get_args(EmbeddingBits)
+Residual = Literal["none", "fira", "sign"]
+RESIDUALS: tuple[Residual, ...] = get_args(Residual)
+Scaling = Literal["none", "channel", "tensor"]
+SCALINGS: tuple[Scaling, ...] = get_args(Scaling)
+AUTO: Literal["auto"] = "auto"
+"""The `scale` that goes with the rank."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +82,16 @@ def _bool() -> _Option:
     return _Option(_parse_bool, lambda v: isinstance(v, bool), "true or false", ("true", "false"))
 
 
+def _or_auto(option: _Option) -> _Option:
+    """The option, with `auto` for what follows from the rank."""
+    return _Option(
+        lambda text: AUTO if text.lower() == AUTO else option.parse(text),
+        lambda v: v == AUTO if isinstance(v, str) else option.is_valid(v),
+        f"{option.allowed}, or {AUTO}",
+        (*option.values, AUTO),
+    )
+
+
 def _or_none(option: _Option) -> _Option:
     """The option, with `None` for what something else decides."""
     return dataclasses.replace(option, is_valid=lambda v: v is None or option.is_valid(v))
@@ -84,7 +100,7 @@ def _or_none(option: _Option) -> _Option:
 _GROUP_OPTIONS: dict[str, _Option] = {
     "rank": _positive_int(),
     "update_proj_gap": _positive_int(),
-    "scale": _positive_float(),
+    "scale": _or_auto(_positive_float()),
     "proj_type": _one_of(PROJ_TYPES),
     "refresh": _one_of(REFRESH_METHODS),
     "stagger": _bool(),
@@ -93,6 +109,9 @@ _GROUP_OPTIONS: dict[str, _Option] = {
     "proj_bits": _one_of(PROJ_BITS),
     "gradient_bits": _one_of(GRADIENT_BITS),
     "rule": _or_none(_one_of(RULE_NAMES)),
+    "residual": _one_of(RESIDUALS),
+    "residual_scale": _positive_float(),
+    "scaling": _one_of(SCALINGS),
 }
 # These concern the optimizer as a whole.
 _OPTIONS: dict[str, _Option] = {
@@ -121,6 +140,9 @@ _MEANINGS = {
     "proj_bits": "of an element of a basis",
     "gradient_bits": "of low-rank gradients that are held",
     "rule": "the rule, if not optim's",
+    "residual": "what becomes of G outside the basis",
+    "residual_scale": "multiplies the residual's update",
+    "scaling": "moves along G, scaled as R tells; no basis",
     "stochastic_rounding": "of bfloat16 weights",
     "projected_backward": "no full gradient; on if layerwise",
     "exchange": "what the processes of DDP reduce",
@@ -219,7 +241,8 @@ class GaLoreConfig:
     Args:
         rank: columns r of a basis. A matrix whose smaller side is at most r is not projected.
         update_proj_gap: optimizer steps from one refresh of a basis to the next.
-        scale: multiplies the projected-back update, and nothing else (α in the paper).
+        scale: multiplies the update of targets, and nothing else (α in the paper). `auto` takes the number that goes
+            with the rank (`hf_galore.lowrank.scales.scale_of`), so that another rank needs no other rate.
         proj_type: which side is projected. `std` takes the smaller one, `reverse_std` the larger one,
             `left`, `right` and `full` (both) what they say.
         refresh: how a basis is computed. `svd` takes the full SVD, as published; `randomized` a range finder with
@@ -236,6 +259,12 @@ class GaLoreConfig:
             weight's own dtype. Gradients that are used at once are never kept.
         rule: how low-rank gradients become directions; `None` stands for what the optimizer's name says, which all
             other parameters follow in any case. Only the 8-bit optimizers' own rule, `adam`, has moments in 8 bits.
+        residual: what becomes of the residual S = G − back(R), the part of a gradient that no basis has. `none` throws it
+            away, as published; `fira` adds it, each channel scaled by what the rule made of that channel of R, and
+            limited in its growth; `sign` adds its sign. Needs the gradient itself: no `projected_backward`.
+        residual_scale: multiplies what the residual adds, besides `scale`.
+        scaling: `none` projects the direction back. `channel` and `tensor` move along the gradient itself instead, each
+            channel, or the whole, scaled by what the rule made of R, in random projections of which no basis is kept.
         stochastic_rounding: whether updates of bfloat16 weights are rounded up or down at random, without bias, rather
             than to the nearest: small ones would vanish.
         projected_backward: whether linear layers compute the low-rank gradient without the gradient; `None` stands
@@ -253,7 +282,7 @@ class GaLoreConfig:
 
     rank: int = 128
     update_proj_gap: int = 200
-    scale: float = 0.25
+    scale: float | Literal["auto"] = 0.25
     proj_type: ProjType = "std"
     refresh: RefreshMethod = "subspace"
     stagger: bool = True
@@ -262,6 +291,9 @@ class GaLoreConfig:
     proj_bits: ProjBits = 4
     gradient_bits: GradientBits = 16
     rule: RuleName | None = None
+    residual: Residual = "none"
+    residual_scale: float = 1.0
+    scaling: Scaling = "none"
     stochastic_rounding: bool = False
     projected_backward: bool | None = None
     exchange: Exchange | None = None
@@ -270,6 +302,49 @@ class GaLoreConfig:
     def __post_init__(self) -> None:
         for key, value in dataclasses.asdict(self).items():
             _check(key, value)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Check that options go with each other: none of them may be without effect.
+
+        Raises:
+            ValueError: one is, or contradicts another.
+        """
+        if self.residual == "none" and self.residual_scale != 1.0:
+            raise ValueError(
+                f"GaLore's residual_scale={self.residual_scale:g} multiplies what a residual adds, and residual=none adds "
+                "nothing. Set residual to fira or sign, or leave residual_scale out."
+            )
+        if self.scaling != "none":
+            self._check_scaling()
+        if self.needs_gradient and self.projected_backward:
+            option = f"residual={self.residual}" if self.scaling == "none" else f"scaling={self.scaling}"
+            raise ValueError(
+                f"GaLore's {option} needs the gradient itself, which projected_backward=true never builds. Leave "
+                "projected_backward out."
+            )
+
+    def _check_scaling(self) -> None:
+        """Check that nothing is said of bases where none is kept.
+
+        Raises:
+            ValueError: something is.
+        """
+        default = {field.name: field.default for field in dataclasses.fields(self)}
+        of_bases = ("residual", "refresh", "lazy_refresh", "moments", "proj_bits")
+        said = [f"{key}={_written(getattr(self, key))}" for key in of_bases if getattr(self, key) != default[key]]
+        if self.proj_type == "full":
+            said.append("proj_type=full")
+        if said:
+            raise ValueError(
+                f"GaLore's scaling={self.scaling} keeps no basis and moves along the gradient itself, so that "
+                f"{', '.join(said)} would do nothing. Leave out the one or the other."
+            )
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether an update needs the gradient itself, and not the low-rank one alone."""
+        return self.residual != "none" or self.scaling != "none"
 
     @classmethod
     def from_optim_args(cls, optim_args: str | Mapping[str, Any] | None) -> GaLoreConfig:

@@ -29,6 +29,7 @@ from ..lowrank.projection import (
 from ..lowrank.refresh import cheaper_from_factors
 from ..lowrank.rotation import Rotation, rotation_between
 from ..lowrank.rounding import decay_unless, is_identity
+from ..lowrank.scales import scale_of
 from ..lowrank.seeds import basis_seed
 from ..rules import Rule
 from .bases import (
@@ -279,7 +280,7 @@ class Target(Turns):
     def _move(self, direction: Tensor, bases: Bases, factor: float, step: int, skip: Skip) -> None:
         """Subtract a direction, projected back, from the weight."""
         group, (weight, is_view) = self.group, self._matrices()
-        alpha, decay = -factor * group["scale"], decay_of(group)
+        alpha, decay = -factor * scale_of(group, self.matrix_shape), decay_of(group)
         if self._rounds_stochastically(group):
             self._add_rounded(weight, group, functools.partial(projected_back, direction, bases), alpha, step, skip)
         elif skip.known is False or is_identity(weight.dtype, decay):

@@ -301,7 +301,9 @@ class FullRank(Trained):
 
 def _options_of(group: Group) -> tuple[Any, ...]:
     """The options of a group that shapes follow from."""
-    return tuple(map(group.get, ("rank", "proj_type", "proj_bits", "rule", "lazy_refresh", "view_as")))
+    return tuple(
+        map(group.get, ("rank", "proj_type", "proj_bits", "rule", "lazy_refresh", "view_as", "residual", "scaling"))
+    )
 
 
 def decay_of(group: Group) -> float:

@@ -38,6 +38,7 @@ def add_galore(path: Path, args: TrainingArguments, plan: MemoryPlan | None) -> 
 
 def _section(optim: str, args: TrainingArguments, plan: MemoryPlan | None) -> str:
     config = GaLoreConfig.from_optim_args(args.optim_args)
+    scale = config.scale if isinstance(config.scale, str) else f"{config.scale:g}"
     lines = [
         "### GaLore",
         "",
@@ -48,7 +49,7 @@ def _section(optim: str, args: TrainingArguments, plan: MemoryPlan | None) -> st
         "|---|---|",
         f"| `optim_target_modules` | `{_in_a_cell(args.optim_target_modules)}` |",
         f"| `optim_args` | `{_in_a_cell(args.optim_args or 'the defaults')}` |",
-        f"| rank, gap, scale | {config.rank}, {config.update_proj_gap}, {config.scale:g} |",
+        f"| rank, gap, scale | {config.rank}, {config.update_proj_gap}, {scale} |",
         f"| `learning_rate` | {args.learning_rate:g} |",
     ]
     if plan is not None:

@@ -1,0 +1,82 @@
+"""The numbers that updates of targets are multiplied with: `scale`, and what a rule has made of each channel of R.
+
+A channel is a column of a gradient whose left side is projected, and a row of one whose right side is: what R has of it
+is a column or a row of R. Pure functions on tensors, which read nothing back from the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import AUTO
+from .projection import Side, at_least_float32, norm_of_each
+
+GROWTH = 1.01
+"""γ, by which the norm of a limited term may grow from one step to the next (Fira, section 4.3; APOLLO, algorithm 1)."""
+
+
+def scale_of(group: Mapping[str, Any], shape: Sequence[int]) -> float:
+    """The number that a target's update is multiplied with.
+
+    Args:
+        group: the parameter group, with `scale` and `rank`.
+        shape: m × n, or k × m × n, that the weight is projected in.
+    """
+    scale = group["scale"]
+    return auto_scale(group["rank"], shape) if scale == AUTO else float(scale)
+
+
+def auto_scale(rank: int, shape: Sequence[int]) -> float:
+    """The scale that goes with a rank: ⅛ at a quarter of the smaller side, and 1/√r times that elsewhere.
+
+    A projected-back direction has a norm of about √(r · longer side), as each element of a rule's direction is about 1:
+    with this scale the length of a step does not depend on the rank.
+    """
+    scale: float = (min(shape[-2:]) / rank) ** 0.5 / 16
+    return scale
+
+
+def channel_scales(direction: Tensor, low_rank: Tensor, side: Side) -> Tensor:
+    """‖N_j‖ / ‖R_j‖ of each channel j, in the shape that multiplies a gradient; 0 where R has nothing of a channel.
+
+    For `full`, where channels have no part of R of their own, one number for the matrix.
+
+    Args:
+        direction: N, of R's shape.
+        low_rank: R.
+        side: that is projected.
+    """
+    if side == "full":
+        return tensor_scale(direction, low_rank)
+    dim, dtype = -2 if side == "left" else -1, at_least_float32(low_rank.dtype)
+    of_direction, of_gradient = (
+        torch.linalg.vector_norm(matrix, dim=dim, keepdim=True, dtype=dtype) for matrix in (direction, low_rank)
+    )
+    return _ratio(of_direction, of_gradient)
+
+
+def tensor_scale(direction: Tensor, low_rank: Tensor) -> Tensor:
+    """‖N‖ / ‖R‖, in the shape that multiplies a gradient; 0 where R is zero."""
+    return _ratio(norm_of_each(direction), norm_of_each(low_rank))[..., None, None]
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    return torch.where(denominator > 0, numerator / denominator, 0.0)
+
+
+def growth_limit(norm: Tensor, before: Tensor) -> Tensor:
+    """The factor of at most 1 that keeps a term's norm within γ times what it was; 1 where there was none before.
+
+    Source: Fira (Chen et al., 2024, arXiv:2410.01623), equation 8; APOLLO (Zhu et al., 2024, arXiv:2412.05270),
+    algorithm 1.
+
+    Args:
+        norm: of the term now; 0-dimensional, or k numbers of a stack.
+        before: of the term that was used a step before, after its own limit; 0 where there was none.
+    """
+    limit = GROWTH * before
+    return torch.where((before > 0) & (norm > limit), limit / norm, 1.0)
