@@ -259,8 +259,8 @@ class GaLoreConfig:
             weight's own dtype. Gradients that are used at once are never kept.
         rule: how low-rank gradients become directions; `None` stands for what the optimizer's name says, which all
             other parameters follow in any case. Only the 8-bit optimizers' own rule, `adam`, has moments in 8 bits.
-        residual: what becomes of the residual S = G − back(R), the part of a gradient that no basis has. `none` throws it
-            away, as published; `fira` adds it, each channel scaled by what the rule made of that channel of R, and
+        residual: what becomes of the residual S = G − back(R), the part of a gradient that no basis has. `none`
+            throws it away, as published; `fira` adds it, each channel scaled by what the rule made of that channel of R, and
             limited in its growth; `sign` adds its sign. Needs the gradient itself: no `projected_backward`.
         residual_scale: multiplies what the residual adds, besides `scale`.
         scaling: `none` projects the direction back. `channel` and `tensor` move along the gradient itself instead, each
@@ -312,8 +312,8 @@ class GaLoreConfig:
         """
         if self.residual == "none" and self.residual_scale != 1.0:
             raise ValueError(
-                f"GaLore's residual_scale={self.residual_scale:g} multiplies what a residual adds, and residual=none adds "
-                "nothing. Set residual to fira or sign, or leave residual_scale out."
+                f"GaLore's residual_scale={self.residual_scale:g} multiplies what a residual adds, and residual=none "
+                "adds nothing. Set residual to fira or sign, or leave residual_scale out."
             )
         if self.scaling != "none":
             self._check_scaling()

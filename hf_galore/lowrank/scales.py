@@ -16,7 +16,7 @@ from ..config import AUTO
 from .projection import Side, at_least_float32, norm_of_each
 
 GROWTH = 1.01
-"""γ, by which the norm of a limited term may grow from one step to the next (Fira, section 4.3; APOLLO, algorithm 1)."""
+"""γ, by which the norm of a limited term may grow from one step to the next (of Fira and of APOLLO)."""
 
 
 def scale_of(group: Mapping[str, Any], shape: Sequence[int]) -> float:
