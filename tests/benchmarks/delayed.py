@@ -5,7 +5,7 @@
 Layerwise with accumulation or clipping holds R of a window, and not G, so that `residual=fira`, which scales the
 residual by what the rule makes of the whole window's R, has nothing left to scale. But the residual is linear in G:
 with the channels' scales of the step before, each micro-batch's could be added to the weight as it passes. This trains
-the Llamas of `tests.benchmarks.ranks` both ways, 4 micro-batches a step: `exact`, from the whole gradient; and `delayed`,
+the Llamas of `tests.benchmarks.ranks` both ways, 4 micro-batches a step: `exact`, from the whole gradient; `delayed`,
 where the micro-batches of a window already see the weights that the residuals of those before them have moved, and
 nothing limits the growth of the residual, as the norm of the sum is not known either; `limited` limits each
 micro-batch's by the norm that such a one had a step before.
