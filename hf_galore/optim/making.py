@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..rules import Rule, rule_of
+from ..rules import Rule, rule_of, rule_of_full_rank
 from .admission import check_sharded
 from .groups import is_target
 from .shard import is_sharded
@@ -60,5 +60,6 @@ def make(owner: Owner, param: Tensor, place: Place, index: int, rule: Rule) -> T
     if is_sharded(param):
         check_sharded(owner.name_of(param), param, group)  # by now: accelerate replaces those that there were
         kinds = (ShardedTarget, ShardedFullRank)
-    kind = kinds[0] if is_target(param, group) else kinds[1]
-    return kind(owner, param, place, index, rule_of(rule, group))
+    if is_target(param, group):
+        return kinds[0](owner, param, place, index, rule_of(rule, group))
+    return kinds[1](owner, param, place, index, rule_of_full_rank(rule, group))
