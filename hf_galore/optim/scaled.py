@@ -106,8 +106,10 @@ class ScaledTarget(TargetOfGradient):
     def _move(self, by: Movement, step: int, skip: Skip) -> None:
         group, (weight, is_view), alpha = self.group, self._matrices(), self._alpha(by.factor)
         gradient, _ = self._whole_of(by, skip)
-        factors = channel_scales(by.direction, by.low_rank, self.side_of_scales)
-        term = Term(gradient, self._limited(factors, channel_norms(gradient, self.side_of_scales)))
+        norms = channel_norms(gradient, self.side_of_scales)
+        # R has the norm of G by chance.
+        factors = channel_scales(by.direction, by.low_rank, self.side_of_scales, norms)
+        term = Term(gradient, self._limited(factors, norms))
         if weight.dtype in (torch.float32, torch.float64):
             if decay_of(group) != 1:
                 weight.mul_(decay_unless(skip.flag, weight.dtype, decay_of(group)))
