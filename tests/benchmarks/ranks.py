@@ -1,6 +1,6 @@
 """Which option at which rank: small Llamas trained from scratch on real text, every optimizer at the best of two rates.
 
-    python -m tests.benchmarks.ranks --results ranks.jsonl                     # all of it: minutes on a card, days on CPUs
+    python -m tests.benchmarks.ranks --results ranks.jsonl        # all of it: minutes on a card, days on CPUs
     python -m tests.benchmarks.ranks --only default "residual=fira" --ranks 64 --lrs 1e-2 --scales .125 .25 --seeds 1
     python -m tests.benchmarks.ranks --results ranks.jsonl --table
 
@@ -158,16 +158,8 @@ def train_stack(runs: Sequence[Run], cache: Path, device: str) -> list[float]:
     return held_out_losses(model, held_out, held_out)
 
 
-def sweep(
-    contender: Contender,
-    rank: int,
-    lrs: Sequence[float],
-    scales: Sequence[float],
-    results: Results,
-    args: argparse.Namespace,
-) -> None:
-    """Do the grid, and more of it while its best point is at an edge."""
-    points = {Point(lr, scale) for lr in lrs for scale in scales}
+def sweep(contender: Contender, rank: int, points: set[Point], results: Results, args: argparse.Namespace) -> None:
+    """Do the points of a grid, and more of them while the best one is at its edge."""
     for _ in range(1 + (EXTENSIONS if args.extend else 0)):
         runs = [Run(contender.name, rank, *point, seed, args.steps) for point in sorted(points) for seed in args.seeds]
         runs = [run for run in runs if run not in results.losses]
@@ -254,8 +246,8 @@ def main() -> None:
     results = Results(args.results)
     if not args.table:
         console.print(
-            f"torch {torch.__version__}, {args.device}; Llamas of {SHAPE.hidden} × {SHAPE.layers} layers, {ROWS} × {LENGTH} "
-            f"tokens a step, {args.steps} steps, gap {GAP}, seeds {args.seeds}"
+            f"torch {torch.__version__}, {args.device}; Llamas of {SHAPE.hidden} × {SHAPE.layers} layers, {ROWS} × "
+            f"{LENGTH} tokens a step, {args.steps} steps, gap {GAP}, seeds {args.seeds}"
         )
         for rank in args.ranks:
             for name in args.only or CONTENDERS:
@@ -264,7 +256,8 @@ def main() -> None:
                     continue
                 lrs = args.lrs or OWN_LRS.get(name, LRS)
                 scales = (1.0,) if contender.one_rate else args.scales or OWN_SCALES.get(name, SCALES)
-                sweep(contender, rank if contender.has_rank else 0, lrs, scales, results, args)
+                points = {Point(lr, scale) for lr in lrs for scale in scales}
+                sweep(contender, rank if contender.has_rank else 0, points, results, args)
     print_tables(results, args)
 
 

@@ -215,6 +215,7 @@ def train(
     max_norm: float = 1.0,
     warmup: float = 0.1,
     after_backward: Callable[[int], None] | None = None,
+    before_clipping: Callable[[], None] | None = None,
 ) -> None:
     """Train all models.
 
@@ -227,6 +228,7 @@ def train(
         max_norm: of each model's gradient.
         warmup: a part of the steps.
         after_backward: called after each micro-batch with the step.
+        before_clipping: called after all of a step.
     """
     for step in range(steps):
         ids, labels = batch(step)
@@ -235,6 +237,8 @@ def train(
                 (model.losses(some_ids, some_labels).sum() / micro_batches).backward()
             if after_backward is not None:
                 after_backward(step)
+        if before_clipping is not None:
+            before_clipping()
         clip_each(model, max_norm)
         optimizer.step(cosine(step, steps, warmup))
         for param in model.parameters():
