@@ -144,9 +144,9 @@ def orthogonalised(matrix: Tensor, over: Over) -> Tensor:
     """A matrix X, or each of a stack, with singular values above 0.002 of its norm made about 1, and a zero left zero.
 
     Each step multiplies X with a polynomial of XᵀX, so that all are taken on this matrix, r × r, and X is multiplied
-    once, with what they are together. Against steps on X that is a half to a third of the time (256 × 1,024 and 256 ×
-    2,816, on a CPU) and 3e-4 of rounding at most, in the spectral norm, where theirs is 3e-6; and where rows are divided
-    among processes nothing else of them is needed.
+    once, with what they are together. Against steps on X that is a half to a third of the time (256 × 1,024 and
+    256 × 2,816, on a CPU) and up to 3e-4 of rounding, in the spectral norm, where theirs is 3e-6; and where rows are
+    divided among processes nothing else of them is needed.
 
     Args:
         matrix: float32 or float64.
