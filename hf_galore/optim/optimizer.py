@@ -301,7 +301,12 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         memory = Memory()
         for trained in self.trained_parameters():
             if trained.param.requires_grad:
-                memory.count(trained.present_state, moments=trained.moment_keys, bases=trained.basis_keys)
+                memory.count(
+                    trained.present_state,
+                    projected=trained.projected,
+                    moments=(*trained.moment_keys, *trained.limit_keys),
+                    bases=trained.basis_keys,
+                )
         return memory
 
     def skipped_updates(self) -> dict[str, Skipped]:
