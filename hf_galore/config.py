@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
-from .synonyms import GALORE, synonym
+from .synonyms import GALORE, GALORE_PHRASES, plain, synonym
 
 ProjType = Literal["std", "reverse_std", "left", "right", "full"]
 PROJ_TYPES: tuple[ProjType, ...] = get_args(ProjType)
@@ -198,10 +198,16 @@ def _check(key: str, value: Any) -> None:
 def _option(key: str) -> _Option:
     option = _OPTIONS.get(key)
     if option is None:
-        meant = synonym(key, GALORE, OPTIONS)
-        advice = f" Did you mean {meant!r}?" if meant else nearest(key, list(OPTIONS))
-        raise ValueError(f"GaLore has no argument {key!r}; it has {', '.join(OPTIONS)}.{advice}")
+        raise ValueError(f"GaLore has no argument {key!r}; it has {', '.join(OPTIONS)}.{_advice(key)}")
     return option
+
+
+def _advice(key: str) -> str:
+    meant = synonym(key, GALORE, OPTIONS)
+    if meant:
+        return f" Did you mean {meant!r}?"
+    phrase = GALORE_PHRASES.get(plain(key))
+    return f" {phrase}" if phrase else nearest(key, list(OPTIONS))
 
 
 def _parse(key: str, text: str) -> Any:

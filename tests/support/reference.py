@@ -73,7 +73,7 @@ class ReferenceGaLore:
         self.W = (1 - self.lr * self.weight_decay) * self.W
         self.W = self.W - self.lr * self.scale * N
 
-    def direction(self, R: Matrix) -> Matrix:
+    def direction(self, R: Matrix) -> Matrix:  # noqa: N803
         """Adam's."""
         beta1, beta2 = self.betas
         self.M = beta1 * self.M + (1 - beta1) * R
@@ -86,13 +86,13 @@ class ReferenceGaLore:
 class ReferenceMuon(ReferenceGaLore):
     """The same with Muon's direction of R.
 
-    Sources: Muon (Jordan et al., 2024): five steps of Newton-Schulz on the momentum with Nesterov's look ahead; Moonlight
-    (Liu et al., 2025, arXiv:2502.16982), equation 4: times 0.2 √max(rows, columns).
+    Sources: Muon (Jordan et al., 2024): five steps of Newton-Schulz on the momentum with Nesterov's look ahead;
+    Moonlight (Liu et al., 2025, arXiv:2502.16982), equation 4: times 0.2 √max(rows, columns).
     """
 
     momentum = 0.95
 
-    def direction(self, R: Matrix) -> Matrix:
+    def direction(self, R: Matrix) -> Matrix:  # noqa: N803
         """Muon's."""
         self.M = self.momentum * self.M + (1 - self.momentum) * R
         X = self.momentum * self.M + (1 - self.momentum) * R
