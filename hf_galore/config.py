@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
+from .option import AUTO as AUTO
+from .option import Option, boolean, one_of, or_auto, or_none, positive_float, positive_int
 from .synonyms import GALORE, GALORE_PHRASES, plain, synonym
 
 ProjType = Literal["std", "reverse_std", "left", "right", "full"]
@@ -33,93 +34,29 @@ Residual = Literal["none", "fira", "sign"]
 RESIDUALS: tuple[Residual, ...] = get_args(Residual)
 Scaling = Literal["none", "channel", "tensor"]
 SCALINGS: tuple[Scaling, ...] = get_args(Scaling)
-AUTO: Literal["auto"] = "auto"
-"""The `scale` that goes with the rank."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Option:
-    """What one key may be: how to read it from text, how to check it, and both in words."""
-
-    parse: Callable[[str], Any]
-    is_valid: Callable[[Any], bool]
-    allowed: str
-    """In an error: "has to be ..."."""
-    values: tuple[str, ...]
-    """In a table: each of them as it is written, or one that describes them all."""
-
-
-def _positive_int() -> _Option:
-    # bool is an int in Python; `rank=True` is a mistake, not rank 1.
-    return _Option(
-        int,
-        lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1,
-        "an integer of at least 1",
-        ("integer ≥ 1",),
-    )
-
-
-def _positive_float() -> _Option:
-    return _Option(
-        float,
-        lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v <= sys.float_info.max,
-        "a finite number above 0",
-        ("number > 0",),
-    )
-
-
-def _one_of(values: tuple[Any, ...]) -> _Option:
-    kind, written = type(values[0]), tuple(map(str, values))
-    return _Option(kind, lambda v: type(v) is kind and v in values, "one of " + ", ".join(written), written)
-
-
-def _parse_bool(text: str) -> bool:
-    # bool("False") is true.
-    return {"true": True, "false": False}[text.lower()]
-
-
-def _bool() -> _Option:
-    return _Option(_parse_bool, lambda v: isinstance(v, bool), "true or false", ("true", "false"))
-
-
-def _or_auto(option: _Option) -> _Option:
-    """The option, with `auto` for what follows from the rank."""
-    return _Option(
-        lambda text: AUTO if text.lower() == AUTO else option.parse(text),
-        lambda v: v == AUTO if isinstance(v, str) else option.is_valid(v),
-        f"{option.allowed}, or {AUTO}",
-        (*option.values, AUTO),
-    )
-
-
-def _or_none(option: _Option) -> _Option:
-    """The option, with `None` for what something else decides."""
-    return dataclasses.replace(option, is_valid=lambda v: v is None or option.is_valid(v))
-
-
-_GROUP_OPTIONS: dict[str, _Option] = {
-    "rank": _positive_int(),
-    "update_proj_gap": _positive_int(),
-    "scale": _or_auto(_positive_float()),
-    "proj_type": _one_of(PROJ_TYPES),
-    "refresh": _one_of(REFRESH_METHODS),
-    "stagger": _bool(),
-    "lazy_refresh": _bool(),
-    "moments": _one_of(MOMENTS),
-    "proj_bits": _one_of(PROJ_BITS),
-    "gradient_bits": _one_of(GRADIENT_BITS),
-    "rule": _or_none(_one_of(RULE_NAMES)),
-    "residual": _one_of(RESIDUALS),
-    "residual_scale": _positive_float(),
-    "scaling": _one_of(SCALINGS),
+_GROUP_OPTIONS: dict[str, Option] = {
+    "rank": positive_int(),
+    "update_proj_gap": positive_int(),
+    "scale": or_auto(positive_float()),
+    "proj_type": one_of(PROJ_TYPES),
+    "refresh": one_of(REFRESH_METHODS),
+    "stagger": boolean(),
+    "lazy_refresh": boolean(),
+    "moments": one_of(MOMENTS),
+    "proj_bits": one_of(PROJ_BITS),
+    "gradient_bits": one_of(GRADIENT_BITS),
+    "rule": or_none(one_of(RULE_NAMES)),
+    "residual": one_of(RESIDUALS),
+    "residual_scale": positive_float(),
+    "scaling": one_of(SCALINGS),
 }
 # These concern the optimizer as a whole.
-_OPTIONS: dict[str, _Option] = {
+_OPTIONS: dict[str, Option] = {
     **_GROUP_OPTIONS,
-    "stochastic_rounding": _bool(),
-    "projected_backward": _or_none(_bool()),
-    "exchange": _or_none(_one_of(EXCHANGES)),
-    "embedding_bits": _one_of(EMBEDDING_BITS),
+    "stochastic_rounding": boolean(),
+    "projected_backward": or_none(boolean()),
+    "exchange": or_none(one_of(EXCHANGES)),
+    "embedding_bits": one_of(EMBEDDING_BITS),
 }
 
 
@@ -195,7 +132,7 @@ def _check(key: str, value: Any) -> None:
         raise ValueError(f"GaLore's {key} has to be {_option(key).allowed}, but was given {value!r}.")
 
 
-def _option(key: str) -> _Option:
+def _option(key: str) -> Option:
     option = _OPTIONS.get(key)
     if option is None:
         raise ValueError(f"GaLore has no argument {key!r}; it has {', '.join(OPTIONS)}.{_advice(key)}")

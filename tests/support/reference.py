@@ -100,4 +100,4 @@ class ReferenceMuon(ReferenceGaLore):
         for _ in range(5):
             A = X @ X.T
             X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
-        return 0.2 * max(R.shape) ** 0.5 * X
+        return np.asarray(0.2 * max(R.shape) ** 0.5 * X)
