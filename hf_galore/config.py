@@ -76,7 +76,7 @@ _MEANINGS = {
     "moments": "what a refresh does to them",
     "proj_bits": "of an element of a basis",
     "gradient_bits": "of low-rank gradients that are held",
-    "rule": "instead of optim's rule",
+    "rule": "if not optim's rule",
     "residual": "what becomes of G outside the basis",
     "residual_scale": "multiplies the residual's update",
     "scaling": "G itself, scaled; no basis kept",
@@ -206,8 +206,9 @@ class GaLoreConfig:
             throws it away, as published; `fira` adds it, each channel scaled by what the rule made of that channel of
             R, and limited in its growth; `sign` adds its sign. Needs the gradient itself: no `projected_backward`.
         residual_scale: multiplies what the residual adds, besides `scale`.
-        scaling: `none` projects the direction back. `channel` and `tensor` move along the gradient itself instead, each
-            channel, or the whole, scaled by what the rule made of R, in random projections of which no basis is kept.
+        scaling: what a target moves along. `none` stands for the direction, projected back; `channel` and `tensor` for
+            the gradient itself, each channel of it, or the whole, scaled by what the rule made of R, in random
+            projections of which no basis is kept.
         stochastic_rounding: whether updates of bfloat16 weights are rounded up or down at random, without bias, rather
             than to the nearest: small ones would vanish.
         projected_backward: whether linear layers compute the low-rank gradient without the gradient; `None` stands
