@@ -97,6 +97,10 @@ class Muon(Rule):
     def __init__(self, over: Over | None = None) -> None:
         self._over = over or Over()
 
+    def of_stack(self, shape: tuple[int, ...]) -> Muon:
+        """The rule itself: all it does to a stack it does to each matrix."""
+        return self
+
     def over_rows(self, ranks: Ranks, rows: int, *, transposed: bool) -> Muon:
         """The rule with the Gram matrices of all processes."""
         return Muon(OverRows(ranks, rows))

@@ -13,6 +13,8 @@ from hf_galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 from hf_galore.lowrank.rotation import rotation_between
 from hf_galore.optim import GaLoreOptimizer
 from hf_galore.rules.muon import Over, orthogonalised
+from tests.lowrank.test_orthonormal import TF32
+from tests.lowrank.test_orthonormal import in_tf32 as in_tf32
 from tests.optim.test_classes import PUBLISHED, gradients, parameters, train
 from tests.support.helpers import (
     EXACT_ARGS,
@@ -128,6 +130,18 @@ def test_what_is_rounding_in_the_momentum_is_little_in_the_direction() -> None:
         assert 0.6 < values.min() <= values.max() < 1.3
         assert torch.linalg.matrix_norm(of_singular[24:], 2) < 1e-3
         assert torch.linalg.matrix_norm(of_singular[:, 24:], 2) < 1e-3
+
+
+@pytest.mark.usefixtures("in_tf32")
+def test_the_same_where_products_of_float32_are_computed_in_tf32() -> None:
+    """By products in parts, which are precise; rounded ones would bring up a noise of their own."""
+    noise = torch.full((48,), 1e-7, dtype=torch.float64)
+    matrix, left, _ = singular(torch.cat([torch.logspace(0, -1.5, 16, dtype=torch.float64), noise]), 300)
+    expected = orthogonalised(matrix, Over())
+    with TF32():
+        found = orthogonalised(matrix.float(), Over()).double()
+    assert torch.linalg.matrix_norm(found - expected, 2) < 1e-3
+    assert torch.linalg.matrix_norm(left[:, 16:].mT @ found, 2) < 1e-3
 
 
 def test_a_column_that_is_zero_stays_zero() -> None:
