@@ -261,8 +261,13 @@ class GaLoreConfig:
             )
         if self.scaling != "none":
             self._check_scaling()
+        option = f"residual={self.residual}" if self.scaling == "none" else f"scaling={self.scaling}"
+        if self.needs_gradient and self.gradient_bits != 16:
+            raise ValueError(
+                f"GaLore's {option} needs the gradient itself, so that no low-rank gradients are held that "
+                f"gradient_bits={self.gradient_bits} could make smaller. Leave out the one or the other."
+            )
         if self.needs_gradient and self.projected_backward:
-            option = f"residual={self.residual}" if self.scaling == "none" else f"scaling={self.scaling}"
             raise ValueError(
                 f"GaLore's {option} needs the gradient itself, which projected_backward=true never builds. Leave "
                 "projected_backward out."

@@ -60,8 +60,6 @@ class Target(Turns):
     """
 
     projected = True
-    needs_gradient = False
-    """Whether updates need the gradient itself besides R."""
 
     def __init__(self, owner: Owner, param: Tensor, place: Place, index: int, rule: Rule) -> None:
         super().__init__(owner, param, place, index, rule)
