@@ -23,7 +23,7 @@ ProjBits = Literal[16, 8, 4]
 PROJ_BITS: tuple[ProjBits, ...] = get_args(ProjBits)
 GradientBits = Literal[16, 8]
 GRADIENT_BITS: tuple[GradientBits, ...] = get_args(GradientBits)
-RuleName = Literal["adam", "adafactor", "lion"]
+RuleName = Literal["adam", "adafactor", "lion", "muon"]
 RULE_NAMES: tuple[RuleName, ...] = get_args(RuleName)
 Exchange = Literal["low_rank", "dense"]
 EXCHANGES: tuple[Exchange, ...] = get_args(Exchange)
@@ -260,8 +260,8 @@ class GaLoreConfig:
         rule: how low-rank gradients become directions; `None` stands for what the optimizer's name says, which all
             other parameters follow in any case. Only the 8-bit optimizers' own rule, `adam`, has moments in 8 bits.
         residual: what becomes of the residual S = G − back(R), the part of a gradient that no basis has. `none`
-            throws it away, as published; `fira` adds it, each channel scaled by what the rule made of that channel of R, and
-            limited in its growth; `sign` adds its sign. Needs the gradient itself: no `projected_backward`.
+            throws it away, as published; `fira` adds it, each channel scaled by what the rule made of that channel of
+            R, and limited in its growth; `sign` adds its sign. Needs the gradient itself: no `projected_backward`.
         residual_scale: multiplies what the residual adds, besides `scale`.
         scaling: `none` projects the direction back. `channel` and `tensor` move along the gradient itself instead, each
             channel, or the whole, scaled by what the rule made of R, in random projections of which no basis is kept.

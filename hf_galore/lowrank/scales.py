@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..config import AUTO
-from .projection import Side, at_least_float32, norm_of_each
+from .projection import Side, at_least_float32, for_each, norm_of_each
 
 GROWTH = 1.01
 """γ, by which the norm of a limited term may grow from one step to the next (of Fira and of APOLLO)."""
@@ -40,32 +40,33 @@ def auto_scale(rank: int, shape: Sequence[int]) -> float:
     return scale
 
 
-def channel_scales(direction: Tensor, low_rank: Tensor, side: Side) -> Tensor:
-    """‖N_j‖ / ‖R_j‖ of each channel j, in the shape that multiplies a gradient; 0 where R has nothing of a channel.
+def channel_norms(matrix: Tensor, side: Side) -> Tensor:
+    """‖G_j‖ of each channel j, of at least float32, in the shape that multiplies a gradient.
 
     For `full`, where channels have no part of R of their own, one number for the matrix.
 
     Args:
-        direction: N, of R's shape.
-        low_rank: R.
+        matrix: of the shape of G, or of R.
         side: that is projected.
     """
     if side == "full":
-        return tensor_scale(direction, low_rank)
-    dim, dtype = -2 if side == "left" else -1, at_least_float32(low_rank.dtype)
-    of_direction, of_gradient = (
-        torch.linalg.vector_norm(matrix, dim=dim, keepdim=True, dtype=dtype) for matrix in (direction, low_rank)
-    )
-    return _ratio(of_direction, of_gradient)
+        return for_each(norm_of_each(matrix))
+    dim, dtype = -2 if side == "left" else -1, at_least_float32(matrix.dtype)
+    norms: Tensor = torch.linalg.vector_norm(matrix, dim=dim, keepdim=True, dtype=dtype)
+    return norms
 
 
-def tensor_scale(direction: Tensor, low_rank: Tensor) -> Tensor:
-    """‖N‖ / ‖R‖, in the shape that multiplies a gradient; 0 where R is zero."""
-    return _ratio(norm_of_each(direction), norm_of_each(low_rank))[..., None, None]
+def channel_scales(direction: Tensor, low_rank: Tensor, side: Side, least: Tensor | float = 0.0) -> Tensor:
+    """‖N_j‖ / ‖R_j‖ of each channel j, in the shape that multiplies a gradient; 0 where R has nothing of a channel.
 
-
-def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    return torch.where(denominator > 0, numerator / denominator, 0.0)
+    Args:
+        direction: N, of R's shape.
+        low_rank: R.
+        side: that is projected; `full` for one number for the matrix.
+        least: what ‖R_j‖ has to be above.
+    """
+    of_gradient = channel_norms(low_rank, side)
+    return torch.where(of_gradient > least, channel_norms(direction, side) / of_gradient, 0.0)
 
 
 def growth_limit(norm: Tensor, before: Tensor) -> Tensor:

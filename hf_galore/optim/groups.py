@@ -69,7 +69,8 @@ def with_seeds(group: dict[str, Any]) -> dict[str, Any]:
     asked = {
         "rounding_seed": bool(group.get("stochastic_rounding")),
         "gradient_seed": group.get("gradient_bits") == 8,
-        "basis_seed": "refresh" in group and not METHODS[group["refresh"]].by_gradient,
+        "basis_seed": "refresh" in group
+        and (not METHODS[group["refresh"]].by_gradient or group.get("scaling", "none") != "none"),
     }
     return {**{key: torch.initial_seed() for key, needed in asked.items() if needed}, **group}
 

@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ..rules import Rule, rule_of
+from ..rules import Rule, rule_of, rule_of_full_rank
 from .admission import check_sharded
-from .groups import is_target
+from .groups import Group, is_target
+from .residual import ResidualTarget
+from .scaled import ScaledTarget
 from .shard import is_sharded
 from .sharded import ShardedFullRank, ShardedTarget
 from .target import Target
@@ -56,9 +58,16 @@ def make(owner: Owner, param: Tensor, place: Place, index: int, rule: Rule) -> T
         ValueError: it is sharded in a way that GaLore does not know, or for a refresh that needs whole gradients.
     """
     group = owner.param_groups[place.group]
-    kinds: tuple[type[Trained], type[Trained]] = (Target, FullRank)
     if is_sharded(param):
         check_sharded(owner.name_of(param), param, group)  # by now: accelerate replaces those that there were
-        kinds = (ShardedTarget, ShardedFullRank)
-    kind = kinds[0] if is_target(param, group) else kinds[1]
-    return kind(owner, param, place, index, rule_of(rule, group))
+        kind: type[Trained] = ShardedTarget if is_target(param, group) else ShardedFullRank
+    else:
+        kind = _kind_of_target(group) if is_target(param, group) else FullRank
+    of_group = rule_of if is_target(param, group) else rule_of_full_rank
+    return kind(owner, param, place, index, of_group(rule, group))
+
+
+def _kind_of_target(group: Group) -> type[Target]:
+    if group.get("scaling", "none") != "none":
+        return ScaledTarget
+    return Target if group.get("residual", "none") == "none" else ResidualTarget

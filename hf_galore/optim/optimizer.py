@@ -19,7 +19,7 @@ from ..backward.processes import Processes
 from ..config import GaLoreConfig
 from ..lowrank import nonfinite
 from ..lowrank.orthonormal import warm_up
-from ..rules import RULES, options_of, without_own_name
+from ..rules import RULES, options_of, own_rule, without_own_name
 from . import admission, checkpoint
 from .gradients import clip_, norm_of_gradients, norms_for_step
 from .groups import GaLoreOptions as GaLoreOptions
@@ -40,7 +40,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
     Args:
         params: parameters, or groups. A group with a `rank` is projected; other options of `GaLoreConfig` may go with
             it. Groups may set the rule's options.
-        rule: one of `hf_galore.rules.RULES`.
+        rule: one of `hf_galore.rules.RULES` that is not for targets only.
         options: the rule's options, with the defaults that it has (its `defaults`), and those of `GaLoreOptions`.
 
     Raises:
@@ -53,9 +53,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
     _names: Names
 
     def __init__(self, params: Iterable[Any], rule: str = "adam", **options: Any) -> None:
-        if rule not in RULES:
-            raise ValueError(f"rule has to be one of {', '.join(RULES)}, but is {rule!r}.")
-        own = RULES[rule].defaults
+        own = own_rule(rule).defaults
         check_options(type(self).__name__, options, [*GaLoreOptions.__annotations__, *own])
         admission.check_no_accelerator(type(self).__name__)
         model: nn.Module | None = options.get("module")
@@ -303,7 +301,12 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         memory = Memory()
         for trained in self.trained_parameters():
             if trained.param.requires_grad:
-                memory.count(trained.present_state, moments=trained.moment_keys, bases=trained.basis_keys)
+                memory.count(
+                    trained.present_state,
+                    projected=trained.projected,
+                    moments=(*trained.moment_keys, *trained.limit_keys),
+                    bases=trained.basis_keys,
+                )
         return memory
 
     def skipped_updates(self) -> dict[str, Skipped]:

@@ -18,6 +18,7 @@ from ..backward.processes import Processes
 from ..backward.shared_refresh import SharedRefresh, waits_for_gradients
 from ..integrations import ddp
 from .bases import NewBasis
+from .movement import WholeGradient
 from .target import Target
 from .trained import Trained
 
@@ -36,7 +37,8 @@ class SharedRefreshes:
     def __init__(self, processes: Processes, parameters: Sequence[Trained]) -> None:
         self._processes = processes
         self._due = [trained for trained in parameters if isinstance(trained, Target) and _is_whole(trained)]
-        self._due = [target for target in self._due if target.due() and not _waits(target)]
+        # Random projections, which follow from a seed, are the same everywhere as they are.
+        self._due = [target for target in self._due if target.basis_keys and target.due() and not _waits(target)]
         self._made: dict[int, NewBasis] = {}
 
     def step(self, trained: Trained) -> bool:
@@ -52,7 +54,9 @@ class SharedRefreshes:
         if made is None or not isinstance(trained, Target):
             return False
         before = trained.use_basis(made, trained.new_version(), keep=False) if made.usable else None
-        trained.update(made.low_rank, before=before)
+        gradient = trained.param.grad
+        assert gradient is not None
+        trained.update(made.low_rank, before=before, whole=WholeGradient(gradient, spare=False))
         return True
 
     def _compute(self) -> None:

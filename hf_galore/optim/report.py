@@ -91,10 +91,12 @@ class Memory:
     targets: int = 0
     full_rank: int = 0
 
-    def count(self, state: Mapping[str, Tensor], *, moments: Sequence[str], bases: Sequence[str]) -> None:
-        """Add one parameter's state, given the keys of its moments and of its bases."""
-        self.targets += bool(bases)
-        self.full_rank += not bases
+    def count(
+        self, state: Mapping[str, Tensor], *, projected: bool, moments: Sequence[str], bases: Sequence[str]
+    ) -> None:
+        """Add one parameter's state: whether it is a target, and the keys of its moments and of its bases."""
+        self.targets += projected
+        self.full_rank += not projected
         self.moment_bytes += sum(state[key].nbytes for key in moments if key in state)
         self.basis_bytes += sum(state[key].nbytes for key in bases if key in state)
 

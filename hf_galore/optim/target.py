@@ -44,6 +44,7 @@ from .bases import (
     take_back,
 )
 from .groups import Group, shape_in
+from .movement import Movement, WholeGradient
 from .refreshing import refresh_of_matrix, refresh_of_stack
 from .report import Refresh, Stopwatch
 from .skipped import uncount
@@ -59,6 +60,8 @@ class Target(Turns):
     """
 
     projected = True
+    needs_gradient = False
+    """Whether updates need the gradient itself besides R."""
 
     def __init__(self, owner: Owner, param: Tensor, place: Place, index: int, rule: Rule) -> None:
         super().__init__(owner, param, place, index, rule)
@@ -248,6 +251,7 @@ class Target(Turns):
         *,
         before: Before | None = None,
         bases: Bases | None = None,
+        whole: WholeGradient | None = None,
     ) -> None:
         """One optimizer step from the low-rank gradient R, which is left as it is.
 
@@ -255,6 +259,7 @@ class Target(Turns):
             norm: ‖R‖, or what is finite where that is, where it is known already.
             before: from `use_basis`, where this is the first update after a refresh.
             bases: `bases_here()`, where they are at hand: quantised ones take time to read.
+            whole: the gradient, where `needs_gradient` says so.
         """
         state, group = self.with_placed_bases(), self.group
         skip = Skip(self.over_ranks(norm_of(low_rank)) if norm is None else norm)
@@ -274,13 +279,13 @@ class Target(Turns):
         else:
             each = [step - last for last in numbers_of(state["refreshed_at"])]
             direction, factor = by_age(self._direction_of_some(group, skip), low_rank, self.moments(), each)
-        bases = self.bases_here() if bases is None else bases
-        self._move(direction, bases, factor, step, skip)
+        self._move(Movement(direction, factor, low_rank, bases, whole), step, skip)
 
-    def _move(self, direction: Tensor, bases: Bases, factor: float, step: int, skip: Skip) -> None:
+    def _move(self, by: Movement, step: int, skip: Skip) -> None:
         """Subtract a direction, projected back, from the weight."""
         group, (weight, is_view) = self.group, self._matrices()
-        alpha, decay = -factor * scale_of(group, self.matrix_shape), decay_of(group)
+        direction, bases = by.direction, self.bases_here() if by.bases is None else by.bases
+        alpha, decay = self._alpha(by.factor), decay_of(group)
         if self._rounds_stochastically(group):
             self._add_rounded(weight, group, functools.partial(projected_back, direction, bases), alpha, step, skip)
         elif skip.known is False or is_identity(weight.dtype, decay):
@@ -293,6 +298,10 @@ class Target(Turns):
             add_projected_back_(weight, direction, bases, alpha)
         if not is_view:
             self.weight.copy_(weight.view(self.weight.shape))
+
+    def _alpha(self, factor: float) -> float:
+        """What an update, which a rule's factor multiplies, is added with."""
+        return -factor * scale_of(self.group, self.matrix_shape)
 
     def _matrices(self) -> tuple[Tensor, bool]:
         """The weight as matrices, and whether that is a view of it: else it has to be copied back."""

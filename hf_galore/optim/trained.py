@@ -63,6 +63,8 @@ class Trained:
     """The keys of the state that hold its moments."""
     basis_keys: tuple[str, ...] = ()
     """The keys of the state that hold its bases."""
+    limit_keys: tuple[str, ...] = ()
+    """The keys of the state that hold norms which limit its updates."""
 
     def __init__(self, owner: Owner, param: Tensor, place: Place, index: int, rule: Rule) -> None:
         self.param = param

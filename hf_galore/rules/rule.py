@@ -40,6 +40,8 @@ class Rule:
     """What the option `rule` calls it."""
     defaults: ClassVar[Mapping[str, Any]]
     """The options of a parameter group that the rule reads, with their defaults."""
+    only_targets: ClassVar[bool] = False
+    """Whether it makes directions of low-rank gradients alone: what is not projected goes by the optimizer's own."""
 
     def check(self, group: Group) -> None:
         """Check the rule's options of a parameter group.

@@ -1,0 +1,118 @@
+"""Targets that move along their gradient itself, scaled by what the rule makes of R in random projections.
+
+No basis is in their state: projections are functions of the seed of the run and the count of refreshes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..backward.gradient import BasisVersion
+from ..lowrank.nonfinite import Skip
+from ..lowrank.products import Gradient
+from ..lowrank.projection import Bases, BasisShapes, Side, norm_of_each, project
+from ..lowrank.random_projection import random_projections
+from ..lowrank.residual import Term
+from ..lowrank.rounding import decay_unless
+from ..lowrank.scales import channel_norms, channel_scales
+from ..lowrank.seeds import basis_seed
+from .bases import BasisLayout, Before, NewBasis, OfStack, before_refresh, count_refresh, numbers_of
+from .movement import Movement
+from .report import Stopwatch
+from .residual import TargetOfGradient
+from .skipped import uncount
+from .trained import decay_of
+
+
+class ScaledTarget(TargetOfGradient):
+    """A target that moves along G, each channel of it or the whole scaled by ‖N‖ / ‖R‖, with R = PᵀG of a random P.
+
+    W ← (1 − ηλ)W − η·scale · l · sG with s_j = ‖N_j‖ / ‖R_j‖ of each channel j, or one s of the matrix, and l the limit
+    of its growth. A refresh takes other random numbers.
+
+    Source: APOLLO (Zhu et al., 2024, arXiv:2412.05270), algorithm 1, and section 4.2 for one s of the matrix.
+    """
+
+    def _derive(self) -> None:
+        super()._derive()
+        self.layout = BasisLayout(BasisShapes(None, None), 16)
+        self.basis_keys = ()
+        self.side_of_scales: Side = "full" if self.group["scaling"] == "tensor" else self.side
+        """What channels are of; `full` for one scale of the matrix."""
+
+    # ---- the projections
+
+    def bases(self) -> Bases:
+        """The present projections, in the weight's dtype."""
+        return self._projections(numbers_of(self.state["refreshes"]))
+
+    def bases_here(self) -> Bases:
+        """The present projections, as gradients are projected with them here."""
+        return self.bases()
+
+    def _projections(self, refreshes: Sequence[int]) -> Bases:
+        """The projections after so many refreshes; of a stack of each matrix."""
+        seed = self.group.get("basis_seed", 0)
+        seeds = [basis_seed(seed, self.index, count) for count in refreshes]
+        return random_projections(self._shapes, self.rank, seeds, self.param.dtype, self.param.device)
+
+    @torch.no_grad()
+    def new_basis(self, gradient: Gradient) -> NewBasis:
+        """The low-rank gradient in the next projections, unless the gradient is zero or not finite.
+
+        Waits for the device once, and changes nothing but the count of updates, as where bases are made of gradients.
+        """
+        watch = Stopwatch(self.param.device)
+        gradient = self._as_matrices(gradient)
+        assert isinstance(gradient, Tensor)
+        norms = self._numbers_of(norm_of_each(gradient))
+        made = [index for index in self.matrices_due() if norms[index] != 0]
+        refreshes = numbers_of(self.state["refreshes"])
+        for index in made:
+            refreshes[index] += 1
+        low_rank, norm = project(gradient, self._projections(refreshes)), math.hypot(*norms)
+        if not math.isfinite(norm):
+            low_rank.fill_(math.nan)
+        watch.stop()
+        of_stack = None if self.stack is None else OfStack(tuple(made), (0.0,) * len(made))
+        return NewBasis({}, low_rank, norm, 1.0, 0.0, watch, of_stack)
+
+    def _numbers_of(self, norms: Tensor) -> list[float]:
+        """The norms as numbers, and the count of updates put right that only the device knows to have been skipped."""
+        norms, skipped = norms.reshape(-1), self.owner.journal.skipped
+        uncounted = skipped.uncounted(self.param)
+        asked = norms if uncounted is None else torch.cat([norms, uncounted.to(norms.dtype)])
+        found = [value.item() for value in asked.cpu().unbind()]
+        if uncounted is not None:
+            uncount(self.state, skipped.settle(self.param, *found[-2:]))
+        return found[: len(norms)]
+
+    @torch.no_grad()
+    def use_basis(self, made: NewBasis, version: BasisVersion, *, keep: bool) -> Before:
+        """Count a refresh: the projections follow from that."""
+        state = self.with_placed_bases()
+        matrices = None if made.of_stack is None else made.of_stack.matrices
+        before = before_refresh(state, (), keep=keep, matrices=matrices)
+        count_refresh(state, int(state["step"].item()), matrices)
+        self._version = version
+        return before
+
+    # ---- the update
+
+    def _move(self, by: Movement, step: int, skip: Skip) -> None:
+        group, (weight, is_view), alpha = self.group, self._matrices(), self._alpha(by.factor)
+        gradient, _ = self._whole_of(by, skip)
+        factors = channel_scales(by.direction, by.low_rank, self.side_of_scales)
+        term = Term(gradient, self._limited(factors, channel_norms(gradient, self.side_of_scales)))
+        if weight.dtype in (torch.float32, torch.float64):
+            if decay_of(group) != 1:
+                weight.mul_(decay_unless(skip.flag, weight.dtype, decay_of(group)))
+            term.add_to_(weight, alpha)
+        else:
+            self._add_rounded(weight, group, term.rows, alpha, step, skip)
+        if not is_view:
+            self.weight.copy_(weight.view(self.weight.shape))
