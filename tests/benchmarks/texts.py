@@ -43,7 +43,7 @@ PRETRAINING_LENGTH, CHAT_LENGTH, ORIGIN_LENGTH = 128, 96, 64
 HELD_OUT_EVERY, ORIGINS_HELD_OUT_EVERY = 20, 5
 """Of pretraining's texts, and of the files whose origin is asked for, one in so many is held out."""
 
-MOST_ROWS, HELD_OUT_ROWS = 140_000, 512
+MOST_ROWS, HELD_OUT_ROWS, ORIGINS_HELD_OUT = 140_000, 512, 1024
 
 # BSD, MIT, Apache or the PSF's licence.
 SOURCES = (
@@ -209,7 +209,7 @@ def origin_texts() -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
     held_out = {package: list(dict.fromkeys(said)) for package, said in held_out.items()}
     seen = {paragraph for said in held_out.values() for paragraph in said}
     train = {package: [p for p in dict.fromkeys(said) if p not in seen] for package, said in train.items()}
-    return _balanced(train), _balanced(held_out)
+    return _balanced(train), _balanced(held_out)[:ORIGINS_HELD_OUT]
 
 
 def _balanced(of_package: dict[str, list[str]]) -> list[tuple[str, int]]:
