@@ -54,18 +54,18 @@ TIMED_STEPS = 20
 
 UNIT, MATRICES_FACTOR, REST_FACTOR = 1e-3, 2.0, 4.0
 EXTENSIONS = 3
-# The middle of the grid of the matrices' rates, as a power of 2 of UNIT, at the largest rank.
+# The middle of the grid of the matrices' rates, as a power of 2 of UNIT; at the largest rank, where there are ranks.
 MIDDLES = {
-    "Muon": 1,
-    "galore_torch": 1,
-    "default": 1,
-    "residual=fira": 1,
-    "scaling=channel": 1,
-    "rule=muon": 1,
-    "LoRA": 3,
+    "AdamW": 0,
+    "AdamW, two rates": -1,
+    "Muon": 0,
+    "LoRA": 2,
+    "residual=sign, 1": -2,
+    "residual=sign, .1": 0,
 }
-# An orthogonal matrix has elements of 1 by 1/√longer side: 16 or 27 times as small as those that Adam makes.
-MUONS = ("rule=muon", "rule=muon, residual=fira")
+MIDDLE_OF_OTHERS = 1
+# Their steps do not grow with the rank's root: those of full matrices, of signs, and of adapters.
+ALIKE_AT_ALL_RANKS = tuple(MIDDLES)
 
 console = Console(width=120)
 
@@ -244,11 +244,9 @@ class Sweep:
 
     def grid(self) -> list[Point]:
         """The points to begin with."""
-        name = self.contender.name
-        middle = MIDDLES.get(name, 0)
-        if self.rank and not self.contender.adapters and name not in ("scaling=tensor", *MUONS):
-            # As long a step at another rank: `scale=auto`.
-            middle += round(math.log2(RANKS[0] / self.rank) / 2)
+        middle = MIDDLES.get(self.contender.name, MIDDLE_OF_OTHERS)
+        if self.contender.name not in ALIKE_AT_ALL_RANKS:
+            middle += round(math.log2(RANKS[0] / self.rank) / 2)  # as long a step at another rank: `scale=auto`
         matrices = range(middle - 2, middle + 3)
         if self.contender.one_rate:
             return [Point(number, 0) for number in matrices]
