@@ -15,7 +15,9 @@ The matrices of attention and MLP have one rate, all else another, and every opt
 five rates of the matrices, each twice the one before, by three of all else, each four times the one before; where the
 best of them is at an edge, its neighbours are tried too, `EXTENSIONS` times. The best has the lowest mean held-out loss
 of the seeds, which differ in the order of the rows and, for LoRA, in the adapters' initial values. The rate of the
-matrices is that of what the optimizer makes with a scale of 1: learning rate × scale.
+matrices is that of what the optimizer makes with a scale of 1: learning rate × scale. galore_torch, which has each
+matrix of a stack as a parameter of its own and takes minutes, has the rest's rate of this package's default at the same
+rank.
 
 All points and seeds of an optimizer are one stack of models (`tests.benchmarks.stack_of_llamas`). Finished runs are
 lines of --results, and are not repeated, as long as the pretrained model is the same. --short: minutes on a CPU.
@@ -66,6 +68,8 @@ MIDDLES = {
 MIDDLE_OF_OTHERS = 1
 # Their steps do not grow with the rank's root: those of full matrices, of signs, and of adapters.
 ALIKE_AT_ALL_RANKS = tuple(MIDDLES)
+# What takes minutes a grid, and whose rate of the rest it takes, at the same rank.
+REST_OF = {"galore_torch": "default"}
 
 console = Console(width=120)
 
@@ -241,6 +245,8 @@ class Sweep:
     seeds: tuple[int, ...]
     steps: int
     pretrained: str
+    rests: tuple[int, ...] = (-1, 0, 1)
+    """The places of the rest's rate to begin with; one alone is the only one."""
 
     def grid(self) -> list[Point]:
         """The points to begin with."""
@@ -250,7 +256,7 @@ class Sweep:
         matrices = range(middle - 2, middle + 3)
         if self.contender.one_rate:
             return [Point(number, 0) for number in matrices]
-        return [Point(number, rest) for number in matrices for rest in (-1, 0, 1)]
+        return [Point(number, rest) for number in matrices for rest in self.rests]
 
     def runs(self, point: Point) -> list[Run]:
         """Those of a point: one a seed."""
@@ -287,7 +293,7 @@ class Sweep:
             return []
         known, (matrices, rest) = self.points(results), best[0]
         near = [Point(matrices - 1, rest), Point(matrices + 1, rest)]
-        if not self.contender.one_rate:
+        if not self.contender.one_rate and len(self.rests) > 1:
             near += [Point(matrices, rest - 1), Point(matrices, rest + 1)]
         missing = [point for point in near if point not in known]
         if missing and missing[0].rest == rest:
@@ -326,6 +332,15 @@ def _parts(runs: list[Run], at_once: int) -> Iterable[list[Run]]:
     return (runs[start : start + at_once] for start in range(0, len(runs), at_once))
 
 
+def completed(sweep: Sweep, results: Results) -> Sweep:
+    """The sweep with its rate of the rest, where that is another's."""
+    other = REST_OF.get(sweep.contender.name)
+    if other is None:
+        return sweep
+    best = dataclasses.replace(sweep, contender=CONTENDERS[other]).best(results)
+    return dataclasses.replace(sweep, rests=(0 if best is None else best[0].rest,))
+
+
 # ---- tables
 
 
@@ -362,7 +377,7 @@ def print_tables(sweeps: Sequence[Sweep], results: Results) -> None:
 
 
 def sweeps_of(args: argparse.Namespace, fingerprint: str) -> list[Sweep]:
-    """What is to be done, the most telling first: all tasks of a contender and rank one after the other."""
+    """What is to be done, what takes longest last."""
     chosen = [CONTENDERS[name] for name in args.only or CONTENDERS]
     found = []
     for rank in args.ranks:
@@ -372,7 +387,7 @@ def sweeps_of(args: argparse.Namespace, fingerprint: str) -> list[Sweep]:
             else:
                 own = rank if contender.has_rank else 0
             found += [Sweep(task, contender, own, tuple(args.seeds), args.steps, fingerprint) for task in args.tasks]
-    return list(dict.fromkeys(found))
+    return sorted(dict.fromkeys(found), key=lambda sweep: sweep.contender.name in REST_OF)
 
 
 def main() -> None:
@@ -416,8 +431,8 @@ def main() -> None:
             f"steps of {ROWS} rows, gap {GAP}, seeds {args.seeds}, pretrained {fingerprint}"
         )
         for sweep in sweeps:
-            perform(sweep, results, tasks[sweep.task], pretrained, args)
-    print_tables(sweeps, results)
+            perform(completed(sweep, results), results, tasks[sweep.task], pretrained, args)
+    print_tables([completed(sweep, results) for sweep in sweeps], results)
 
 
 if __name__ == "__main__":

@@ -37,8 +37,8 @@ def task() -> Task:
     for row, label, length in zip(rows, labels, torch.randint(3, 9, (40,), generator=generator).tolist(), strict=True):
         row[length - 1] = label[length - 1] = 30 + row[0] % 2
         row[length:] = 0
-    parts = (tensor.to(torch.int16) for tensor in (rows[:32], labels[:32], rows[32:], labels[32:]))
-    return Task(*parts, answers=(30, 31))
+    rows, labels = rows.to(torch.int16), labels.to(torch.int16)
+    return Task(rows[:32], labels[:32], rows[32:], labels[32:], answers=(30, 31))
 
 
 def test_only_answers_are_learnt_and_what_is_too_long_loses_its_beginning() -> None:
