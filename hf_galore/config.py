@@ -33,6 +33,8 @@ Residual = Literal["none", "fira", "sign"]
 RESIDUALS: tuple[Residual, ...] = get_args(Residual)
 Scaling = Literal["none", "channel", "tensor"]
 SCALINGS: tuple[Scaling, ...] = get_args(Scaling)
+NORM_PROBES = 8
+"""The default of `norm_probes`, also of what was saved before there was such an option."""
 AUTO: Literal["auto"] = "auto"
 """The `scale` that goes with the rank."""
 
@@ -56,6 +58,15 @@ def _positive_int() -> _Option:
         lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1,
         "an integer of at least 1",
         ("integer ≥ 1",),
+    )
+
+
+def _natural_int() -> _Option:
+    return _Option(
+        int,
+        lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 0,
+        "an integer of at least 0",
+        ("integer ≥ 0",),
     )
 
 
@@ -108,6 +119,7 @@ _GROUP_OPTIONS: dict[str, _Option] = {
     "moments": _one_of(MOMENTS),
     "proj_bits": _one_of(PROJ_BITS),
     "gradient_bits": _one_of(GRADIENT_BITS),
+    "norm_probes": _natural_int(),
     "rule": _or_none(_one_of(RULE_NAMES)),
     "residual": _one_of(RESIDUALS),
     "residual_scale": _positive_float(),
@@ -139,6 +151,7 @@ _MEANINGS = {
     "moments": "what a refresh does to them",
     "proj_bits": "of an element of a basis",
     "gradient_bits": "of low-rank gradients that are held",
+    "norm_probes": "columns that tell the true norm; 0: R's norm",
     "rule": "the rule, if not optim's",
     "residual": "what becomes of G outside the basis",
     "residual_scale": "multiplies the residual's update",
@@ -257,6 +270,9 @@ class GaLoreConfig:
         gradient_bits: bits that an element of a low-rank gradient is kept in while it is held until the step, by
             layerwise with accumulation or clipping and by the projected backward without layerwise; 16 stands for the
             weight's own dtype. Gradients that are used at once are never kept.
+        norm_probes: random columns beside a basis, with which gradients are projected too where only R is kept of
+            them, so that `grad_norm` and clipping go by the gradient's norm: an estimate without bias, off by a percent
+            or so (`hf_galore.lowrank.probes`). 0 goes by the norm of R. What is held is larger by as many columns.
         rule: how low-rank gradients become directions; `None` stands for what the optimizer's name says, which all
             other parameters follow in any case. Only the 8-bit optimizers' own rule, `adam`, has moments in 8 bits.
         residual: what becomes of the residual S = G − back(R), the part of a gradient that no basis has. `none`
@@ -290,6 +306,7 @@ class GaLoreConfig:
     moments: Moments = "keep"
     proj_bits: ProjBits = 4
     gradient_bits: GradientBits = 16
+    norm_probes: int = NORM_PROBES
     rule: RuleName | None = None
     residual: Residual = "none"
     residual_scale: float = 1.0

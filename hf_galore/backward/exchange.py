@@ -250,7 +250,8 @@ class Exchange:
         whole = window.whole_to_send()
         if kind == "refresh" and not self.dense and waits_for_gradients(window.target, whole, self.processes):
             with torch.no_grad(), torch.autocast(whole.device.type, enabled=False):
-                low_rank = window.target.projected_by(whole, window.target.bases())
+                bases = window.target.with_probes(window.target.bases())
+                low_rank = window.target.projected_by(whole, bases)
                 if self._reduces:
                     self._add(window, low_rank)
                 else:
@@ -317,7 +318,7 @@ class Exchange:
         self._last_mean = processes.mean_in_(whole, owner)
         if owner == processes.rank:
             self._last_mean.wait()
-        refresh = SharedRefresh(target, whole, owner, processes)
+        refresh = SharedRefresh(target, whole, owner, processes, held=True)
 
         def finish() -> None:
             if all(used()):
