@@ -256,7 +256,8 @@ class Exchange:
         whole, dense = window.whole_to_send(), self._is_dense(window)
         if kind == "refresh" and not dense and waits_for_gradients(window.target, whole, self.processes):
             with torch.no_grad(), torch.autocast(whole.device.type, enabled=False):
-                low_rank = window.target.projected_by(whole, window.target.bases())
+                bases = window.target.with_probes(window.target.bases())
+                low_rank = window.target.projected_by(whole, bases)
                 if self._reduces:
                     self._add(window, low_rank)
                 else:
@@ -324,7 +325,7 @@ class Exchange:
         self._last_mean = processes.mean_(whole) if in_all else processes.mean_in_(whole, owner)
         if owner == processes.rank or in_all:
             self._last_mean.wait()
-        refresh = SharedRefresh(target, whole, owner, processes)
+        refresh = SharedRefresh(target, whole, owner, processes, held=True)
 
         def finish() -> None:
             if not all(used()):

@@ -70,7 +70,7 @@ class SharedRefreshes:
         for owner, target in enumerate(next_ones):
             gradient = target.param.grad
             assert gradient is not None
-            refreshes.append((target, SharedRefresh(target, gradient, owner, self._processes)))
+            refreshes.append((target, SharedRefresh(target, gradient, owner, self._processes, held=False)))
         works = [refresh.send() for _, refresh in refreshes]
         for work, (target, refresh) in zip(works, refreshes, strict=True):
             work.wait()

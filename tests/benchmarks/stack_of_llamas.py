@@ -56,8 +56,8 @@ class Llamas(nn.Module):
         sizes |= {"norm": (h,), "head": (shape.vocabulary, h)}
         for name, size in sizes.items():
             value = torch.ones(size) if len(size) == 1 else None
-            each = [_normal(seed, name, size) if value is None else value for seed in self.seeds]
-            self.register_parameter(name, nn.Parameter(torch.stack(each)))
+            by_seed = {seed: _normal(seed, name, size) if value is None else value for seed in set(self.seeds)}
+            self.register_parameter(name, nn.Parameter(torch.stack([by_seed[seed] for seed in self.seeds])))
         self.adapted = adapters > 0
         if self.adapted:
             for name in self.target_names():
