@@ -61,10 +61,14 @@ class ScaledTarget(TargetOfGradient):
         return random_projections(self._shapes, self.rank, seeds, self.param.dtype, self.param.device)
 
     @torch.no_grad()
-    def new_basis(self, gradient: Gradient) -> NewBasis:
+    def new_basis(self, gradient: Gradient, *, held: bool = False) -> NewBasis:
         """The low-rank gradient in the next projections, unless the gradient is zero or not finite.
 
         Waits for the device once, and changes nothing but the count of updates, as where bases are made of gradients.
+
+        Args:
+            gradient: G.
+            held: of no meaning here: what needs the gradient itself is not held.
         """
         watch = Stopwatch(self.param.device)
         gradient = self._as_matrices(gradient)
