@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 from .option import AUTO as AUTO
-from .option import Option, boolean, one_of, or_auto, or_none, positive_float, positive_int
+from .option import Option, boolean, natural_int, one_of, or_auto, or_none, positive_float, positive_int
 from .synonyms import GALORE, GALORE_PHRASES, plain, synonym
 
 ProjType = Literal["std", "reverse_std", "left", "right", "full"]
@@ -34,6 +34,9 @@ Residual = Literal["none", "fira", "sign"]
 RESIDUALS: tuple[Residual, ...] = get_args(Residual)
 Scaling = Literal["none", "channel", "tensor"]
 SCALINGS: tuple[Scaling, ...] = get_args(Scaling)
+NORM_PROBES = 8
+"""The default of `norm_probes`, also of what was saved before there was such an option."""
+
 _GROUP_OPTIONS: dict[str, Option] = {
     "rank": positive_int(),
     "update_proj_gap": positive_int(),
@@ -45,6 +48,7 @@ _GROUP_OPTIONS: dict[str, Option] = {
     "moments": one_of(MOMENTS),
     "proj_bits": one_of(PROJ_BITS),
     "gradient_bits": one_of(GRADIENT_BITS),
+    "norm_probes": natural_int(),
     "rule": or_none(one_of(RULE_NAMES)),
     "residual": one_of(RESIDUALS),
     "residual_scale": positive_float(),
@@ -76,6 +80,7 @@ _MEANINGS = {
     "moments": "what a refresh does to them",
     "proj_bits": "of an element of a basis",
     "gradient_bits": "of low-rank gradients that are held",
+    "norm_probes": "columns that tell the true norm; 0: R's norm",
     "rule": "if not optim's rule",
     "residual": "what becomes of G outside the basis",
     "residual_scale": "multiplies the residual's update",
@@ -200,6 +205,9 @@ class GaLoreConfig:
         gradient_bits: bits that an element of a low-rank gradient is kept in while it is held until the step, by
             layerwise with accumulation or clipping and by the projected backward without layerwise; 16 stands for the
             weight's own dtype. Gradients that are used at once are never kept.
+        norm_probes: random columns beside a basis, with which gradients are projected too where only R is kept of
+            them, so that `grad_norm` and clipping go by the gradient's norm: an estimate without bias, off by a percent
+            or so (`hf_galore.lowrank.probes`). 0 goes by the norm of R. What is held is larger by as many columns.
         rule: how low-rank gradients become directions; `None` stands for what the optimizer's name says, which all
             other parameters follow in any case. Only the 8-bit optimizers' own rule, `adam`, has moments in 8 bits.
         residual: what becomes of the residual S = G − back(R), the part of a gradient that no basis has. `none`
@@ -234,6 +242,7 @@ class GaLoreConfig:
     moments: Moments = "keep"
     proj_bits: ProjBits = 4
     gradient_bits: GradientBits = 16
+    norm_probes: int = NORM_PROBES
     rule: RuleName | None = None
     residual: Residual = "none"
     residual_scale: float = 1.0
@@ -261,8 +270,13 @@ class GaLoreConfig:
             )
         if self.scaling != "none":
             self._check_scaling()
+        option = f"residual={self.residual}" if self.scaling == "none" else f"scaling={self.scaling}"
+        if self.needs_gradient and self.gradient_bits != 16:
+            raise ValueError(
+                f"GaLore's {option} needs the gradient itself, so that no low-rank gradients are held that "
+                f"gradient_bits={self.gradient_bits} could make smaller. Leave out the one or the other."
+            )
         if self.needs_gradient and self.projected_backward:
-            option = f"residual={self.residual}" if self.scaling == "none" else f"scaling={self.scaling}"
             raise ValueError(
                 f"GaLore's {option} needs the gradient itself, which projected_backward=true never builds. Leave "
                 "projected_backward out."

@@ -34,6 +34,16 @@ def positive_int() -> Option:
     )
 
 
+def natural_int() -> Option:
+    """An integer of at least 0."""
+    return Option(
+        int,
+        lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 0,
+        "an integer of at least 0",
+        ("integer ≥ 0",),
+    )
+
+
 def positive_float() -> Option:
     """A finite number above 0."""
     return Option(
