@@ -38,6 +38,8 @@ class Projection:
     """Whether the backward pass computes R without G."""
     matrices: tuple[int, ...] | None = None
     """What the parameter is projected as, m × n or a stack k × m × n, where that is not its own shape."""
+    needs_gradient: bool = False
+    """Whether updates need G itself, besides R."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,8 +186,9 @@ def _projection(target: Target, state: Mapping[str, Tensor], without_gradient: b
         group["proj_bits"] != 16,
         # 8-bit kernels give it in the gradient's dtype, others in that of the moments.
         target.param.element_size() if isinstance(target.rule, Adam8bit) else max(4, itemsize),
-        without_gradient,
+        without_gradient and not target.needs_gradient,
         target.matrix_shape,
+        bool(target.needs_gradient),
     )
 
 

@@ -98,6 +98,7 @@ def _replicated(parameter: Parameter, devices: Devices, share: float) -> dict[Ki
     - A target of one with hooks: R, in the gradient's dtype, or with `exchange=dense` G, all-reduced. Where a step
       refreshes its basis, G (of the first micro-batch) is reduced to one rank in place of that; what other
       micro-batches bring is exchanged as R (`hf_galore.backward.exchange`).
+    - A target whose update needs G itself (a residual, or scaling): G, all-reduced, with hooks and without.
     - A refresh: the new basis as it is kept, and R, broadcast from the rank that has computed them.
     """
     if not parameter.trained:
@@ -105,8 +106,9 @@ def _replicated(parameter: Parameter, devices: Devices, share: float) -> dict[Ki
     whole, low_rank = (numel * parameter.wire_itemsize for numel in (parameter.numel, parameter.low_rank_numel))
     if parameter.projection is None:
         return {"all-reduce": whole}
-    payload: dict[Kind, float] = {"all-reduce": whole, "broadcast": share * (parameter.basis_bytes + low_rank)}
-    if devices.hooked:
+    sent = parameter.basis_bytes + low_rank if parameter.basis_bytes else 0  # random projections are made of a seed
+    payload: dict[Kind, float] = {"all-reduce": whole, "broadcast": share * sent}
+    if devices.hooked and not parameter.projection.needs_gradient:
         several = devices.micro_batches > 1
         usual = whole if devices.exchange == "dense" and not several else low_rank
         payload["all-reduce"] = usual if several else (1 - share) * usual
