@@ -259,6 +259,9 @@ class ShardedTarget(Sharded, Target):
             bases = self.bases_here()
             self.update(self.projected_by(gradient, bases), norm, bases=bases)
 
+    def _probed_dim(self, gradient: Gradient) -> int:
+        return super()._probed_dim(gradient) if isinstance(gradient, SummedGradient) else -1
+
     def _of_held(self, held: Tensor) -> Tensor:
         return held[:, : self.rank].contiguous() if self.probes else held
 
