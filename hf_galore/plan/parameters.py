@@ -76,14 +76,12 @@ class Parameter:
         return math.prod(low_rank_shape(self.matrices, self.projection.side, self.projection.rank))
 
     @property
-    def held_numel(self) -> int:
-        """Elements of what is held of a gradient: those of R, and what norm probes give."""
-        projection = self.projection
-        if projection is None:
-            return 0
-        bases = basis_shapes(self.matrices, projection.side, projection.rank)
-        low_rank = low_rank_shape(self.matrices, projection.side, projection.rank)
-        return math.prod(held_shape(low_rank, probe_shapes(bases, projection.probes)))
+    def held_shape(self) -> tuple[int, ...]:
+        """The shape of what is held of a target's gradient: of R, and what norm probes give."""
+        assert self.projection is not None
+        side, rank = self.projection.side, self.projection.rank
+        probes = probe_shapes(basis_shapes(self.matrices, side, rank), self.projection.probes)
+        return held_shape(low_rank_shape(self.matrices, side, rank), probes)
 
     @property
     def matrices(self) -> tuple[int, ...]:

@@ -21,6 +21,7 @@ What is left out are single numbers: losses, norms, counts of tokens, flags.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from typing import Literal
@@ -105,7 +106,9 @@ def _replicated(parameter: Parameter, devices: Devices, share: float) -> dict[Ki
     whole = parameter.numel * parameter.wire_itemsize
     if parameter.projection is None:
         return {"all-reduce": whole}
-    low_rank = (parameter.held_numel if devices.hooked else parameter.low_rank_numel) * parameter.wire_itemsize
+    low_rank = parameter.low_rank_numel * parameter.wire_itemsize
+    if devices.hooked:
+        low_rank = math.prod(parameter.held_shape) * parameter.wire_itemsize
     payload: dict[Kind, float] = {"all-reduce": whole, "broadcast": share * (parameter.basis_bytes + low_rank)}
     if devices.hooked:
         several = devices.micro_batches > 1
@@ -155,11 +158,10 @@ def _target(parameter: Parameter, projection: Projection, devices: Devices, shar
     # A refresh has the old bases and the new ones besides, in place of those of a projected backward.
     payload["all-gather"] += share * (1 if without else 2) * parameter.basis_bytes
     rows = {"right": m, "left": n, "full": r}[side]
-    # Norm probes serve where the norm of what is held is not known from G, and never for both sides.
-    holds = without or (devices.hooked and devices.micro_batches > 1)
-    columns = parameter.held_numel // rows if holds and side != "full" else r
-    if holds and columns > r:
-        payload["all-gather"] += share * parameter.basis_bytes  # for those of new bases
+    columns = r
+    if without and projection.probes:  # or else G, which FSDP2 reduces once a step, tells its norm
+        rows, columns = sorted(parameter.held_shape, reverse=True)  # the long side is divided
+        payload["all-gather"] += share * parameter.basis_bytes  # for the probes of new bases
     if without:
         payload["reduce-scatter"] += (devices.micro_batches - share) * padded(rows, ranks) * columns * itemsize
         payload["all-reduce"] += share * 4 * rows * columns  # of the micro-batch that has brought a new basis
@@ -167,7 +169,7 @@ def _target(parameter: Parameter, projection: Projection, devices: Devices, shar
         payload["reduce-scatter"] += padded(rows, ranks) * columns * itemsize
     if side != "right":
         of_element = projection.direction_itemsize if side == "left" else itemsize
-        payload["all-gather"] += padded(rows, ranks) * r * of_element
+        payload["all-gather"] += padded(rows, ranks) * (columns if side == "full" else r) * of_element
     for kind, nbytes in _refresh(m, n, projection, ranks).items():
         payload[kind] += share * nbytes
     return payload
