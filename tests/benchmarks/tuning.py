@@ -20,13 +20,15 @@ matrix of a stack as a parameter of its own and takes minutes, has the rest's ra
 rank.
 
 All points and seeds of an optimizer are one stack of models (`tests.benchmarks.stack_of_llamas`). Finished runs are
-lines of --results, and are not repeated, as long as the pretrained model is the same. --short: minutes on a CPU.
+lines of --results, and are not repeated, as long as the pretrained model is the same. --short is a trial of minutes on
+a CPU, and tells nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import hashlib
 import itertools
 import json
@@ -52,7 +54,7 @@ TASKS = ("chat", "origin")
 RANKS = (64, 16, 4)
 STEPS, ROWS, EVALUATED_ROWS = 200, 16, 32
 PRETRAINING_ROWS, PRETRAINING_RATES = 128, Rates(lr=6e-3, scale=1 / 3)
-TIMED_STEPS = 20
+TIMED_STEPS = SHORT_STEPS = 20
 
 UNIT, MATRICES_FACTOR, REST_FACTOR = 1e-3, 2.0, 4.0
 EXTENSIONS = 3
@@ -317,6 +319,7 @@ def perform(
                 return
             start = time.perf_counter()
             came = tune(some, task, pretrained, args.device)
+            gc.collect()  # an optimizer and its hooks are a cycle, with gigabytes
             seconds = time.perf_counter() - start
             for run, one in zip(some, came, strict=True):
                 results.add(run, {**one, "seconds": round(seconds / len(some), 3), "device": args.device_name})
@@ -409,7 +412,9 @@ def main() -> None:
     second.add_argument("--ranks", type=int, nargs="+", default=list(RANKS))
     second.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     second.add_argument("--only", nargs="+", choices=list(CONTENDERS), metavar="OPTIMIZER", help=", ".join(CONTENDERS))
-    second.add_argument("--short", action="store_true", help="one point, one seed, one rank: minutes on a CPU")
+    second.add_argument(
+        "--short", action="store_true", help=f"one point, one seed, one rank, {SHORT_STEPS} steps: minutes on a CPU"
+    )
     second.add_argument("--at-once", type=int, help="models in a stack, at most; 48 on a card, 3 on CPUs")
     second.add_argument("--deadline", type=float, default=math.inf, help="seconds after which no stack is begun")
     args = parser.parse_args()
@@ -420,7 +425,7 @@ def main() -> None:
     args.at_once = args.at_once or (48 if args.device == "cuda" else 3)
     args.device_name = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
     if args.short:
-        args.seeds, args.ranks = args.seeds[:1], args.ranks[1:2]
+        args.seeds, args.ranks, args.steps = args.seeds[:1], args.ranks[:2][-1:], min(args.steps, SHORT_STEPS)
     fingerprint = hashlib.sha256(args.pretrained.read_bytes() + args.texts.read_bytes()).hexdigest()[:8]
     results, tasks = Results(args.results), texts.load(args.texts)
     pretrained = torch.load(args.pretrained, weights_only=True)
