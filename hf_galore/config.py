@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
-from .synonyms import GALORE, synonym
+from .option import AUTO as AUTO
+from .option import Option, boolean, natural_int, one_of, or_auto, or_none, positive_float, positive_int
+from .synonyms import GALORE, GALORE_PHRASES, plain, synonym
 
 ProjType = Literal["std", "reverse_std", "left", "right", "full"]
 PROJ_TYPES: tuple[ProjType, ...] = get_args(ProjType)
@@ -33,93 +34,33 @@ Residual = Literal["none", "fira", "sign"]
 RESIDUALS: tuple[Residual, ...] = get_args(Residual)
 Scaling = Literal["none", "channel", "tensor"]
 SCALINGS: tuple[Scaling, ...] = get_args(Scaling)
-AUTO: Literal["auto"] = "auto"
-"""The `scale` that goes with the rank."""
+NORM_PROBES = 8
+"""The default of `norm_probes`, also of what was saved before there was such an option."""
 
-
-@dataclasses.dataclass(frozen=True)
-class _Option:
-    """What one key may be: how to read it from text, how to check it, and both in words."""
-
-    parse: Callable[[str], Any]
-    is_valid: Callable[[Any], bool]
-    allowed: str
-    """In an error: "has to be ..."."""
-    values: tuple[str, ...]
-    """In a table: each of them as it is written, or one that describes them all."""
-
-
-def _positive_int() -> _Option:
-    # bool is an int in Python; `rank=True` is a mistake, not rank 1.
-    return _Option(
-        int,
-        lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1,
-        "an integer of at least 1",
-        ("integer ≥ 1",),
-    )
-
-
-def _positive_float() -> _Option:
-    return _Option(
-        float,
-        lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v <= sys.float_info.max,
-        "a finite number above 0",
-        ("number > 0",),
-    )
-
-
-def _one_of(values: tuple[Any, ...]) -> _Option:
-    kind, written = type(values[0]), tuple(map(str, values))
-    return _Option(kind, lambda v: type(v) is kind and v in values, "one of " + ", ".join(written), written)
-
-
-def _parse_bool(text: str) -> bool:
-    # bool("False") is true.
-    return {"true": True, "false": False}[text.lower()]
-
-
-def _bool() -> _Option:
-    return _Option(_parse_bool, lambda v: isinstance(v, bool), "true or false", ("true", "false"))
-
-
-def _or_auto(option: _Option) -> _Option:
-    """The option, with `auto` for what follows from the rank."""
-    return _Option(
-        lambda text: AUTO if text.lower() == AUTO else option.parse(text),
-        lambda v: v == AUTO if isinstance(v, str) else option.is_valid(v),
-        f"{option.allowed}, or {AUTO}",
-        (*option.values, AUTO),
-    )
-
-
-def _or_none(option: _Option) -> _Option:
-    """The option, with `None` for what something else decides."""
-    return dataclasses.replace(option, is_valid=lambda v: v is None or option.is_valid(v))
-
-
-_GROUP_OPTIONS: dict[str, _Option] = {
-    "rank": _positive_int(),
-    "update_proj_gap": _positive_int(),
-    "scale": _or_auto(_positive_float()),
-    "proj_type": _one_of(PROJ_TYPES),
-    "refresh": _one_of(REFRESH_METHODS),
-    "stagger": _bool(),
-    "lazy_refresh": _bool(),
-    "moments": _one_of(MOMENTS),
-    "proj_bits": _one_of(PROJ_BITS),
-    "gradient_bits": _one_of(GRADIENT_BITS),
-    "rule": _or_none(_one_of(RULE_NAMES)),
-    "residual": _one_of(RESIDUALS),
-    "residual_scale": _positive_float(),
-    "scaling": _one_of(SCALINGS),
+_GROUP_OPTIONS: dict[str, Option] = {
+    "rank": positive_int(),
+    "update_proj_gap": positive_int(),
+    "scale": or_auto(positive_float()),
+    "proj_type": one_of(PROJ_TYPES),
+    "refresh": one_of(REFRESH_METHODS),
+    "stagger": boolean(),
+    "lazy_refresh": boolean(),
+    "moments": one_of(MOMENTS),
+    "proj_bits": one_of(PROJ_BITS),
+    "gradient_bits": one_of(GRADIENT_BITS),
+    "norm_probes": natural_int(),
+    "rule": or_none(one_of(RULE_NAMES)),
+    "residual": one_of(RESIDUALS),
+    "residual_scale": positive_float(),
+    "scaling": one_of(SCALINGS),
 }
 # These concern the optimizer as a whole.
-_OPTIONS: dict[str, _Option] = {
+_OPTIONS: dict[str, Option] = {
     **_GROUP_OPTIONS,
-    "stochastic_rounding": _bool(),
-    "projected_backward": _or_none(_bool()),
-    "exchange": _or_none(_one_of(EXCHANGES)),
-    "embedding_bits": _one_of(EMBEDDING_BITS),
+    "stochastic_rounding": boolean(),
+    "projected_backward": or_none(boolean()),
+    "exchange": or_none(one_of(EXCHANGES)),
+    "embedding_bits": one_of(EMBEDDING_BITS),
 }
 
 
@@ -139,10 +80,11 @@ _MEANINGS = {
     "moments": "what a refresh does to them",
     "proj_bits": "of an element of a basis",
     "gradient_bits": "of low-rank gradients that are held",
-    "rule": "the rule, if not optim's",
+    "norm_probes": "columns that tell the true norm; 0: R's norm",
+    "rule": "if not optim's rule",
     "residual": "what becomes of G outside the basis",
     "residual_scale": "multiplies the residual's update",
-    "scaling": "moves along G, scaled as R tells; no basis",
+    "scaling": "G itself, scaled; no basis kept",
     "stochastic_rounding": "of bfloat16 weights",
     "projected_backward": "no full gradient; on if layerwise",
     "exchange": "what the processes of DDP reduce",
@@ -195,13 +137,19 @@ def _check(key: str, value: Any) -> None:
         raise ValueError(f"GaLore's {key} has to be {_option(key).allowed}, but was given {value!r}.")
 
 
-def _option(key: str) -> _Option:
+def _option(key: str) -> Option:
     option = _OPTIONS.get(key)
     if option is None:
-        meant = synonym(key, GALORE, OPTIONS)
-        advice = f" Did you mean {meant!r}?" if meant else nearest(key, list(OPTIONS))
-        raise ValueError(f"GaLore has no argument {key!r}; it has {', '.join(OPTIONS)}.{advice}")
+        raise ValueError(f"GaLore has no argument {key!r}; it has {', '.join(OPTIONS)}.{_advice(key)}")
     return option
+
+
+def _advice(key: str) -> str:
+    meant = synonym(key, GALORE, OPTIONS)
+    if meant:
+        return f" Did you mean {meant!r}?"
+    phrase = GALORE_PHRASES.get(plain(key))
+    return f" {phrase}" if phrase else nearest(key, list(OPTIONS))
 
 
 def _parse(key: str, text: str) -> Any:
@@ -257,14 +205,18 @@ class GaLoreConfig:
         gradient_bits: bits that an element of a low-rank gradient is kept in while it is held until the step, by
             layerwise with accumulation or clipping and by the projected backward without layerwise; 16 stands for the
             weight's own dtype. Gradients that are used at once are never kept.
+        norm_probes: random columns beside a basis, with which gradients are projected too where only R is kept of
+            them, so that `grad_norm` and clipping go by the gradient's norm: an estimate without bias, off by a percent
+            or so (`hf_galore.lowrank.probes`). 0 goes by the norm of R. What is held is larger by as many columns.
         rule: how low-rank gradients become directions; `None` stands for what the optimizer's name says, which all
             other parameters follow in any case. Only the 8-bit optimizers' own rule, `adam`, has moments in 8 bits.
         residual: what becomes of the residual S = G − back(R), the part of a gradient that no basis has. `none`
             throws it away, as published; `fira` adds it, each channel scaled by what the rule made of that channel of
             R, and limited in its growth; `sign` adds its sign. Needs the gradient itself: no `projected_backward`.
         residual_scale: multiplies what the residual adds, besides `scale`.
-        scaling: `none` projects the direction back. `channel` and `tensor` move along the gradient itself instead, each
-            channel, or the whole, scaled by what the rule made of R, in random projections of which no basis is kept.
+        scaling: what a target moves along. `none` stands for the direction, projected back; `channel` and `tensor` for
+            the gradient itself, each channel of it, or the whole, scaled by what the rule made of R, in random
+            projections of which no basis is kept.
         stochastic_rounding: whether updates of bfloat16 weights are rounded up or down at random, without bias, rather
             than to the nearest: small ones would vanish.
         projected_backward: whether linear layers compute the low-rank gradient without the gradient; `None` stands
@@ -290,6 +242,7 @@ class GaLoreConfig:
     moments: Moments = "keep"
     proj_bits: ProjBits = 4
     gradient_bits: GradientBits = 16
+    norm_probes: int = NORM_PROBES
     rule: RuleName | None = None
     residual: Residual = "none"
     residual_scale: float = 1.0
@@ -317,8 +270,13 @@ class GaLoreConfig:
             )
         if self.scaling != "none":
             self._check_scaling()
+        option = f"residual={self.residual}" if self.scaling == "none" else f"scaling={self.scaling}"
+        if self.needs_gradient and self.gradient_bits != 16:
+            raise ValueError(
+                f"GaLore's {option} needs the gradient itself, so that no low-rank gradients are held that "
+                f"gradient_bits={self.gradient_bits} could make smaller. Leave out the one or the other."
+            )
         if self.needs_gradient and self.projected_backward:
-            option = f"residual={self.residual}" if self.scaling == "none" else f"scaling={self.scaling}"
             raise ValueError(
                 f"GaLore's {option} needs the gradient itself, which projected_backward=true never builds. Leave "
                 "projected_backward out."

@@ -10,10 +10,12 @@ from collections.abc import Collection
 
 GALORE = {
     "r": "rank",
+    "apollo_rank": "rank",
     "galore_r": "rank",
     "galore_rank": "rank",
     "gap": "update_proj_gap",
     "t": "update_proj_gap",
+    "apollo_update_interval": "update_proj_gap",
     "galore_gap": "update_proj_gap",
     "galore_update_interval": "update_proj_gap",
     "galore_update_proj_gap": "update_proj_gap",
@@ -25,16 +27,41 @@ GALORE = {
     "update_interval": "update_proj_gap",
     "update_proj_interval": "update_proj_gap",
     "alpha": "scale",
+    "apollo_scale": "scale",
     "galore_alpha": "scale",
     "galore_scale": "scale",
+    "proj_params_lr_scale": "scale",
+    "apollo_proj_type": "proj_type",
     "galore_proj_type": "proj_type",
+    "proj_side": "proj_type",
     "projection_type": "proj_type",
     "bits": "proj_bits",
     "galore_proj_bits": "proj_bits",
     "proj_bit": "proj_bits",
     "quantize_bits": "proj_bits",
+    "apollo_scale_type": "scaling",
+    "scale_type": "scaling",
+    "inactive_update_rule": "residual",
+    "inactive_lr_scale": "residual_scale",
+    "reset_statistics": "moments",
 }
-"""GaLore's arguments by other names."""
+"""GaLore's arguments by other names: of galore_torch, Q-GaLore, APOLLO, FRUGAL and LLaMA-Factory."""
+
+_LIMITED = "The growth of what residual=fira and scaling add is limited always, before scale: leave it out."
+_PROJECTION = "With scaling projections are random always; without it refresh says how a basis is computed."
+_OF_MUON = "rule=muon looks ahead as Nesterov does, and takes five steps, always: leave it out."
+GALORE_PHRASES = {
+    "apollo_proj": _PROJECTION,
+    "proj": _PROJECTION,
+    "apollo_scale_front": _LIMITED,
+    "disable_nl": _LIMITED,
+    "scale_front": _LIMITED,
+    "density": "It is a share of a matrix's smaller side, where rank is a number: density=0.25 of 1024 is rank=256.",
+    "momentum": "It is rule=muon's, and a key of parameter groups: {'rank': 128, 'rule': 'muon', 'momentum': 0.9}.",
+    "nesterov": _OF_MUON,
+    "ns_steps": _OF_MUON,
+}
+"""What stands for none of GaLore's arguments."""
 
 TRAINING = {
     "accumulation_steps": "gradient_accumulation_steps",
@@ -157,8 +184,9 @@ def hint(name: str, known: Collection[str], galore: Collection[str]) -> str:
         galore: GaLore's arguments, which optim_args holds.
     """
     key, dashes = plain(name), "--" if name.startswith("-") else ""
-    if key in PHRASES:
-        return f" {PHRASES[key]}"
+    phrase = PHRASES.get(key) or GALORE_PHRASES.get(key)
+    if phrase:
+        return f" {phrase}"
     argument = key if key in galore else synonym(key, GALORE, galore)
     if argument is None:
         meant = synonym(key, TRAINING, known)

@@ -7,7 +7,7 @@ import pytest
 from hf_galore.config import OPTIONS, GaLoreConfig
 from hf_galore.errors import UserError
 from hf_galore.recipes import sft
-from hf_galore.synonyms import GALORE, PHRASES, TRAINING
+from hf_galore.synonyms import GALORE, GALORE_PHRASES, PHRASES, TRAINING
 
 IN_OPTIM_ARGS = "is one of GaLore's arguments, which stand together in optim_args: "
 
@@ -39,6 +39,11 @@ def said(*arguments: str) -> str:
         ("--device_map", " A model is trained on one GPU, which CUDA_VISIBLE_DEVICES chooses."),
         ("--vram", " It is one of hf-galore plan."),
         ("--learning_rat", " Did you mean '--learning_rate'?"),
+        ("--apollo-scale", f" scale {IN_OPTIM_ARGS}--optim_args 'scale=..., ...'"),
+        (
+            "--density",
+            " It is a share of a matrix's smaller side, where rank is a number: density=0.25 of 1024 is rank=256.",
+        ),
         ("--layerwise", " Layerwise is a part of the optimizer's name: optim: galore_adamw_8bit_layerwise."),
         ("--xyzzy", ""),
     ],
@@ -66,10 +71,26 @@ def test_in_optim_args() -> None:
         GaLoreConfig.from_optim_args("rnak=8")
 
 
+@pytest.mark.parametrize(
+    ("given", "advice"),
+    [
+        ("scale_type=tensor", "Did you mean 'scaling'?"),
+        ("inactive_lr_scale=.1", "Did you mean 'residual_scale'?"),
+        ("scale_front=true", "limited always, before scale: leave it out."),
+        ("proj=random", "With scaling projections are random always"),
+        ("momentum=0.9", "a key of parameter groups: {'rank': 128, 'rule': 'muon', 'momentum': 0.9}."),
+    ],
+)
+def test_what_others_call_it_in_optim_args(given: str, advice: str) -> None:
+    with pytest.raises(ValueError, match="GaLore has no argument") as error:
+        GaLoreConfig.from_optim_args(given)
+    assert advice in str(error.value)
+
+
 def test_what_is_advised_exists_and_no_name_is_its_own_synonym() -> None:
     known = {name for part in sft.DATACLASSES for name in part.__dataclass_fields__}
     assert set(TRAINING.values()) <= known
     assert set(GALORE.values()) <= set(OPTIONS)
-    others = [*TRAINING, *GALORE, *PHRASES]
+    others = [*TRAINING, *GALORE, *GALORE_PHRASES, *PHRASES]
     assert len(set(others)) == len(others)
     assert not {*others} & {*known, *OPTIONS}

@@ -28,6 +28,7 @@ from torch.autograd import Variable
 from .passes import in_segment
 from .processes import Processes
 from .shared_refresh import SharedRefresh, waits_for_gradients
+from .whole_window import WholeWindow
 
 if TYPE_CHECKING:
     from .window import Window
@@ -124,14 +125,19 @@ class Exchange:
         # One of no forward pass in the wrapper may be of this process alone: it is not to wait for others.
         has_begun, self._has_begun = self._has_begun, False
         # What earlier micro-batches have left is R.
-        usual: Kind = "whole" if self.dense and not self._accumulates else "low_rank"
         self._queue = deque()
         for window in self._order if has_begun else ():
+            usual: Kind = "whole" if self._is_dense(window) and not self._accumulates else "low_rank"
             refresh = window.refresh_is_due()
             # Autograd may come by again when all has been exchanged that was to be.
             if id(window) not in self._sent and window.param.requires_grad and (refresh or self._reduces):
                 self._queue.append(window)
-                self._kinds[id(window)] = "refresh" if refresh else usual
+                # Random projections, which follow from a seed, are not sent.
+                self._kinds[id(window)] = "refresh" if refresh and window.trained.basis_keys else usual
+
+    def _is_dense(self, window: Window) -> bool:
+        """Whether a target's G is reduced between refreshes, and not R."""
+        return self.dense or window.trained.needs_gradient is not None
 
     def receive(self, window: Window) -> None:
         """Send what is in a target's `.grad`, when that is all of this pass and it is the target's turn.
@@ -247,10 +253,11 @@ class Exchange:
             self._add(window, window.low_rank_to_send())
             return
         self._seal()
-        whole = window.whole_to_send()
-        if kind == "refresh" and not self.dense and waits_for_gradients(window.target, whole, self.processes):
+        whole, dense = window.whole_to_send(), self._is_dense(window)
+        if kind == "refresh" and not dense and waits_for_gradients(window.target, whole, self.processes):
             with torch.no_grad(), torch.autocast(whole.device.type, enabled=False):
-                low_rank = window.target.projected_by(whole, window.target.bases())
+                bases = window.target.with_probes(window.target.bases())
+                low_rank = window.target.projected_by(whole, bases)
                 if self._reduces:
                     self._add(window, low_rank)
                 else:
@@ -314,13 +321,18 @@ class Exchange:
             self._last_mean.wait()  # one gradient at a time
         used = self._used([window])
         owner = target.index % processes.size  # so that they share the work
-        self._last_mean = processes.mean_in_(whole, owner)
-        if owner == processes.rank:
+        in_all = isinstance(window, WholeWindow)
+        self._last_mean = processes.mean_(whole) if in_all else processes.mean_in_(whole, owner)
+        if owner == processes.rank or in_all:
             self._last_mean.wait()
-        refresh = SharedRefresh(target, whole, owner, processes)
+        refresh = SharedRefresh(target, whole, owner, processes, held=True)
 
         def finish() -> None:
-            if all(used()):
+            if not all(used()):
+                return
+            if isinstance(window, WholeWindow):
+                window.use_refresh_of(refresh.made(), whole)
+            else:
                 window.use_refresh(refresh.made())
 
         self._in_flight.append(_InFlight(refresh.send(), finish))

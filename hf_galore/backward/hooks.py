@@ -24,6 +24,7 @@ from .mode import Mode
 from .notices import Notices, is_compiled
 from .passes import PassCounter, Passes
 from .patched import Patched
+from .whole_window import check_may_hold, window_for
 from .window import Window
 from .wrapped import Wrappers
 
@@ -99,6 +100,9 @@ class BackwardHooks:
 
     @hold_gradients.setter
     def hold_gradients(self, value: bool) -> None:
+        optimizer = self._optimizer()
+        if value and self.layerwise and optimizer is not None:
+            check_may_hold(optimizer.trained_parameters(), "hold_gradients=True", "Leave it out")
         self._mode.hold_gradients = value
 
     # ---- on and off the model
@@ -126,7 +130,7 @@ class BackwardHooks:
         for trained in self._lacking(optimizer.trained_parameters()):
             handle = trained.param.register_post_accumulate_grad_hook(GradientHook(me))
             self._handles.append(handle)
-            self._windows[id(trained.param)] = Window(trained, self._mode, handle)
+            self._windows[id(trained.param)] = window_for(trained, self._mode, handle)
             self._wrappers.forget()
         not_served: dict[str, str] = {}
         outermost, projecting = self._wrappers.outermost, 0
@@ -139,12 +143,13 @@ class BackwardHooks:
                 self._counted.add(id(module))
                 counter = PassCounter(me, weakref.ref(module))
                 self._handles.append(module.register_forward_pre_hook(counter))
-            if not self.projected_backward or not any(window.trained.projected for window in owned):
+            served = [window for window in owned if window.trained.projected and not window.trained.needs_gradient]
+            if not self.projected_backward or not served:
                 continue
             projecting += 1
             if isinstance(module, Patched):
                 continue
-            experts = any(window.trained.projected and window.target.is_stack_of_experts for window in owned)
+            experts = any(window.target.is_stack_of_experts for window in served)
             reason = why_not_watched(module) if experts else why_not_patchable(module)
             if reason is None:
                 self._handles.append((patch_experts if experts else patch_linear)(module, me))

@@ -165,10 +165,11 @@ def _reduced(window: Window, gathered: Tensor, own: FactoredGradient, share: flo
     with torch.no_grad(), torch.autocast(gathered.device.type, enabled=False):
         factors = own if share == 1.0 else own._replace(output_gradient=own.output_gradient * share)
         if not window.refresh_is_due():
-            return LowRankGradient(gathered, target.projected_by(factors, target.bases()), target.version)
+            bases = target.with_probes(target.bases())
+            return LowRankGradient(gathered, target.projected_by(factors, bases), target.version)
         if window.is_shared:
             return None
-        made = target.new_basis(factors)
+        made = target.new_basis(factors, held=True)
         if not made.usable:
             zero = made.is_zero
             return LowRankGradient(gathered, made.low_rank, target.version, is_zero=zero, is_lost=made.is_lost)

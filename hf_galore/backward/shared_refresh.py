@@ -46,16 +46,18 @@ class SharedRefresh:
         gradient: G; its numbers count in the process that computes.
         owner: the rank of that process.
         processes: all of them.
+        held: whether R is to be held, with what norm probes give beside it.
     """
 
-    def __init__(self, target: Target, gradient: Tensor, owner: int, processes: Processes) -> None:
+    def __init__(self, target: Target, gradient: Tensor, owner: int, processes: Processes, *, held: bool) -> None:
         self._target = target
         self._owner = owner
         self._processes = processes
-        self._layout = Layout({key: Part(*part) for key, part in target.parts_of_refresh(gradient.dtype).items()})
+        parts = target.parts_of_refresh(gradient.dtype, held=held)
+        self._layout = Layout({key: Part(*part) for key, part in parts.items()})
         self._made: NewBasis | None = None
         if owner == processes.rank:
-            self._made = target.new_basis(gradient)
+            self._made = target.new_basis(gradient, held=held)
             self._message = self._layout.packed(self._made.tensors(), gradient.device)
         else:
             target.settle_skipped()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from ..lowrank.projection import norm_of
+from ..lowrank.projection import Bases, norm_of
 from .held import Held8bit, LowRank, held_in_8_bits, linear_part
 
 HOLD = "hold_gradients=True (with a Trainer: max_grad_norm above 0)"
@@ -33,11 +33,13 @@ class BasisVersion:
         project: gives the low-rank gradient of a gradient.
     """
 
-    __slots__ = ("name", "project")
+    __slots__ = ("name", "probes", "project")
 
     def __init__(self, name: str, project: Callable[[Tensor], Tensor]) -> None:
         self.name = name
         self.project = project
+        self.probes: Bases | None = None
+        """The norm probes that go with it, once they have been made."""
 
 
 class UncommittedRefresh:
@@ -124,9 +126,10 @@ class LowRankTensor(StandIn):
 
     Args:
         like: the parameter.
-        low_rank: R, which may be held in 8 bits.
+        low_rank: R, which may be held in 8 bits. With norm probes it is R' (`hf_galore.lowrank.probes`), of which R is
+            a part: here and below "R" is what is held.
         basis: the basis that R is in.
-        norm: ‖G‖_F, 0-dimensional, where G was at hand; else the norm of R stands for it.
+        norm: ‖G‖_F, 0-dimensional, where G was at hand; else the norm of what is held stands for it.
         is_zero: whether G is known to be zero.
         is_lost: whether G is known not to be finite: nothing that is added changes that.
         uncommitted: the refresh that R comes from, where it is not yet the optimizer's.
@@ -198,7 +201,7 @@ class LowRankTensor(StandIn):
         return [] if self.addend is None else [self.addend]
 
     def frobenius_norm(self) -> Tensor:
-        """‖G‖_F where it is known, else ‖R‖_F; 0-dimensional."""
+        """‖G‖_F where it is known, else that of what is held, which with norm probes estimates it; 0-dimensional."""
         return norm_of(self.low_rank) if self.norm_of_whole is None else self.norm_of_whole
 
     def replace(self, other: LowRankTensor) -> None:

@@ -141,7 +141,7 @@ class Window:
             several = self.is_shared or self.passes.count() > 1 or self.exchange is not None
             if several or not target.takes_factors(factors):
                 return None
-            made = target.new_basis(factors)
+            made = target.new_basis(factors, held=True)
             low_rank = made.low_rank.to(weight.dtype)
             if not made.usable:
                 zero, lost = made.is_zero, made.is_lost
@@ -154,7 +154,8 @@ class Window:
         bases = self.target.bases_here()
         at_once = self.exchange is None and not self._must_hold()
         self._bases_at_hand = (self.target.version, bases) if at_once else None
-        return self.target.projected_by(gradient, bases)
+        is_known = at_once and self._mode.whole_norms  # the norm
+        return self.target.projected_by(gradient, bases if is_known else self.target.with_probes_here(bases))
 
     def whole_of(self, factors: FactoredGradient | GroupedGradient) -> Tensor:
         """G of one use of the weight, of several."""
@@ -181,7 +182,7 @@ class Window:
             return None
         if self._needs_whole() or self._refresh_due():
             return None
-        return self.target.bases()
+        return self.target.with_probes(self.target.bases())
 
     def of_rows(self, low_rank: Tensor) -> LowRankGradient:
         """The low-rank gradient whose rows were projected with `bases_for_rows`."""
@@ -253,7 +254,7 @@ class Window:
         norm = norm_of(whole) if self._mode.whole_norms else None
         if not self._refresh_due():
             return LowRankGradient(param, self._projected(whole), target.version, norm=norm)
-        return self._refreshed(target.new_basis(whole), norm)
+        return self._refreshed(target.new_basis(whole, held=True), norm)
 
     def _refreshed(self, made: NewBasis, norm: Tensor | None) -> LowRankGradient:
         """The low-rank gradient of G that bases were made from, which are used from now on."""
@@ -273,7 +274,7 @@ class Window:
             gradient = self.param.grad
             whole = gradient.addend if isinstance(gradient, LowRankGradient) else gradient
             if whole is not None:
-                low_rank = self.target.projected_by(whole, self.target.bases())
+                low_rank = self.target.projected_by(whole, self.target.with_probes(self.target.bases()))
                 self.param.grad = gradient = LowRankGradient(self.param, low_rank, self.target.version)
             assert isinstance(gradient, LowRankGradient)
             self._filled = True
@@ -285,7 +286,7 @@ class Window:
         """R of this process, of all passes of the window; zeros where there is none."""
         gradient = self.param.grad
         if not isinstance(gradient, LowRankGradient):
-            return self.param.new_zeros(self.target.low_rank_shape)
+            return self.param.new_zeros(self.target.held_shape)
         return gradient.low_rank
 
     def hold_sent(self, low_rank: Tensor) -> None:
@@ -316,12 +317,10 @@ class Window:
 
     def _hold(self, gradient: LowRankGradient) -> None:
         """Let a low-rank gradient take no more memory until `step()` than it has to."""
-        target = self.target
-        group = target.group
+        target, group = self.target, self.target.group
         if group.get("gradient_bits", 16) == 8:
-            gradient.hold_in_8_bits(
-                held_seed(group.get("gradient_seed", 0), target.index, int(target.state["step"].item()))
-            )
+            step = int(target.state["step"].item())
+            gradient.hold_in_8_bits(held_seed(group.get("gradient_seed", 0), target.index, step))
 
     def _leave_used(self) -> None:
         param, used = self.param, self._used

@@ -9,6 +9,7 @@ from typing import Any
 import transformers
 from transformers import LlamaConfig
 
+from ..config import AUTO
 from ..errors import UserError
 from ..integrations.trainer import optim_name
 from ..recipes import any_recipe, sft
@@ -75,8 +76,10 @@ def parsed_recipe(job: Job, folder: Path) -> sft.Arguments:
         config = dataclasses.replace(config, rank=rank)
         training.optim_args = config.optim_args()
     if job.contender == TRAINERS_OWN:  # which has these keys only
-        own = ("rank", "update_proj_gap", "scale", "proj_type")
-        training.optim_args = ", ".join(f"{key}={getattr(config, key)}" for key in own)
+        own = {key: getattr(config, key) for key in ("rank", "update_proj_gap", "scale", "proj_type")}
+        if config.scale == AUTO:  # a number of each matrix, where this has one of all; nothing that is measured asks
+            del own["scale"]
+        training.optim_args = ", ".join(f"{key}={value}" for key, value in own.items())
     elif job.contender == ADAMW_8BIT:
         training.optim = transformers.training_args.OptimizerNames.ADAMW_8BIT
         training.optim_args = training.optim_target_modules = None

@@ -21,6 +21,7 @@ from .accelerate import compiles, unwrapped
 from .callback import galore_callback, galore_optimizer
 from .engines import instead, supports_fsdp2
 from .fsdp import say_if_whole_gradients_accumulate
+from .holding import check_held
 from .llamafactory import own_optimizer_of
 
 
@@ -39,6 +40,7 @@ def check_optimizer(trainer: Trainer, optimizer: GaLoreOptimizer) -> None:
         check_can_hook(asked, f"{kind} without them", trainer.args)
         if compiles(trainer.accelerator):
             optimizer.hooks.notices.compiled()
+        check_held(trainer.args, optimizer)
     _check_targets(trainer, optimizer)
     say_if_whole_gradients_accumulate(trainer, optimizer)
     if trainer.model is not None:

@@ -16,16 +16,14 @@ from typing import Any, cast
 
 import transformers
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer import Trainer
 
 from ..backward.attached import detach_all
 from ..config import GaLoreConfig
-from ..log import logger
 from ..optim.build import KINDS, needs_hooks, optimizer_cls_and_kwargs
 from ..optim.classes import GaLoreAdamW
-from ..optim.optimizer import GaLoreOptimizer
-from .callback import GaLoreCallback, callbacks_of, galore_callback, galore_optimizer
+from .callback import GaLoreCallback, galore_callback, galore_optimizer
 from .checks import (
     check_asked_for,
     check_can_hook,
@@ -35,6 +33,7 @@ from .checks import (
     optim_name,
     why_not_loadable,
 )
+from .holding import check_arguments, hold_for_others
 from .llamafactory import OWN_OPTIMIZERS, is_llamafactorys
 from .signatures import moved
 from .trl_head import restore_fused_head, use_fused_head
@@ -120,6 +119,7 @@ def galore_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None, *, s
     if needs_hooks(name, config):
         asked = f"optim={name!r}" + (" with projected_backward=true" if config.projected_backward else "")
         check_can_hook(asked, f"optim={name.removesuffix('_layerwise')!r} without projected_backward", args)
+    check_arguments(name, config, args)
     cls, kwargs = optimizer_cls_and_kwargs(
         model,
         args.optim_target_modules,
@@ -216,7 +216,7 @@ def _look_after(trainer: Trainer) -> None:
     if optimizer.hooks is not None:
         optimizer.hooks.attach()
         use_fused_head()
-        _hold_for_others(trainer, optimizer)
+        hold_for_others(trainer, optimizer)
     if galore_callback(trainer) is None:
         trainer.add_callback(GaLoreCallback)
 
@@ -232,27 +232,6 @@ def _load_optimizer_and_scheduler(self: Trainer, checkpoint: str | None) -> None
         if reason is None:
             raise
         raise ValueError(f"{checkpoint} cannot be resumed. {reason}") from None
-
-
-def _hold_for_others(trainer: Trainer, optimizer: GaLoreOptimizer) -> None:
-    """Keep gradients until the step where somebody may drop them before: a callback, or a batch that is too large."""
-    hooks = optimizer.hooks
-    if hooks is None or not hooks.layerwise or hooks.hold_gradients:
-        return
-    reasons = [
-        f"the callback {type(callback).__name__} is called before the optimizer's step"
-        for callback in callbacks_of(trainer)
-        if type(callback).on_pre_optimizer_step is not TrainerCallback.on_pre_optimizer_step
-    ]
-    if trainer.args.auto_find_batch_size:
-        reasons.append("auto_find_batch_size goes on after running out of memory")
-    if reasons:
-        hooks.hold_gradients = True
-        logger.info(
-            "Layerwise holds low-rank gradients until the step, as with max_grad_norm above 0, because %s. Else "
-            "weights are updated during the backward pass.",
-            reasons[0],
-        )
 
 
 def _clip_grad_norm(self: Trainer, model: nn.Module) -> Any:

@@ -38,6 +38,12 @@ class Bases(NamedTuple):
     right: Tensor | None
 
 
+def with_columns(bases: Bases, others: Bases) -> Bases:
+    """The bases, with other columns beside those of each."""
+    pairs = zip(bases, others, strict=True)
+    return Bases(*(None if p is None or q is None else torch.cat([p, q], dim=-1) for p, q in pairs))
+
+
 class BasisShapes(NamedTuple):
     """The shapes of a target's bases; `None` on a side that is not projected."""
 

@@ -120,4 +120,5 @@ def sign_of_(residual: Tensor, norms: Tensor, side: Side) -> Tensor:
     lengths = {"left": residual.shape[-2], "right": residual.shape[-1], "full": residual.shape[-2:].numel()}
     least = norms * (precision(residual.dtype) / lengths[side] ** 0.5)
     # In place throughout: a comparison would make two matrices more.
-    return residual.div_(least.clamp_min_(torch.finfo(least.dtype).tiny)).trunc_().sign_()
+    signs: Tensor = residual.div_(least.clamp_min_(torch.finfo(least.dtype).tiny)).trunc_().sign_()
+    return signs

@@ -34,3 +34,15 @@ def held_seed(seed: int, index: int, step: int) -> int:
     """
     # Twice: what rounds the update of the same weight at the same step has other numbers.
     return mixed_seed(mixed_seed(seed, index, step), index, step)
+
+
+def probe_seed(index: int, refreshes: int) -> int:
+    """The seed of a target's norm probes, from one refresh to the next.
+
+    Not of the run: nothing that is trained comes of them, and a checkpoint has no more to keep.
+
+    Args:
+        index: of the target in its optimizer, 0 or more.
+        refreshes: that the target has behind it.
+    """
+    return mixed_seed(mixed_seed(0, index, refreshes), -1 - index, refreshes)

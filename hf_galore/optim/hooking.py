@@ -16,6 +16,7 @@ from ..integrations.engines import will_shard
 from ..integrations.fully_shard import check_sharded
 from ..log import and_others, logger
 from .groups import check_gradient_bits
+from .needs import all_need_gradients, check_needs
 from .refreshes import share_when_wrapped
 from .shard import is_sharded
 
@@ -86,9 +87,17 @@ def hooks_for(
         _check_sharded(options)
     if sharded:
         _check_all_sharded(optimizer, layerwise=layerwise)
-    is_asked = projected_backward is not None
+    parameters, is_asked = optimizer.trained_parameters(), projected_backward is not None
+    hold_gradients: bool = options.get("hold_gradients", False)
+    check_needs(
+        parameters,
+        layerwise=layerwise,
+        hold_gradients=hold_gradients,
+        projected_backward=bool(projected_backward),
+        low_rank_exchange=options.get("exchange") == "low_rank",
+    )
     if projected_backward is None:
-        projected_backward = layerwise and options.get("exchange") != "dense"
+        projected_backward = layerwise and options.get("exchange") != "dense" and not all_need_gradients(parameters)
     exchange = _exchange(options.get("exchange"), projected_backward=projected_backward)
     hooked = layerwise or projected_backward or exchange == "low_rank"
     check_gradient_bits(optimizer.param_groups, hooked=hooked)
@@ -104,9 +113,29 @@ def hooks_for(
         _hooked(model, type(optimizer).__name__),
         layerwise=layerwise,
         projected_backward=projected_backward,
-        hold_gradients=options.get("hold_gradients", False),
+        hold_gradients=hold_gradients,
         exchange=exchange,
     )
+
+
+def check_new_needs(optimizer: GaLoreOptimizer, hooks: BackwardHooks | None) -> None:
+    """Check that a new group of an optimizer needs no gradients that its hooks have not.
+
+    Args:
+        optimizer: the optimizer, with the group.
+        hooks: its hooks, if it has any.
+
+    Raises:
+        ValueError: it does.
+    """
+    if hooks is not None:
+        check_needs(
+            optimizer.trained_parameters(),
+            layerwise=hooks.layerwise,
+            hold_gradients=hooks.hold_gradients,
+            projected_backward=hooks.projected_backward and not hooks.layerwise,
+            low_rank_exchange=not hooks.layerwise and not hooks.projected_backward,
+        )
 
 
 def _check_sharded(options: Mapping[str, Any]) -> None:

@@ -58,13 +58,13 @@ def make(owner: Owner, param: Tensor, place: Place, index: int, rule: Rule) -> T
         ValueError: it is sharded in a way that GaLore does not know, or for a refresh that needs whole gradients.
     """
     group = owner.param_groups[place.group]
+    projected = is_target(param, group)
     if is_sharded(param):
         check_sharded(owner.name_of(param), param, group)  # by now: accelerate replaces those that there were
-        kind: type[Trained] = ShardedTarget if is_target(param, group) else ShardedFullRank
+        kind: type[Trained] = ShardedTarget if projected else ShardedFullRank
     else:
-        kind = _kind_of_target(group) if is_target(param, group) else FullRank
-    of_group = rule_of if is_target(param, group) else rule_of_full_rank
-    return kind(owner, param, place, index, of_group(rule, group))
+        kind = _kind_of_target(group) if projected else FullRank
+    return kind(owner, param, place, index, (rule_of if projected else rule_of_full_rank)(rule, group))
 
 
 def _kind_of_target(group: Group) -> type[Target]:

@@ -24,7 +24,7 @@ from . import admission, checkpoint
 from .gradients import clip_, norm_of_gradients, norms_for_step
 from .groups import GaLoreOptions as GaLoreOptions
 from .groups import check_gradient_bits, check_group_keys, check_options, split_groups, with_seeds
-from .hooking import hooks_for, waits_for_shards
+from .hooking import check_new_needs, hooks_for, waits_for_shards
 from .making import drop_others, make_all
 from .names import Names
 from .refreshes import SharedRefreshes
@@ -116,6 +116,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
             if not self._constructing:
                 admission.check_parameters(self._names.of_entries(self.param_groups))
                 check_gradient_bits([group], hooked=self._hooks is not None)
+                check_new_needs(self, self._hooks)
         except ValueError:
             del self.param_groups[-1]
             raise

@@ -17,8 +17,9 @@ from ..backward.passes import gone
 from ..backward.processes import Processes
 from ..backward.shared_refresh import SharedRefresh, waits_for_gradients
 from ..integrations import ddp
+from ..lowrank.projection import norm_of
 from .bases import NewBasis
-from .movement import WholeGradient
+from .residual import TargetOfGradient
 from .target import Target
 from .trained import Trained
 
@@ -53,10 +54,13 @@ class SharedRefreshes:
         made = self._made.pop(id(trained), None)
         if made is None or not isinstance(trained, Target):
             return False
+        if isinstance(trained, TargetOfGradient):
+            gradient = trained.param.grad
+            assert gradient is not None
+            trained.use_refreshed(made, gradient, norm_of(gradient), spare=False)
+            return True
         before = trained.use_basis(made, trained.new_version(), keep=False) if made.usable else None
-        gradient = trained.param.grad
-        assert gradient is not None
-        trained.update(made.low_rank, before=before, whole=WholeGradient(gradient, spare=False))
+        trained.update(made.low_rank, before=before)
         return True
 
     def _compute(self) -> None:
@@ -66,7 +70,7 @@ class SharedRefreshes:
         for owner, target in enumerate(next_ones):
             gradient = target.param.grad
             assert gradient is not None
-            refreshes.append((target, SharedRefresh(target, gradient, owner, self._processes)))
+            refreshes.append((target, SharedRefresh(target, gradient, owner, self._processes, held=False)))
         works = [refresh.send() for _, refresh in refreshes]
         for work, (target, refresh) in zip(works, refreshes, strict=True):
             work.wait()

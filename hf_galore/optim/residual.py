@@ -16,7 +16,7 @@ from ..lowrank.nonfinite import Skip
 from ..lowrank.projection import Bases, norm_of, projected_back
 from ..lowrank.residual import Term, least_low_rank, limited, residual_of, sign_of_, without_skipped
 from ..lowrank.scales import channel_norms, channel_scales
-from .bases import State
+from .bases import NewBasis, State
 from .movement import Movement, WholeGradient
 from .target import Target
 
@@ -26,12 +26,13 @@ LIMITED_NORM = "limited_norm"
 class TargetOfGradient(Target):
     """A target whose updates need the gradient itself: what residuals and scaling have in common."""
 
-    needs_gradient = True
     is_limited = True
     """Whether the growth of what the gradient adds is limited."""
 
     def _derive(self) -> None:
         super()._derive()
+        option = "residual" if self.group.get("scaling", "none") == "none" else "scaling"
+        self.needs_gradient = f"{option}={self.group[option]}"
         self.limit_keys = (LIMITED_NORM,) if self.is_limited else ()
 
     def new_state(self, like: Tensor) -> State:
@@ -48,18 +49,37 @@ class TargetOfGradient(Target):
         return state
 
     def _step(self, gradient: Tensor, norm: Tensor | None) -> None:
+        self.use(gradient, norm_of(gradient) if norm is None else norm, spare=False)
+
+    def use(self, gradient: Tensor, norm: Tensor, *, spare: bool) -> None:
+        """One optimizer step from the gradient.
+
+        Args:
+            gradient: G.
+            norm: ‖G‖.
+            spare: whether the gradient may be overwritten.
+        """
         bases = None
         if self.due():
             low_rank = self.project(gradient, refresh=True)
         else:
             bases = self.bases_here()
             low_rank = self.projected_by(gradient, bases)
-        norm = norm_of(gradient) if norm is None else norm
-        self.update(low_rank, norm, bases=bases, whole=WholeGradient(gradient, spare=False))
+        self.update(low_rank, norm, bases=bases, whole=WholeGradient(gradient, spare))
+
+    def use_refreshed(self, made: NewBasis, gradient: Tensor, norm: Tensor, *, spare: bool) -> None:
+        """One optimizer step from the gradient and the refresh that was made from it, by whichever process."""
+        if made.usable:
+            self._carry_moments(self.use_basis(made, self.new_version(), keep=False))
+        self.update(made.low_rank, norm, whole=WholeGradient(gradient, spare))
 
     def _whole_of(self, by: Movement, skip: Skip) -> WholeGradient:
         """The gradient as matrices, without what is not finite in one that is skipped."""
-        assert by.whole is not None
+        if by.whole is None:
+            raise RuntimeError(
+                f"{self.needs_gradient} of {self.name} needs the gradient itself, and hooks were made when its group "
+                "had other options. Make the optimizer anew after a change of options."
+            )
         gradient = self._as_matrices(by.whole.gradient)
         assert isinstance(gradient, Tensor)
         # Reshaped or made without what is skipped it is a copy, which may be overwritten.

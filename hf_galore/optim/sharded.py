@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..lowrank.nonfinite import Skip
 from ..lowrank.products import FactoredGradient, Gradient, ShardedGradient, SummedGradient
-from ..lowrank.projection import Bases, project
+from ..lowrank.projection import Bases, project, with_columns
 from ..lowrank.ranks import Ranks
 from ..lowrank.rotation import Rotation
 from ..lowrank.seeds import mixed_seed
@@ -185,6 +185,8 @@ class ShardedTarget(Sharded, Target):
     def _derive(self) -> None:
         super()._derive()
         self.layout = ShardedBasisLayout(self._shapes, self.group["proj_bits"], self.ranks, self._shard.dim)
+        if self.side == "full":
+            self.probes = 0  # rows of R' would be divided otherwise than those of R
 
     def _shape_of_gradient(self) -> tuple[int, ...]:
         """The shape of R, its long side first: that is divided."""
@@ -206,6 +208,10 @@ class ShardedTarget(Sharded, Target):
         return (self.side, self._shard.dim) in (("right", 0), ("left", 1))
 
     # ---- the basis
+
+    def with_probes_here(self, bases: Bases) -> Bases:
+        """What `bases_here()` gave, with this process's part of the norm probes beside it."""
+        return with_columns(bases, self.layout.here(self._present_probes())) if self.probes else bases
 
     def projected_by(self, gradient: Gradient, bases: Bases) -> Tensor:
         """This process's rows of R, its long side first.
@@ -230,7 +236,7 @@ class ShardedTarget(Sharded, Target):
         """What this process adds to R, which is a mean."""
         return project(factors, bases).to(self.param.dtype).div_(self.ranks.size)
 
-    def new_basis(self, gradient: Gradient) -> NewBasis:
+    def new_basis(self, gradient: Gradient, *, held: bool = False) -> NewBasis:
         """Bases from a gradient of which this process has a part; R of it is as `projected_by` gives it."""
         if isinstance(gradient, Tensor):
             m, n = self.param.shape
@@ -238,7 +244,7 @@ class ShardedTarget(Sharded, Target):
         elif isinstance(gradient, FactoredGradient):
             tokens = self.ranks.sum(torch.tensor(len(gradient.inputs), device=gradient.device))
             gradient = SummedGradient(gradient, int(tokens.item()), self.ranks)
-        made = super().new_basis(gradient)
+        made = super().new_basis(gradient, held=held)
         if not isinstance(gradient, SummedGradient):
             return made
         low_rank = made.low_rank.mT if self._is_transposed() else made.low_rank
@@ -252,6 +258,9 @@ class ShardedTarget(Sharded, Target):
         else:
             bases = self.bases_here()
             self.update(self.projected_by(gradient, bases), norm, bases=bases)
+
+    def _of_held(self, held: Tensor) -> Tensor:
+        return held[:, : self.rank].contiguous() if self.probes else held
 
     def _direction(self, low_rank: Tensor, group: Group, step: int, skip: Skip) -> tuple[Tensor, float]:
         if self.side == "full":

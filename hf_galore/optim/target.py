@@ -6,23 +6,20 @@ What computes a refresh is in `hf_galore.optim.refreshing`.
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..backward.gradient import BasisVersion
-from ..lowrank.matrices import as_matrices, viewed
+from ..lowrank.matrices import viewed
 from ..lowrank.nonfinite import Skip
 from ..lowrank.products import FactoredGradient, Gradient, GroupedGradient
 from ..lowrank.projection import (
     Bases,
     add_projected_back_,
     basis_shapes,
-    low_rank_shape,
     norm_of,
-    project,
     projected_back,
     side_of,
 )
@@ -45,39 +42,32 @@ from .bases import (
 )
 from .groups import Group, shape_in
 from .movement import Movement, WholeGradient
+from .projecting import Projecting, probes_asked
 from .refreshing import refresh_of_matrix, refresh_of_stack
 from .report import Refresh, Stopwatch
 from .skipped import uncount
 from .stack import bases_of_matrices, by_age, of_matrices, put_of_matrices
-from .trained import Owner, Place, decay_of
-from .turns import Turns
+from .trained import decay_of
 
 
-class Target(Turns):
+class Target(Projecting):
     """A matrix W (m × n), or a stack of k, that is projected: its moments are those of R, its low-rank gradient.
 
     What hooks and steps do with it is: `due()`, `project(gradient)`, `update(R)`.
     """
 
     projected = True
-    needs_gradient = False
-    """Whether updates need the gradient itself besides R."""
-
-    def __init__(self, owner: Owner, param: Tensor, place: Place, index: int, rule: Rule) -> None:
-        super().__init__(owner, param, place, index, rule)
-        self._version: BasisVersion | None = None
 
     def _derive(self) -> None:
         group, shape = self.group, shape_in(self.param, self.group)
         self.rank: int = group["rank"]
         self.matrix_shape = shape
-        """m × n, or k × m × n: what the parameter is viewed as."""
         self.stack = shape[0] if len(shape) == 3 else None
         """How many matrices a stack has; `None` for one matrix."""
         self.side = side_of(shape, group["proj_type"])
         self._shapes = basis_shapes(shape, self.side, self.rank)
         self.layout = BasisLayout(self._shapes, group["proj_bits"])
-        """How the bases lie in the state."""
+        self.probes = probes_asked(group)
         self.basis_keys = self.layout.keys
         super()._derive()
 
@@ -93,16 +83,6 @@ class Target(Turns):
         """Whether the parameter itself is a stack of k × m × n."""
         return self.matrix_shape == tuple(self.param.shape) and self.stack is not None
 
-    @property
-    def low_rank_shape(self) -> tuple[int, ...]:
-        """The shape of R."""
-        return low_rank_shape(self.matrix_shape, self.side, self.rank)
-
-    def _as_matrices(self, gradient: Gradient) -> Gradient:
-        if isinstance(gradient, Tensor) and gradient.shape == self.param.shape:
-            return as_matrices(gradient, self.matrix_shape)
-        return gradient  # of some matrices of a stack
-
     def new_state(self, like: Tensor) -> State:
         """A state before the first refresh, on the device of `like`."""
         state = super().new_state(like)
@@ -110,43 +90,6 @@ class Target(Turns):
         return {"step": state.pop("step"), **counters, **self.layout.empty(like), **state}
 
     # ---- the basis
-
-    def bases(self) -> Bases:
-        """The present bases, in the weight's dtype; zeros before the first refresh."""
-        return self.layout.read(self.with_placed_bases(), self.param.dtype)
-
-    def bases_here(self) -> Bases:
-        """The present bases as gradients are projected with them here."""
-        return self.layout.read_here(self.with_placed_bases(), self.param.dtype)
-
-    def projected_by(self, gradient: Gradient, bases: Bases) -> Tensor:
-        """The low-rank gradient of G, with what `bases_here` gave."""
-        return project(self._as_matrices(gradient), bases)
-
-    def with_placed_bases(self) -> State:
-        """The state, with its bases where the weight is: with 16 bits they have its dtype."""
-        state = self.state
-        self._place(state, self.basis_keys, self.param.dtype if self.layout.bits == 16 else None)
-        return state
-
-    @property
-    def version(self) -> BasisVersion:
-        """What low-rank gradients in the present basis have in common."""
-        if self._version is None:
-            self._version = self.new_version()
-        return self._version
-
-    def new_version(self) -> BasisVersion:
-        """What low-rank gradients in a basis that is to come will have in common."""
-        me, name = weakref.ref(self), self.name
-
-        def low_rank(gradient: Tensor) -> Tensor:
-            target = me()
-            if target is None or target.is_orphan:
-                raise RuntimeError(f"The optimizer of the low-rank gradient in {name}.grad is gone: set it to None.")
-            return target.projected_by(gradient, target.bases_here())
-
-        return BasisVersion(name, low_rank)
 
     def takes_factors(self, factors: FactoredGradient | GroupedGradient) -> bool:
         """Whether a refresh takes fewer multiply-adds from δ and X than from G = δᵀX; of groups it builds G itself."""
@@ -169,21 +112,26 @@ class Target(Turns):
         return made.low_rank
 
     @torch.no_grad()
-    def new_basis(self, gradient: Gradient) -> NewBasis:
+    def new_basis(self, gradient: Gradient, *, held: bool = False) -> NewBasis:
         """Bases from a gradient, and its low-rank gradient in them. Waits for the device once.
 
         Changes nothing but the count of updates, if only the device knew that some were skipped: the steps at which
         bases are refreshed are right.
+
+        Args:
+            gradient: G.
+            held: whether the low-rank gradient may be held: with norm probes.
         """
         gradient = self._as_matrices(gradient)
         seed = basis_seed(self.group.get("basis_seed", 0), self.index, sum(numbers_of(self.state["refreshes"])))
-        return (refresh_of_matrix if self.stack is None else refresh_of_stack)(self, gradient, seed)
+        made = (refresh_of_matrix if self.stack is None else refresh_of_stack)(self, gradient, seed)
+        return self._held(made, gradient) if held and self.probes else made
 
-    def parts_of_refresh(self, dtype: torch.dtype) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    def parts_of_refresh(self, dtype: torch.dtype, *, held: bool) -> dict[str, tuple[torch.Size, torch.dtype]]:
         """The shapes and dtypes of what one process sends the others of a refresh, with R in `dtype`."""
         state = self.with_placed_bases()
         kept = {key: state[key] for key in self.basis_keys}
-        return NewBasis.parts(kept, torch.Size(self._shape_of_gradient()), dtype)
+        return NewBasis.parts(kept, torch.Size(self.held_shape if held else self.low_rank_shape), dtype)
 
     def refresh_from(self, tensors: State) -> NewBasis:
         """The refresh that another process has computed."""
@@ -230,10 +178,6 @@ class Target(Turns):
         take_back(self.state, before)
         self._version = None
 
-    def forget_version(self) -> None:
-        """Let low-rank gradients of before be in another basis than those to come: a checkpoint was loaded."""
-        self._version = None
-
     # ---- the update
 
     def _step(self, gradient: Tensor, norm: Tensor | None) -> None:
@@ -253,16 +197,17 @@ class Target(Turns):
         bases: Bases | None = None,
         whole: WholeGradient | None = None,
     ) -> None:
-        """One optimizer step from the low-rank gradient R, which is left as it is.
+        """One optimizer step from the low-rank gradient R, or from what is held of it, which is left as it is.
 
         Args:
-            norm: ‖R‖, or what is finite where that is, where it is known already.
+            norm: its norm, or what is finite where that is, where it is known already.
             before: from `use_basis`, where this is the first update after a refresh.
             bases: `bases_here()`, where they are at hand: quantised ones take time to read.
             whole: the gradient, where `needs_gradient` says so.
         """
         state, group = self.with_placed_bases(), self.group
         skip = Skip(self.over_ranks(norm_of(low_rank)) if norm is None else norm)
+        low_rank = self._of_held(low_rank)
         if before is not None and before.complete and skip.known:
             self.take_back(before)
             before = None

@@ -63,6 +63,8 @@ class Trained:
     """The keys of the state that hold its moments."""
     basis_keys: tuple[str, ...] = ()
     """The keys of the state that hold its bases."""
+    needs_gradient: str | None = None
+    """What of its options needs the gradient itself, besides R, as a message says it; `None` where nothing does."""
     limit_keys: tuple[str, ...] = ()
     """The keys of the state that hold norms which limit its updates."""
 

@@ -42,7 +42,7 @@ def _section(optim: str, args: TrainingArguments, plan: MemoryPlan | None) -> st
     lines = [
         "### GaLore",
         "",
-        f"All weights were trained by `{optim}` of hf_galore {__version__}, which keeps Adam's moments in a low-rank "
+        f"All weights were trained by `{optim}` of hf_galore {__version__}, which keeps its moments in a low-rank "
         "projection of the gradient ([GaLore](https://huggingface.co/papers/2403.03507)):",
         "",
         "| option | value |",

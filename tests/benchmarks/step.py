@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks.step
     python -m tests.benchmarks.step --hidden 256 --tokens 512 --rounds 3     # a few minutes
+    python -m tests.benchmarks.step --checkpointing off --only residual scaling rule    # the options, beside AdamW
 
 Every optimizer trains its own copy of one Llama on one batch in float32. In each round each takes one step (forward,
 backward, update; no refresh), so that the machine's moods hit all alike; printed are the median seconds, and the
@@ -62,13 +63,13 @@ def targets(model: nn.Module) -> list[nn.Parameter]:
     return [cast("nn.Parameter", module.weight) for name, module in model.named_modules() if is_target(name, module)]
 
 
-def groups(model: nn.Module, rank: int) -> list[dict[str, Any]]:
+def groups(model: nn.Module, rank: int, **options: Any) -> list[dict[str, Any]]:
     projected = targets(model)
     chosen = set(map(id, projected))
     rest = [param for param in model.parameters() if id(param) not in chosen]
     return [
         {"params": rest},
-        {"params": projected, "rank": rank, "update_proj_gap": NEVER, "scale": 0.25, "proj_type": "std"},
+        {"params": projected, "rank": rank, "update_proj_gap": NEVER, "scale": 0.25, "proj_type": "std", **options},
     ]
 
 
@@ -90,6 +91,12 @@ def contenders(ranks: list[int], lr: float = 1e-4) -> Iterator[Contender]:
             for projected_backward in (False, True):
                 yield ours(GaLoreAdamW, rank, lr, layerwise, projected_backward)
         yield ours(GaLoreAdamW8bit, rank, lr, layerwise=True, projected_backward=True)
+        for layerwise in (False, True):
+            yield ours(GaLoreAdamW, rank, lr, layerwise, layerwise, rule="muon")
+            yield ours(GaLoreAdamW, rank, lr, layerwise, False, residual="fira")
+            yield ours(GaLoreAdamW, rank, lr, layerwise, False, scaling="channel")
+    for layerwise in (False, True):
+        yield ours(GaLoreAdamW, 1, lr, layerwise, False, scaling="tensor")
 
 
 def published(rank: int, lr: float) -> Contender:
@@ -100,10 +107,12 @@ def published(rank: int, lr: float) -> Contender:
     return Contender("galore_torch AdamW", rank, build, gradient_then_projection(rank))
 
 
-def ours(cls: type[GaLoreAdamW], rank: int, lr: float, layerwise: bool, projected_backward: bool) -> Contender:
+def ours(
+    cls: type[GaLoreAdamW], rank: int, lr: float, layerwise: bool, projected_backward: bool, **options: str
+) -> Contender:
     def build(model: nn.Module) -> torch.optim.Optimizer:
         return cls(
-            groups(model, rank),
+            groups(model, rank, **options),
             lr=lr,
             weight_decay=0.0,
             module=model,
@@ -111,13 +120,20 @@ def ours(cls: type[GaLoreAdamW], rank: int, lr: float, layerwise: bool, projecte
             projected_backward=projected_backward,
         )
 
-    def low_rank_gradient(t: int, m: int, n: int) -> int:
-        return t * rank * (m + n) + rank * m * n  # R from δ and X, the way back
+    def operations(t: int, m: int, n: int) -> int:
+        # R from δ and X, or the gradient and its projection; and the way back, which is G itself with scaling.
+        low_rank = t * rank * (m + n) if projected_backward else t * m * n + rank * m * n
+        ways_back = {"fira": 2, None: 1}[options.get("residual")] if "scaling" not in options else 0
+        return low_rank + ways_back * rank * m * n + (of_muon(rank, max(m, n)) if options.get("rule") == "muon" else 0)
 
-    name = cls.__name__ + (", layerwise" if layerwise else "")
-    if projected_backward:
-        return Contender(f"{name}, projected backward", rank, build, low_rank_gradient)
-    return Contender(name, rank, build, gradient_then_projection(rank))
+    name = cls.__name__ + "".join(f", {key}={value}" for key, value in options.items())
+    name += ", layerwise" if layerwise else ""
+    return Contender(f"{name}, projected backward" if projected_backward else name, rank, build, operations)
+
+
+def of_muon(rank: int, longer: int) -> int:
+    """The multiply-adds of orthogonalising R: its Gram matrix, five steps on that, and one product with R."""
+    return 2 * rank**2 * longer + 17 * rank**3
 
 
 def gradient_then_projection(rank: int) -> Callable[[int, int, int], int]:

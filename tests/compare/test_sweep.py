@@ -102,6 +102,12 @@ def test_a_key_of_optim_args_leaves_the_others(path: str, tmp_path: Path) -> Non
     assert planned.trials[0].settings["seed"] == 7
 
 
+def test_the_scale_that_goes_with_a_rank_is_a_value_too(path: str) -> None:
+    planned = plan_sweep(["rank=8,16", "scale=auto,0.5"], ["--config", path])
+    assert [trial.folder.name for trial in planned.trials][:2] == ["rank-8_scale-auto", "rank-8_scale-0.5"]
+    assert planned.trials[2].settings["optim_args"] == "rank=16, update_proj_gap=4, scale=auto"
+
+
 def test_several_keys_make_all_combinations(path: str) -> None:
     planned = plan_sweep(["scale=1,2", "learning_rate=1e-3,2e-3"], ["--config", path])
     assert [trial.folder.name for trial in planned.trials] == [

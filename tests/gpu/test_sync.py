@@ -56,6 +56,13 @@ def test_a_steady_step_does_not_wait(cls: type[Any], way: str) -> None:
         training.step("error")
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_steady_step_of_muon_does_not_wait(way: str) -> None:
+    training = Training(GaLoreAdamW8bit, way, rule="muon", scale="auto")
+    for _ in range(2):
+        training.step("error")
+
+
 @pytest.mark.parametrize("way", ["plain", "held"])
 def test_clipping_does_not_wait(way: str) -> None:
     training = Training(GaLoreAdamW8bit, way)

@@ -40,6 +40,7 @@ def checked(processes: int = 1, **changes: Any) -> None:
         {},
         {"optim_target_modules": "all_linear", "optim_args": None},
         {"optim_args": "rank=512, scale=2"},
+        {"optim_args": {"rank": 512, "scale": "auto", "rule": "muon"}},
         {"qgalore_rank": 256},  # as axolotl fills it in before it checks a second time
         {"dp_shard_size": 1, "tensor_parallel_size": 1, "fsdp": [], "fsdp_config": {}},
         {"fp16": True},  # which bf16: true is stronger than

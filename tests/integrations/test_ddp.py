@@ -68,3 +68,12 @@ def test_what_a_pass_may_bring(tmp_path: Path) -> None:
     """Unused parameters, gradients that are not finite or zero in some processes, checkpoints, several wrappers."""
     launch(2, "tests.support.ddp_passes_script", str(tmp_path))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["done-0", "done-1"]
+
+
+def test_residuals_and_scaling(tmp_path: Path) -> None:
+    """They need the gradient itself, which is reduced in place of R."""
+    launch(2, "tests.support.ddp_residual_script", str(tmp_path))
+    differences = torch.load(tmp_path / "differences.pt")
+    assert len(differences) == 12
+    for words, difference in differences.items():
+        assert difference < 1e-9, words

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hf_galore.config import ProjBits
 from hf_galore.integrations.target_modules import find_targets
 from hf_galore.optim.bases import ON_HOST
 from hf_galore.optim.optimizer import GaLoreOptimizer
+from hf_galore.optim.report import Memory
 from tests.support.helpers import arguments
 
 RANK = 512
@@ -87,6 +89,42 @@ def test_memory_is_what_the_state_holds(llama: nn.Module, optim: str, proj_bits:
     assert 8 * memory.basis_bytes == 24 * 7 * 2048 * RANK * bits
     assert memory.targets == 24 * 7
     assert memory.full_rank == 24 * 2 + 3  # two norms a layer; the embedding, the head and the last norm
+
+
+def documented() -> list[tuple[str, str, str]]:
+    """The rows of docs/benchmarks.md that have options: these, and the GB of either optimizer."""
+    text = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text("utf-8")
+    rows = re.findall(r"^\| `(rank=[^`]*)` \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE)
+    assert len(rows) == 7
+    return rows
+
+
+@pytest.mark.parametrize(("optim_args", "in_float32", "in_8_bits"), documented(), ids=lambda value: value)
+def test_the_documentation_has_what_each_option_takes(
+    llama: nn.Module, optim_args: str, in_float32: str, in_8_bits: str, tmp_path: Path
+) -> None:
+    for optim, documented_bytes in (("galore_adamw", in_float32), ("galore_adamw_8bit", in_8_bits)):
+        optimizer = trainers_optimizer(llama, optim, tmp_path, optim_args)
+        memory = optimizer.memory()
+        assert memory.moment_bytes + memory.basis_bytes == bytes_in(optimizer)
+        assert f"{bytes_in(optimizer) / 1e9:.2f}" == documented_bytes
+
+
+def test_what_the_options_add_and_save(llama: nn.Module, tmp_path: Path) -> None:
+    """A float32 for each matrix; no bases; one moment for two."""
+
+    def memory(options: str) -> Memory:
+        return trainers_optimizer(llama, "galore_adamw", tmp_path, f"rank={RANK}{options}").memory()
+
+    default, fira, sign, channel, muon = map(
+        memory, ["", ", residual=fira", ", residual=sign", ", scaling=channel", ", rule=muon"]
+    )
+    assert fira.moment_bytes + fira.basis_bytes == default.moment_bytes + default.basis_bytes + 4 * default.targets
+    assert sign == default
+    assert channel.moment_bytes + channel.basis_bytes == default.moment_bytes + 4 * default.targets
+    low_rank = 24 * RANK * (4 * 2048 + 3 * 5461)  # elements of R
+    assert default.moment_bytes - muon.moment_bytes == 4 * low_rank
+    assert muon.basis_bytes == default.basis_bytes
 
 
 def test_float32_moments_take_what_the_formula_says(llama: nn.Module, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from hf_galore import GaLoreAdamW
 from tests.support.reference_residual import ReferenceResidual
 
-OPTIONS = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "fira": {"residual": "fira", "residual_scale": 0.7},
     "sign": {"residual": "sign", "residual_scale": 0.1},
     "channel": {"scaling": "channel"},
@@ -31,7 +33,7 @@ def gradients(shape: tuple[int, ...], count: int, dtype: torch.dtype = torch.flo
     return found
 
 
-def made(weight: nn.Parameter, option: str, **group: object) -> GaLoreAdamW:
+def made(weight: nn.Parameter, option: str, **group: Any) -> GaLoreAdamW:
     group = {"rank": 4, "update_proj_gap": 8, "scale": 0.5, **OPTIONS[option], **group}
     if "scaling" not in group:
         group = {"refresh": "svd", "proj_bits": 16, **group}

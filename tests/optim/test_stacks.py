@@ -66,6 +66,8 @@ def trained(
         {"proj_type": "full"},
         {"proj_type": "right", "stagger": True},
         {"rule": "lion"},
+        {"rule": "muon", "moments": "rotate"},
+        {"rule": "muon", "moments": "reset", "proj_type": "full"},
     ],
     ids=str,
 )

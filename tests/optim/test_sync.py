@@ -73,15 +73,16 @@ def questions(make_trainer: Callable[[], SFTTrainer], monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(
-    ("optim", "situation"),
-    [(optim, "plain") for optim in GALORE]
-    + [(optim, s) for optim in ("galore_adamw", "galore_adamw_8bit_layerwise") for s in SITUATIONS if s != "plain"],
+    ("optim", "situation", "more"),
+    [(optim, "plain", "") for optim in GALORE]
+    + [(optim, s, "") for optim in ("galore_adamw", "galore_adamw_8bit_layerwise") for s in SITUATIONS if s != "plain"]
+    + [("galore_adamw_8bit_layerwise", "plain", ", rule=muon, scale=auto")],
 )
 def test_a_steady_step_asks_no_more_than_with_adamw(
-    optim: str, situation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    optim: str, situation: str, more: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usual = questions(sft(tmp_path, "adamw_torch_fused", **SITUATIONS[situation]), monkeypatch)
-    options: dict[str, Any] = {"optim_args": f"rank={RANK}, update_proj_gap=200"}  # no refresh in the third step
+    options: dict[str, Any] = {"optim_args": f"rank={RANK}, update_proj_gap=200{more}"}  # no refresh in the third step
     found = questions(sft(tmp_path, optim, **options, **SITUATIONS[situation]), monkeypatch)
     assert usual[STEPS], "the Trainer reads the loss"
     assert found[STEPS] == usual[STEPS]

@@ -47,6 +47,7 @@ MADE: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "torch.optim.AdamW": adamw,
     **{name: galore(name) for name in NAMES},
     "lion": galore("galore_adamw_8bit", rule="lion"),
+    "muon": galore("galore_adamw_8bit", rule="muon"),
 }
 STOCHASTIC = {f"{name}, stochastic_rounding": galore(name, stochastic_rounding=True) for name in NAMES}
 CASES = [

@@ -108,6 +108,7 @@ def test_every_optimizer(optim: str, setting: str, tmp_path: Path) -> None:
             marks=pytest.mark.skipif(HEAD_BY_TOKENS, reason="a plan has 1.4 % less than a refresh of both sides takes"),
         ),
         "lazy_refresh=true, stagger=true",
+        "rule=muon, scale=auto, moments=rotate",
     ],
 )
 def test_every_option_of_the_plain_optimizer(options: str, tmp_path: Path) -> None:
@@ -188,7 +189,7 @@ def test_low_rank_gradients_in_8_bits(optim: str, setting: str, tmp_path: Path) 
         assert whole.phase_peaks["update"] > planned.phase_peaks["update"]
 
 
-@pytest.mark.parametrize("options", ["", "moments=rotate", "refresh=svd", "projected_backward=false"])
+@pytest.mark.parametrize("options", ["", "moments=rotate", "refresh=svd", "projected_backward=false", "rule=muon"])
 def test_all_layers_with_the_head(options: str, tmp_path: Path) -> None:
     assert_plan_is_measured(
         sft(

@@ -474,9 +474,9 @@ def experts_without_tokens(way: dict[str, Any]) -> None:
     stacks = []
     own = SharedRefresh.__init__
 
-    def counted(refresh: SharedRefresh, target: Target, *args: Any) -> None:
+    def counted(refresh: SharedRefresh, target: Target, *args: Any, **options: Any) -> None:
         stacks.append(target.stack)
-        own(refresh, target, *args)
+        own(refresh, target, *args, **options)
 
     model, alone = Routed(), Routed()
     before, optimizer = flat(model), optimizer_of(model, way)

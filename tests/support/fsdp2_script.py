@@ -138,6 +138,8 @@ FURTHER: dict[str, Case] = {
     "4_bits": Case(galore={"proj_bits": 4, "lazy_refresh": True}, options=ADAM),
     "8_bits": Case(galore={"proj_bits": 8, "refresh": "random"}, options=ADAM),
     "lion": Case(galore={"rule": "lion"}, options=ADAM),
+    "muon": Case(galore={"rule": "muon", "moments": "rotate"}, options=ADAM, max_norm=0.5),
+    "muon_columns": Case(galore={"rule": "muon"}, options=ADAM, columns=True),
     "columns": Case(options=ADAM, columns=True),
     "adafactor_columns": Case(GaLoreAdafactor, columns=True),
     "layerwise": Case(options={**ADAM, **LAYERWISE}, steps=20),

@@ -108,7 +108,7 @@ def arguments_table() -> str:
     meanings = _meanings(inspect.getdoc(GaLoreConfig) or "")
     lines = ["| key | values | default | meaning |\n", "|---|---|---|---|\n"]
     for key in keys():
-        values = ", ".join(key.values if len(key.values) == 1 else (f"`{value}`" for value in key.values))
+        values = ", ".join(value if " " in value else f"`{value}`" for value in key.values)
         default = f"`{key.default}`" if key.is_set else key.default
         lines.append(f"| `{key.name}` | {values} | {default} | {meanings[key.name]} |\n")
     return "".join(lines)

@@ -65,15 +65,39 @@ class ReferenceGaLore:
             R = self.P.T @ R
         if self.Q is not None:
             R = R @ self.Q
-        beta1, beta2 = self.betas
-        self.M = beta1 * self.M + (1 - beta1) * R
-        self.V = beta2 * self.V + (1 - beta2) * R**2
-        m_hat = self.M / (1 - beta1**self.t)
-        v_hat = self.V / (1 - beta2**self.t)
-        N = m_hat / (np.sqrt(v_hat) + self.eps)
+        N = self.direction(R)
         if self.P is not None:
             N = self.P @ N
         if self.Q is not None:
             N = N @ self.Q.T
         self.W = (1 - self.lr * self.weight_decay) * self.W
         self.W = self.W - self.lr * self.scale * N
+
+    def direction(self, R: Matrix) -> Matrix:  # noqa: N803
+        """Adam's."""
+        beta1, beta2 = self.betas
+        self.M = beta1 * self.M + (1 - beta1) * R
+        self.V = beta2 * self.V + (1 - beta2) * R**2
+        m_hat = self.M / (1 - beta1**self.t)
+        v_hat = self.V / (1 - beta2**self.t)
+        return np.asarray(m_hat / (np.sqrt(v_hat) + self.eps))
+
+
+class ReferenceMuon(ReferenceGaLore):
+    """The same with Muon's direction of R.
+
+    Sources: Muon (Jordan et al., 2024): five steps of Newton-Schulz on the momentum with Nesterov's look ahead;
+    Moonlight (Liu et al., 2025, arXiv:2502.16982), equation 4: times 0.2 √max(rows, columns).
+    """
+
+    momentum = 0.95
+
+    def direction(self, R: Matrix) -> Matrix:  # noqa: N803
+        """Muon's."""
+        self.M = self.momentum * self.M + (1 - self.momentum) * R
+        X = self.momentum * self.M + (1 - self.momentum) * R
+        X = X / np.linalg.norm(X)
+        for _ in range(5):
+            A = X @ X.T
+            X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+        return np.asarray(0.2 * max(R.shape) ** 0.5 * X)

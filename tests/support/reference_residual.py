@@ -72,7 +72,8 @@ class ReferenceResidual:
         """‖N_j‖ / ‖R_j‖, in the shape that multiplies G."""
         above = np.sqrt((direction**2).sum(axis=axis, keepdims=True))
         below = np.sqrt((low_rank**2).sum(axis=axis, keepdims=True))
-        return np.divide(above, below, out=np.zeros_like(above), where=below > 0)
+        ratio: Matrix = np.divide(above, below, out=np.zeros_like(above), where=below > 0)
+        return ratio
 
     def _limit(self, term: Matrix) -> Matrix:
         """The term, no longer than γ times what it was the step before."""

@@ -1,0 +1,85 @@
+"""What a key of `optim_args` may be: how it is read from text, how it is checked, and both in words."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from typing import Any, Literal
+
+AUTO: Literal["auto"] = "auto"
+"""The `scale` that goes with the rank."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """What one key may be: how to read it from text, how to check it, and both in words."""
+
+    parse: Callable[[str], Any]
+    is_valid: Callable[[Any], bool]
+    allowed: str
+    """In an error: "has to be ..."."""
+    values: tuple[str, ...]
+    """In a table: each of them as it is written, or one that describes them all."""
+
+
+def positive_int() -> Option:
+    """An integer of at least 1."""
+    # bool is an int in Python; `rank=True` is a mistake, not rank 1.
+    return Option(
+        int,
+        lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1,
+        "an integer of at least 1",
+        ("integer ≥ 1",),
+    )
+
+
+def natural_int() -> Option:
+    """An integer of at least 0."""
+    return Option(
+        int,
+        lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 0,
+        "an integer of at least 0",
+        ("integer ≥ 0",),
+    )
+
+
+def positive_float() -> Option:
+    """A finite number above 0."""
+    return Option(
+        float,
+        lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v <= sys.float_info.max,
+        "a finite number above 0",
+        ("number > 0",),
+    )
+
+
+def one_of(values: tuple[Any, ...]) -> Option:
+    """One of some values of one type."""
+    kind, written = type(values[0]), tuple(map(str, values))
+    return Option(kind, lambda v: type(v) is kind and v in values, "one of " + ", ".join(written), written)
+
+
+def _parse_bool(text: str) -> bool:
+    # bool("False") is true.
+    return {"true": True, "false": False}[text.lower()]
+
+
+def boolean() -> Option:
+    """True or false."""
+    return Option(_parse_bool, lambda v: isinstance(v, bool), "true or false", ("true", "false"))
+
+
+def or_auto(option: Option) -> Option:
+    """The option, with `auto` for what follows from the rank."""
+    return Option(
+        lambda text: AUTO if text.lower() == AUTO else option.parse(text),
+        lambda v: v == AUTO if isinstance(v, str) else option.is_valid(v),
+        f"{option.allowed}, or {AUTO}",
+        (*option.values, AUTO),
+    )
+
+
+def or_none(option: Option) -> Option:
+    """The option, with `None` for what something else decides."""
+    return dataclasses.replace(option, is_valid=lambda v: v is None or option.is_valid(v))

@@ -1,0 +1,159 @@
+"""`scale=auto`: a number of each matrix, by which a step is as long whatever the rank."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_galore import GaLoreAdamW, GaLoreAdamW8bit
+from hf_galore.lowrank.scales import auto_scale, scale_of
+from tests.support.helpers import (
+    OPTIM_ARGS,
+    RANK,
+    assert_identical,
+    copied,
+    make_trainer,
+    optimizer_of,
+    snapshot,
+    target_of,
+    tiny_llama,
+)
+from tests.support.helpers import train as train_model
+
+SHAPES = [(12, 10), (24, 40), (3, 16, 24), (8, 4, 3, 3)]
+OPTIONS: dict[str, Any] = {"rank": 4, "update_proj_gap": 3}
+AUTO = OPTIM_ARGS.replace("scale=0.5", "scale=auto")
+
+
+def parameters() -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(1)
+    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
+
+
+def train(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], steps: int, seed: int = 2) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for param in params:
+            strengths = torch.logspace(0, -1, param.shape[-1])  # singular values that are not all alike
+            param.grad = torch.randn(param.shape, generator=generator) * strengths
+        optimizer.step()
+
+
+@pytest.mark.parametrize("options", [{}, {"rule": "muon"}, {"residual": "fira"}, {"scaling": "channel"}], ids=str)
+def test_it_is_the_number_of_each_matrix(options: dict[str, Any]) -> None:
+    """Which the parameters' shapes as matrices give: a convolution's is that of its outputs."""
+    auto, numbers = parameters(), parameters()
+    group = {**OPTIONS, **options, "basis_seed": 0}
+    optimizer = GaLoreAdamW([{"params": auto, "scale": "auto", **group}], weight_decay=0.1)
+    found = [scale_of(optimizer.param_groups[0], target_of(optimizer, param).matrix_shape) for param in auto]
+    assert len(set(found)) == 4
+    other = GaLoreAdamW(
+        [{"params": [param], "scale": scale, **group} for param, scale in zip(numbers, found, strict=True)],
+        weight_decay=0.1,
+    )
+    train(optimizer, auto, 5)
+    train(other, numbers, 5)
+    assert_identical(auto, numbers)
+
+
+def length(rank: int, shape: tuple[int, ...], **options: Any) -> float:
+    """Of the third step, from random gradients."""
+    (param,) = (nn.Parameter(torch.zeros(shape)),)
+    group = {"rank": rank, "scale": "auto", "refresh": "random", **options}
+    if "scaling" in options:
+        del group["refresh"]
+    optimizer = GaLoreAdamW([{"params": [param], **group, "basis_seed": 3}], weight_decay=0.0)
+    train(optimizer, [param], 2)
+    before = param.detach().clone()
+    train(optimizer, [param], 1, seed=4)
+    return float((param.detach() - before).norm())
+
+
+@pytest.mark.parametrize("shape", [(256, 128), (96, 160), (2, 96, 128)], ids=str)
+@pytest.mark.parametrize(
+    ("options", "within"),
+    [
+        ({}, 1.05),
+        ({"rule": "lion"}, 1.05),
+        ({"scaling": "tensor"}, 1.05),
+        # A channel's scale is 1/‖R_j‖, whose mean over r random numbers is about √(r / (r − 2)) of what many give.
+        ({"scaling": "channel"}, 1.2),
+        # Its singular values end between 0.7 and 1.2, by where they were.
+        ({"rule": "muon"}, 1.2),
+    ],
+    ids=str,
+)
+def test_a_step_is_as_long_whatever_the_rank(options: dict[str, Any], within: float, shape: tuple[int, ...]) -> None:
+    """Of ranks that are 7 times each other; with one number for all, it would be 2.7 times as long."""
+    lengths = [length(rank, shape, **options) for rank in (12, 24, 48, 84)]
+    assert min(lengths) > 0
+    assert max(lengths) < within * min(lengths)
+
+
+def test_a_higher_rank_has_a_lower_scale() -> None:
+    scales = [auto_scale(rank, (2, 4096, 11008)) for rank in (16, 64, 256, 1024)]
+    assert scales == sorted(scales, reverse=True)
+    assert auto_scale(16, (4096, 11008)) == auto_scale(16, (11008, 4096)) == scales[0]
+
+
+def test_a_checkpoint_says_auto_and_goes_on() -> None:
+    whole, resumed = parameters(), parameters()
+    first, second = (
+        GaLoreAdamW([{"params": params, "scale": "auto", **OPTIONS}], weight_decay=0.1) for params in (whole, resumed)
+    )
+    train(first, whole, 4)
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    with torch.no_grad():
+        for param, other in zip(resumed, copied(whole), strict=True):
+            param.copy_(other)
+    saved = torch.load(file, weights_only=True)
+    assert saved["param_groups"][0]["scale"] == "auto"
+    second.load_state_dict(saved)
+    train(first, whole, 4, seed=5)
+    train(second, resumed, 4, seed=5)
+    assert_identical(whole, resumed)
+    of_a_number = GaLoreAdamW([{"params": parameters(), "scale": 0.25, **OPTIONS}])
+    with pytest.raises(ValueError, match=r"scale=auto.*this optimizer was made with .*scale=0\.25"):
+        of_a_number.load_state_dict(saved)
+
+
+def test_what_is_no_scale() -> None:
+    for wrong in ("automatic", "0.25", 0, None):
+        with pytest.raises(ValueError, match="GaLore's scale has to be a finite number above 0, or auto, but"):
+            GaLoreAdamW([{"params": parameters(), **OPTIONS, "scale": wrong}])
+
+
+def test_a_trainer_takes_it_and_resumes(tmp_path: Path) -> None:
+    """And trains other weights than by the number that it had."""
+    options: dict[str, Any] = {"optim_args": AUTO, "save_strategy": "steps", "save_steps": 4}
+    whole, resumed, number = tiny_llama(), tiny_llama(seed=1), tiny_llama()
+    first = train_model(whole, tmp_path / "whole", "galore_adamw_8bit_layerwise", **options)
+    second = make_trainer(resumed, tmp_path / "resumed", "galore_adamw_8bit_layerwise", **options)
+    second.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert_identical(snapshot(resumed), snapshot(whole))
+    assert_identical(optimizer_of(second).state_dict()["state"], optimizer_of(first).state_dict()["state"])
+    train_model(number, tmp_path / "number", "galore_adamw_8bit_layerwise")
+    assert not torch.equal(snapshot(number)["lm_head.weight"], snapshot(whole)["lm_head.weight"])
+    optimizer = optimizer_of(first)
+    assert isinstance(optimizer, GaLoreAdamW8bit)
+    scales = {scale_of(target.group, target.matrix_shape) for target in optimizer.targets()}
+    assert scales == {auto_scale(RANK, (64, 256))}  # of all, whose smaller side is 64
+
+
+def test_stochastic_rounding_takes_it() -> None:
+    """Where a warning of lost decay goes by the length of a step."""
+    weight: Tensor = torch.ones(64, 48, dtype=torch.bfloat16)
+    for rounding in (False, True):
+        param = nn.Parameter(weight.clone())
+        options = {**OPTIONS, "scale": "auto", "stochastic_rounding": rounding}
+        optimizer = GaLoreAdamW([{"params": [param], **options}], lr=1e-2, weight_decay=0.1)
+        param.grad = torch.randn(64, 48).bfloat16()
+        optimizer.step()
+        assert not torch.equal(param, weight)
