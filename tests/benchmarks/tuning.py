@@ -142,7 +142,34 @@ def pretrain(args: argparse.Namespace) -> None:
     )
 
 
-def stack(pretrained: dict[str, Tensor], seeds: Sequence[int], adapters: int, device: str) -> Llamas:
+class FewLearnt(Llamas):
+    """Llamas whose head is asked for the tokens that are learnt, and no others.
+
+    One in 64 where libraries are told from each other, and one in six in conversations: logits of all tokens would be
+    most of what a step reads and writes.
+    """
+
+    learnt: int = 0
+    """The most tokens of a batch that are learnt."""
+
+    def losses(self, ids: Tensor, labels: Tensor) -> Tensor:
+        """Those of `Llamas`."""
+        wanted = torch.nn.functional.pad(labels[:, :, 1:], (0, 1), value=IGNORED).flatten(1)
+        places = (wanted != IGNORED).int().topk(min(self.learnt, wanted.shape[1]), dim=1).indices
+        wanted = wanted.gather(1, places)
+        logits = self.logits_at(ids, places)
+        each = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), wanted.flatten(), reduction="none", ignore_index=IGNORED
+        )
+        return each.view(len(ids), -1).sum(1) / (wanted != IGNORED).sum(1)
+
+    def logits_at(self, ids: Tensor, places: Tensor) -> Tensor:
+        """The logits, k × c × vocabulary, after the tokens at k × c places among rows · length."""
+        hidden = self.hidden(ids)
+        return hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1])) @ self.get_parameter("head").mT
+
+
+def stack(pretrained: dict[str, Tensor], seeds: Sequence[int], adapters: int, device: str) -> FewLearnt:
     """Models that all begin with the pretrained weights; adapters differ by seed.
 
     Args:
@@ -152,7 +179,7 @@ def stack(pretrained: dict[str, Tensor], seeds: Sequence[int], adapters: int, de
         device: to be on.
     """
     different = sorted(set(seeds))
-    model = Llamas(SHAPE, different, adapters).to(device)
+    model = FewLearnt(SHAPE, different, adapters).to(device)
     places = torch.tensor([different.index(seed) for seed in seeds], device=device)
     for name, param in model.named_parameters():
         if name in pretrained:
@@ -181,6 +208,9 @@ def tune(runs: Sequence[Run], task: Task, pretrained: dict[str, Tensor], device:
         seed: torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(needed)])
         for seed, generator in generators.items()
     }
+    counts = (task.labels[:, 1:] != IGNORED).sum(1)
+    used = runs[0].steps * ROWS
+    model.learnt = max(int(counts[order[:used]].view(-1, ROWS).sum(1).max()) for order in orders.values())
     order = torch.stack([orders[run.seed] for run in runs]).to(device)
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
@@ -192,7 +222,7 @@ def tune(runs: Sequence[Run], task: Task, pretrained: dict[str, Tensor], device:
 
 
 @torch.no_grad()
-def evaluated(model: Llamas, task: Task, device: str) -> list[dict[str, float]]:
+def evaluated(model: FewLearnt, task: Task, device: str) -> list[dict[str, float]]:
     """The held-out loss of each model and, where an answer is one of some tokens, the share that is right."""
     k = len(model.seeds)
     total, right = (torch.zeros(k, dtype=torch.float64, device=device) for _ in range(2))
@@ -200,11 +230,10 @@ def evaluated(model: Llamas, task: Task, device: str) -> list[dict[str, float]]:
     rows, labels = task.held_out_rows.to(device).long(), task.held_out_labels.to(device).long()
     answers = torch.tensor(task.answers, device=device)
     for some_rows, some_labels in zip(rows.split(EVALUATED_ROWS), labels.split(EVALUATED_ROWS), strict=True):
+        row, place = (some_labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+        wanted, places = some_labels[row, place + 1], row * rows.shape[1] + place
         with tf32():
-            logits = model(some_rows.expand(k, *some_rows.shape))
-        row, place = (some_labels != IGNORED).nonzero(as_tuple=True)
-        row, place = row[place > 0], place[place > 0]
-        wanted, found = some_labels[row, place], logits[:, row, place - 1]
+            found = model.logits_at(some_rows.expand(k, *some_rows.shape), places.expand(k, -1))
         each = torch.nn.functional.cross_entropy(found.flatten(0, 1), wanted.repeat(k), reduction="none")
         total += each.view(k, -1).double().sum(1)
         counted += len(wanted)
