@@ -21,13 +21,15 @@ rank.
 
 With --sweep-seeds the grids are of so many seeds, and only their best points of all. The points of a grid and its seeds
 are one stack of models (`tests.benchmarks.stack_of_llamas`). Finished runs are lines of --results, and are not
-repeated, as long as the pretrained model is the same. --short: minutes on a CPU.
+repeated, as long as the pretrained model is the same. --short is a trial of minutes on a CPU, and
+tells nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import hashlib
 import itertools
 import json
@@ -53,7 +55,7 @@ TASKS = ("chat", "origin")
 RANKS = (64, 16, 4)
 STEPS, ROWS, EVALUATED_ROWS = 200, 16, 32
 PRETRAINING_ROWS, PRETRAINING_RATES = 128, Rates(lr=6e-3, scale=1 / 3)
-TIMED_STEPS = 20
+TIMED_STEPS = SHORT_STEPS = 20
 
 UNIT, MATRICES_FACTOR, REST_FACTOR = 1e-3, 2.0, 4.0
 EXTENSIONS = 3
@@ -141,7 +143,34 @@ def pretrain(args: argparse.Namespace) -> None:
     )
 
 
-def stack(pretrained: dict[str, Tensor], seeds: Sequence[int], adapters: int, device: str) -> Llamas:
+class FewLearnt(Llamas):
+    """Llamas whose head is asked for the tokens that are learnt, and no others.
+
+    One in 64 where libraries are told from each other, and one in six in conversations: logits of all tokens would be
+    most of what a step reads and writes.
+    """
+
+    learnt: int = 0
+    """The most tokens of a batch that are learnt."""
+
+    def losses(self, ids: Tensor, labels: Tensor) -> Tensor:
+        """Those of `Llamas`."""
+        wanted = torch.nn.functional.pad(labels[:, :, 1:], (0, 1), value=IGNORED).flatten(1)
+        places = (wanted != IGNORED).int().topk(min(self.learnt, wanted.shape[1]), dim=1).indices
+        wanted = wanted.gather(1, places)
+        logits = self.logits_at(ids, places)
+        each = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), wanted.flatten(), reduction="none", ignore_index=IGNORED
+        )
+        return each.view(len(ids), -1).sum(1) / (wanted != IGNORED).sum(1)
+
+    def logits_at(self, ids: Tensor, places: Tensor) -> Tensor:
+        """The logits, k × c × vocabulary, after the tokens at k × c places among rows · length."""
+        hidden = self.hidden(ids)
+        return hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1])) @ self.get_parameter("head").mT
+
+
+def stack(pretrained: dict[str, Tensor], seeds: Sequence[int], adapters: int, device: str) -> FewLearnt:
     """Models that all begin with the pretrained weights; adapters differ by seed.
 
     Args:
@@ -151,7 +180,7 @@ def stack(pretrained: dict[str, Tensor], seeds: Sequence[int], adapters: int, de
         device: to be on.
     """
     different = sorted(set(seeds))
-    model = Llamas(SHAPE, different, adapters).to(device)
+    model = FewLearnt(SHAPE, different, adapters).to(device)
     places = torch.tensor([different.index(seed) for seed in seeds], device=device)
     for name, param in model.named_parameters():
         if name in pretrained:
@@ -180,6 +209,9 @@ def tune(runs: Sequence[Run], task: Task, pretrained: dict[str, Tensor], device:
         seed: torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(needed)])
         for seed, generator in generators.items()
     }
+    counts = (task.labels[:, 1:] != IGNORED).sum(1)
+    used = runs[0].steps * ROWS
+    model.learnt = max(int(counts[order[:used]].view(-1, ROWS).sum(1).max()) for order in orders.values())
     order = torch.stack([orders[run.seed] for run in runs]).to(device)
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
@@ -191,7 +223,7 @@ def tune(runs: Sequence[Run], task: Task, pretrained: dict[str, Tensor], device:
 
 
 @torch.no_grad()
-def evaluated(model: Llamas, task: Task, device: str) -> list[dict[str, float]]:
+def evaluated(model: FewLearnt, task: Task, device: str) -> list[dict[str, float]]:
     """The held-out loss of each model and, where an answer is one of some tokens, the share that is right."""
     k = len(model.seeds)
     total, right = (torch.zeros(k, dtype=torch.float64, device=device) for _ in range(2))
@@ -199,11 +231,10 @@ def evaluated(model: Llamas, task: Task, device: str) -> list[dict[str, float]]:
     rows, labels = task.held_out_rows.to(device).long(), task.held_out_labels.to(device).long()
     answers = torch.tensor(task.answers, device=device)
     for some_rows, some_labels in zip(rows.split(EVALUATED_ROWS), labels.split(EVALUATED_ROWS), strict=True):
+        row, place = (some_labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+        wanted, places = some_labels[row, place + 1], row * rows.shape[1] + place
         with tf32():
-            logits = model(some_rows.expand(k, *some_rows.shape))
-        row, place = (some_labels != IGNORED).nonzero(as_tuple=True)
-        row, place = row[place > 0], place[place > 0]
-        wanted, found = some_labels[row, place], logits[:, row, place - 1]
+            found = model.logits_at(some_rows.expand(k, *some_rows.shape), places.expand(k, -1))
         each = torch.nn.functional.cross_entropy(found.flatten(0, 1), wanted.repeat(k), reduction="none")
         total += each.view(k, -1).double().sum(1)
         counted += len(wanted)
@@ -327,6 +358,7 @@ def perform(
                 return
             start = time.perf_counter()
             came = tune(some, task, pretrained, args.device)
+            gc.collect()  # an optimizer and its hooks are a cycle, with gigabytes
             seconds = time.perf_counter() - start
             for run, one in zip(some, came, strict=True):
                 results.add(run, {**one, "seconds": round(seconds / len(some), 3), "device": args.device_name})
@@ -428,7 +460,9 @@ def main() -> None:
     second.add_argument("--ranks", type=int, nargs="+", default=list(RANKS))
     second.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     second.add_argument("--only", nargs="+", choices=list(CONTENDERS), metavar="OPTIMIZER", help=", ".join(CONTENDERS))
-    second.add_argument("--short", action="store_true", help="one point, one seed, one rank: minutes on a CPU")
+    second.add_argument(
+        "--short", action="store_true", help=f"one point, one seed, one rank, {SHORT_STEPS} steps: minutes on a CPU"
+    )
     second.add_argument("--at-once", type=int, help="models in a stack, at most; 48 on a card, 3 on CPUs")
     second.add_argument("--deadline", type=float, default=math.inf, help="seconds after which no stack is begun")
     args = parser.parse_args()
@@ -439,7 +473,7 @@ def main() -> None:
     args.at_once = args.at_once or (48 if args.device == "cuda" else 3)
     args.device_name = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
     if args.short:
-        args.seeds, args.ranks = args.seeds[:1], args.ranks[1:2]
+        args.seeds, args.ranks, args.steps = args.seeds[:1], args.ranks[:2][-1:], min(args.steps, SHORT_STEPS)
     fingerprint = hashlib.sha256(args.pretrained.read_bytes() + args.texts.read_bytes()).hexdigest()[:8]
     results, tasks = Results(args.results), texts.load(args.texts)
     pretrained = torch.load(args.pretrained, weights_only=True)
