@@ -5,10 +5,11 @@
     HF_GALORE_CARD=cpu python -m tests.benchmarks.gpu # small sizes on a CPU, to try it out
 
 `bench`: what `hf-galore bench` prints, the recipe's steps and memory beside other optimizers'. Weights and tokens are
-random everywhere. `outside`: what of the card is taken beside what torch's allocator reserves. `card`: what it copies
-and multiplies, for comparison. `refresh`: new bases of one matrix, by the card's own clock, and what orthonormalises
-them. `launches`: kernels a layer in a steady step. `host`: the same step of narrow layers, so that the time is the
-host's. Both are of a Llama with Llama-2-7B's layers, 16 sequences of 256 tokens, activations checkpointed, rank 1024.
+random everywhere. `options`: a steady step of four layers with what the options add, by turns. `outside`: what of the
+card is taken beside what torch's allocator reserves. `card`: what it copies and multiplies, for comparison. `refresh`:
+new bases of one matrix, by the card's own clock, and what orthonormalises them. `launches`: kernels a layer in a steady
+step. `host`: the same step of narrow layers, so that the time is the host's. Both are of a Llama with Llama-2-7B's
+layers, 16 sequences of 256 tokens, activations checkpointed, rank 1024.
 """
 
 from __future__ import annotations
@@ -47,7 +48,15 @@ from tests.support.card import (
     tokens,
 )
 
-TABLES = ("bench", "outside", "card", "refresh", "launches", "host")  # first what is to have the card to itself
+TABLES = (
+    "bench",
+    "options",
+    "outside",
+    "card",
+    "refresh",
+    "launches",
+    "host",
+)  # first what is to have the card to itself
 RANK = sized(1024, SMALL_RANK)
 ROWS, LENGTH = sized((16, 256), (2, 16))
 MATRICES: tuple[tuple[int, int], ...] = sized(((4096, 4096), (11008, 4096), (4096, 11008)), ((64, 64), (256, 64)))
@@ -63,17 +72,24 @@ def adamw_8bit(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def galore(
-    layerwise: bool = True, rank: int = RANK, gap: int = 200, weight_decay: float = 0.0, **options: Any
+    layerwise: bool = True,
+    rank: int = RANK,
+    gap: int = 200,
+    weight_decay: float = 0.0,
+    hold_gradients: bool = False,
+    **options: Any,
 ) -> Build:
+    """A GaLoreAdamW8bit; options are those of a group."""
+
     def build(model: nn.Module) -> torch.optim.Optimizer:
         return GaLoreAdamW8bit(
             model.parameters(),
             lr=1e-5,
             weight_decay=weight_decay,
-            param_options=options_of(model, rank, update_proj_gap=gap, scale=2.0),
+            param_options=options_of(model, rank, update_proj_gap=gap, scale=2.0, **options),
             module=model,
             layerwise=layerwise,
-            **options,
+            hold_gradients=hold_gradients,
         )
 
     return build
@@ -133,6 +149,33 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
     measure(report, job)
     show(report, Console(width=150))
     return report.as_dict()
+
+
+def options(args: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds of a step of four layers, medians of rounds in which all have their turn."""
+    builds: dict[str, Build] = {
+        "bitsandbytes AdamW8bit": adamw_8bit,
+        "layerwise": galore(gap=NEVER),
+        "layerwise, norm_probes=0": galore(gap=NEVER, norm_probes=0),
+        "layerwise, held": galore(gap=NEVER, hold_gradients=True),
+        "layerwise, held, norm_probes=0": galore(gap=NEVER, hold_gradients=True, norm_probes=0),
+        "layerwise, residual=fira": galore(gap=NEVER, residual="fira"),
+        "layerwise, residual=sign": galore(gap=NEVER, residual="sign"),
+        "layerwise, scaling=channel": galore(gap=NEVER, scaling="channel"),
+        "layerwise, scaling=tensor, rank 1": galore(gap=NEVER, rank=1, scaling="tensor"),
+        "layerwise, rule=muon": galore(gap=NEVER, rule="muon"),
+    }
+    trainings = {name: Training(4, build) for name, build in builds.items()}
+    times: dict[str, list[float]] = {name: [] for name in trainings}
+    for training in trainings.values():
+        for _ in range(2):
+            training.step()
+    for _ in range(args.rounds):
+        for name, training in trainings.items():
+            times[name].append(seconds_of(training.step) * 1000)
+    first = statistics.median(times["layerwise"])
+    medians = {name: statistics.median(some) for name, some in times.items()}
+    return {name: {"ms a step": median, "× layerwise": median / first} for name, median in medians.items()}
 
 
 def outside(args: argparse.Namespace) -> dict[str, Any]:
@@ -283,7 +326,7 @@ def main() -> None:
     args = parser.parse_args()
     console = Console(width=150)
     figures: dict[str, Any] = {}
-    functions = {table.__name__: table for table in (bench, outside, card, refresh, launches, host)}
+    functions = {table.__name__: table for table in (bench, options, outside, card, refresh, launches, host)}
     for name in (name for name in TABLES if name in args.only):
         if name != "bench":
             freed()

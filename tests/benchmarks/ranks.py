@@ -10,8 +10,9 @@ own products in TF32), no weight decay, a refresh every 100 steps. The matrices 
 everything else at η, with every optimizer: both are swept, and a grid whose best point is at its edge is extended. A
 point is the mean of the seeds, which differ in initial weights and in the order of batches.
 
-All points of a grid and all seeds are one stack of models (`tests.benchmarks.stack_of_llamas`). With --results every
-finished run is a line of that file, and is not repeated.
+With --sweep-seeds the grids are of so many seeds, and only the best points of all. The points of a grid and its seeds
+are one stack of models (`tests.benchmarks.stack_of_llamas`). With --results every finished run is a line of that file,
+and is not repeated.
 """
 
 from __future__ import annotations
@@ -159,30 +160,38 @@ def train_stack(runs: Sequence[Run], cache: Path, device: str) -> list[float]:
 
 
 def sweep(contender: Contender, rank: int, points: set[Point], results: Results, args: argparse.Namespace) -> None:
-    """Do the points of a grid, and more of them while the best one is at its edge."""
+    """Do the points of a grid, more of them while the best one is at its edge, and then all seeds of the best."""
+
+    def runs(point: Point, seeds: Sequence[int]) -> list[Run]:
+        return [Run(contender.name, rank, point.lr, point.scale, seed, args.steps) for seed in seeds]
+
+    seeds = args.seeds[: args.sweep_seeds]
     for _ in range(1 + (EXTENSIONS if args.extend else 0)):
-        runs = [Run(contender.name, rank, *point, seed, args.steps) for point in sorted(points) for seed in args.seeds]
-        runs = [run for run in runs if run not in results.losses]
-        for start in range(0, len(runs), args.at_once):
-            if time.monotonic() > args.ends:
-                return
-            some, began = runs[start : start + args.at_once], time.perf_counter()
-            losses = train_stack(some, args.cache, args.device)
-            seconds = (time.perf_counter() - began) / len(some)
-            for run, loss in zip(some, losses, strict=True):
-                results.add(run, loss, seconds)
-        best = results.best(contender.name, rank, args.steps, args.seeds)
-        if best is None:
+        perform([run for point in sorted(points) for run in runs(point, seeds)], results, args)
+        found = results.best(contender.name, rank, args.steps, seeds)
+        if found is None:
             return
-        point, losses = best
-        console.print(
-            f"{contender.name:26} rank {rank:3}  η {point.lr:.2g} scale {point.scale:.4g}  "
-            f"{statistics.fmean(losses):.4f}  ({len(runs)} runs, {seconds * len(some) if runs else 0:.0f} s)"
-        )
-        more = _beyond(point, set(results.points(contender.name, rank, args.steps, args.seeds)), contender)
-        if not more:
+        best, losses = found
+        points = _beyond(best, set(results.points(contender.name, rank, args.steps, seeds)), contender)
+        if not points:
+            break
+    perform(runs(best, args.seeds), results, args)
+    losses = results.points(contender.name, rank, args.steps, args.seeds).get(best, losses)
+    at = f"η {best.lr:.2g} scale {best.scale:.4g}"
+    console.print(f"{contender.name:26} rank {rank:3}  {at}  {statistics.fmean(losses):.4f}")
+
+
+def perform(runs: Sequence[Run], results: Results, args: argparse.Namespace) -> None:
+    """Do the runs that are missing, until time is over."""
+    missing = [run for run in runs if run not in results.losses]
+    for start in range(0, len(missing), args.at_once):
+        if time.monotonic() > args.ends:
             return
-        points = more
+        some, began = missing[start : start + args.at_once], time.perf_counter()
+        losses = train_stack(some, args.cache, args.device)
+        seconds = (time.perf_counter() - began) / len(some)
+        for run, loss in zip(some, losses, strict=True):
+            results.add(run, loss, seconds)
 
 
 def _beyond(best: Point, known: set[Point], contender: Contender) -> set[Point]:
@@ -229,6 +238,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--sweep-seeds", type=int, help="how many of the seeds the grids are done with; all by default")
     parser.add_argument("--ranks", type=int, nargs="+", default=list(RANKS))
     parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), metavar="OPTIMIZER", help=", ".join(CONTENDERS))
     parser.add_argument("--lrs", type=float, nargs="+", help="the rates η to begin with")

@@ -95,13 +95,11 @@ class Llamas(nn.Module):
     def _normed(self, name: str, x: Tensor) -> Tensor:
         return functional.rms_norm(x, x.shape[-1:], eps=NORM_EPS) * self.get_parameter(name).unsqueeze(1)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """The logits, k × rows × length × vocabulary, of tokens of k × rows × length."""
+    def hidden(self, ids: Tensor) -> Tensor:
+        """What the head gets, k × rows · length × hidden, of tokens of k × rows × length."""
         k, rows, length = ids.shape
-        x = torch.stack(
-            [functional.embedding(one, weight) for one, weight in zip(ids, self.get_parameter("embed"), strict=True)]
-        )
-        x = x.view(k, rows * length, -1)
+        own_rows = self.shape.vocabulary * torch.arange(k, device=ids.device).view(k, 1, 1)
+        x = functional.embedding(ids + own_rows, self.get_parameter("embed").flatten(0, 1)).view(k, rows * length, -1)
         cos, sin = _rotary(length, self.shape.hidden // self.shape.heads, ids.device)
         for layer in range(self.shape.layers):
             normed = self._normed(f"{layer}_norm1", x)
@@ -115,12 +113,17 @@ class Llamas(nn.Module):
             normed = self._normed(f"{layer}_norm2", x)
             gate = functional.silu(self._linear(f"{layer}_gate", normed))
             x = x + self._linear(f"{layer}_down", gate * self._linear(f"{layer}_up", normed))
-        return (self._normed("norm", x) @ self.get_parameter("head").mT).view(k, rows, length, -1)
+        return self._normed("norm", x)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """The logits, k × rows × length × vocabulary, of tokens of k × rows × length."""
+        return (self.hidden(ids) @ self.get_parameter("head").mT).view(*ids.shape, -1)
 
     def losses(self, ids: Tensor, labels: Tensor) -> Tensor:
         """The mean loss of each model over the tokens that its labels (k × rows × length) do not set to −100."""
-        logits = self(ids)[:, :, :-1]
-        wanted = labels[:, :, 1:]
+        # The labels are moved, and not the logits cut: those are large.
+        wanted = functional.pad(labels[:, :, 1:], (0, 1), value=-100)
+        logits = self(ids)
         each = functional.cross_entropy(logits.flatten(0, 2), wanted.flatten(), reduction="none", ignore_index=-100)
         counts = (wanted != -100).flatten(1).sum(1)
         return each.view(len(ids), -1).sum(1) / counts

@@ -19,14 +19,17 @@ matrices is that of what the optimizer makes with a scale of 1: learning rate ×
 matrix of a stack as a parameter of its own and takes minutes, has the rest's rate of this package's default at the same
 rank.
 
-All points and seeds of an optimizer are one stack of models (`tests.benchmarks.stack_of_llamas`). Finished runs are
-lines of --results, and are not repeated, as long as the pretrained model is the same. --short: minutes on a CPU.
+With --sweep-seeds the grids are of so many seeds, and only their best points of all. The points of a grid and its seeds
+are one stack of models (`tests.benchmarks.stack_of_llamas`). Finished runs are lines of --results, and are not
+repeated, as long as the pretrained model is the same. --short is a trial of minutes on a CPU, and
+tells nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import hashlib
 import itertools
 import json
@@ -52,7 +55,7 @@ TASKS = ("chat", "origin")
 RANKS = (64, 16, 4)
 STEPS, ROWS, EVALUATED_ROWS = 200, 16, 32
 PRETRAINING_ROWS, PRETRAINING_RATES = 128, Rates(lr=6e-3, scale=1 / 3)
-TIMED_STEPS = 20
+TIMED_STEPS = SHORT_STEPS = 20
 
 UNIT, MATRICES_FACTOR, REST_FACTOR = 1e-3, 2.0, 4.0
 EXTENSIONS = 3
@@ -140,7 +143,34 @@ def pretrain(args: argparse.Namespace) -> None:
     )
 
 
-def stack(pretrained: dict[str, Tensor], seeds: Sequence[int], adapters: int, device: str) -> Llamas:
+class FewLearnt(Llamas):
+    """Llamas whose head is asked for the tokens that are learnt, and no others.
+
+    One in 64 where libraries are told from each other, and one in six in conversations: logits of all tokens would be
+    most of what a step reads and writes.
+    """
+
+    learnt: int = 0
+    """The most tokens of a batch that are learnt."""
+
+    def losses(self, ids: Tensor, labels: Tensor) -> Tensor:
+        """Those of `Llamas`."""
+        wanted = torch.nn.functional.pad(labels[:, :, 1:], (0, 1), value=IGNORED).flatten(1)
+        places = (wanted != IGNORED).int().topk(min(self.learnt, wanted.shape[1]), dim=1).indices
+        wanted = wanted.gather(1, places)
+        logits = self.logits_at(ids, places)
+        each = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), wanted.flatten(), reduction="none", ignore_index=IGNORED
+        )
+        return each.view(len(ids), -1).sum(1) / (wanted != IGNORED).sum(1)
+
+    def logits_at(self, ids: Tensor, places: Tensor) -> Tensor:
+        """The logits, k × c × vocabulary, after the tokens at k × c places among rows · length."""
+        hidden = self.hidden(ids)
+        return hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1])) @ self.get_parameter("head").mT
+
+
+def stack(pretrained: dict[str, Tensor], seeds: Sequence[int], adapters: int, device: str) -> FewLearnt:
     """Models that all begin with the pretrained weights; adapters differ by seed.
 
     Args:
@@ -150,7 +180,7 @@ def stack(pretrained: dict[str, Tensor], seeds: Sequence[int], adapters: int, de
         device: to be on.
     """
     different = sorted(set(seeds))
-    model = Llamas(SHAPE, different, adapters).to(device)
+    model = FewLearnt(SHAPE, different, adapters).to(device)
     places = torch.tensor([different.index(seed) for seed in seeds], device=device)
     for name, param in model.named_parameters():
         if name in pretrained:
@@ -179,6 +209,9 @@ def tune(runs: Sequence[Run], task: Task, pretrained: dict[str, Tensor], device:
         seed: torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(needed)])
         for seed, generator in generators.items()
     }
+    counts = (task.labels[:, 1:] != IGNORED).sum(1)
+    used = runs[0].steps * ROWS
+    model.learnt = max(int(counts[order[:used]].view(-1, ROWS).sum(1).max()) for order in orders.values())
     order = torch.stack([orders[run.seed] for run in runs]).to(device)
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
@@ -190,7 +223,7 @@ def tune(runs: Sequence[Run], task: Task, pretrained: dict[str, Tensor], device:
 
 
 @torch.no_grad()
-def evaluated(model: Llamas, task: Task, device: str) -> list[dict[str, float]]:
+def evaluated(model: FewLearnt, task: Task, device: str) -> list[dict[str, float]]:
     """The held-out loss of each model and, where an answer is one of some tokens, the share that is right."""
     k = len(model.seeds)
     total, right = (torch.zeros(k, dtype=torch.float64, device=device) for _ in range(2))
@@ -198,11 +231,10 @@ def evaluated(model: Llamas, task: Task, device: str) -> list[dict[str, float]]:
     rows, labels = task.held_out_rows.to(device).long(), task.held_out_labels.to(device).long()
     answers = torch.tensor(task.answers, device=device)
     for some_rows, some_labels in zip(rows.split(EVALUATED_ROWS), labels.split(EVALUATED_ROWS), strict=True):
+        row, place = (some_labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+        wanted, places = some_labels[row, place + 1], row * rows.shape[1] + place
         with tf32():
-            logits = model(some_rows.expand(k, *some_rows.shape))
-        row, place = (some_labels != IGNORED).nonzero(as_tuple=True)
-        row, place = row[place > 0], place[place > 0]
-        wanted, found = some_labels[row, place], logits[:, row, place - 1]
+            found = model.logits_at(some_rows.expand(k, *some_rows.shape), places.expand(k, -1))
         each = torch.nn.functional.cross_entropy(found.flatten(0, 1), wanted.repeat(k), reduction="none")
         total += each.view(k, -1).double().sum(1)
         counted += len(wanted)
@@ -245,6 +277,8 @@ class Sweep:
     seeds: tuple[int, ...]
     steps: int
     pretrained: str
+    swept: int | None = None
+    """How many of the seeds the grid is of, if not all; the others are for its best point."""
     rests: tuple[int, ...] = (-1, 0, 1)
     """The places of the rest's rate to begin with; one alone is the only one."""
 
@@ -258,12 +292,12 @@ class Sweep:
             return [Point(number, 0) for number in matrices]
         return [Point(number, rest) for number in matrices for rest in self.rests]
 
-    def runs(self, point: Point) -> list[Run]:
-        """Those of a point: one a seed."""
+    def runs(self, point: Point, seeds: Sequence[int] | None = None) -> list[Run]:
+        """Those of a point: one a seed, of all by default."""
         matrices, rest = point.rates()
         rest = matrices if self.contender.one_rate else rest
         of = (self.task, self.contender.name, self.rank, rest, matrices)
-        return [Run(*of, seed, self.steps, self.pretrained) for seed in self.seeds]
+        return [Run(*of, seed, self.steps, self.pretrained) for seed in seeds or self.seeds]
 
     def points(self, results: Results) -> dict[Point, list[dict[str, Any]]]:
         """What came of the points that are finished, within reach of the grid."""
@@ -271,20 +305,25 @@ class Sweep:
         reach = range(-2 - 2 * EXTENSIONS, 3 + 2 * EXTENSIONS)
         middle = grid[len(grid) // 2]
         near = [Point(middle.matrices + i, middle.rest + j) for i, j in itertools.product(reach, reach)]
-        found = {point: [results.found.get(run) for run in self.runs(point)] for point in dict.fromkeys([*grid, *near])}
+        seeds = self.seeds[: self.swept]
+        places = dict.fromkeys([*grid, *near])
+        found = {point: [results.found.get(run) for run in self.runs(point, seeds)] for point in places}
         if self.contender.one_rate:
             found = {point: lines for point, lines in found.items() if point.rest == 0}
         known = {point: [line for line in lines if line is not None] for point, lines in found.items()}
-        return {point: lines for point, lines in known.items() if len(lines) == len(self.seeds)}
+        return {point: lines for point, lines in known.items() if len(lines) == len(seeds)}
 
     def best(self, results: Results) -> tuple[Point, list[dict[str, Any]]] | None:
-        """The point with the lowest mean loss."""
+        """The point with the lowest mean loss, and what came of all its seeds that are known."""
 
         def mean(item: tuple[Point, list[dict[str, Any]]]) -> float:
             return statistics.fmean(line["loss"] for line in item[1])
 
         finite = {p: lines for p, lines in self.points(results).items() if all(math.isfinite(x["loss"]) for x in lines)}
-        return min(finite.items(), key=mean) if finite else None
+        if not finite:
+            return None
+        point = min(finite.items(), key=mean)[0]
+        return point, [results.found[run] for run in self.runs(point) if run in results.found]
 
     def beyond(self, results: Results) -> list[Point]:
         """The points next to the best one that are not known: none, where the best is at no edge."""
@@ -310,22 +349,31 @@ def perform(
     points = sweep.grid()
     if args.short:
         points = points[len(points) // 2 :][:1]
-    for _ in range(1 + (0 if args.short else EXTENSIONS)):
-        runs = [run for point in points for run in sweep.runs(point) if run not in results.found]
-        for some in _parts(runs, args.at_once):
+    seeds = sweep.seeds[: sweep.swept]
+
+    def do(runs: list[Run]) -> None:
+        missing = [run for run in runs if run not in results.found]
+        for some in _parts(missing, args.at_once):
             if time.monotonic() > args.ends:
                 return
             start = time.perf_counter()
             came = tune(some, task, pretrained, args.device)
+            gc.collect()  # an optimizer and its hooks are a cycle, with gigabytes
             seconds = time.perf_counter() - start
             for run, one in zip(some, came, strict=True):
                 results.add(run, {**one, "seconds": round(seconds / len(some), 3), "device": args.device_name})
             console.print(
                 f"{sweep.task:6} {sweep.contender.name:26} rank {sweep.rank:3}: {len(some)} in {seconds:.1f} s"
             )
+
+    for _ in range(1 + (0 if args.short else EXTENSIONS)):
+        do([run for point in points for run in sweep.runs(point, seeds)])
         points = sweep.beyond(results)
         if not points:
-            return
+            break
+    best = sweep.best(results)
+    if best is not None:
+        do(sweep.runs(best[0]))
 
 
 def _parts(runs: list[Run], at_once: int) -> Iterable[list[Run]]:
@@ -386,7 +434,9 @@ def sweeps_of(args: argparse.Namespace, fingerprint: str) -> list[Sweep]:
                 own = 1  # APOLLO-Mini
             else:
                 own = rank if contender.has_rank else 0
-            found += [Sweep(task, contender, own, tuple(args.seeds), args.steps, fingerprint) for task in args.tasks]
+            own_seeds, swept = tuple(args.seeds), args.sweep_seeds
+            of = (contender, own, own_seeds, args.steps, fingerprint, swept)
+            found += [Sweep(task, *of) for task in args.tasks]
     return sorted(dict.fromkeys(found), key=lambda sweep: sweep.contender.name in REST_OF)
 
 
@@ -406,10 +456,13 @@ def main() -> None:
     second.add_argument("--table", action="store_true", help="print what --results holds, and run nothing")
     second.add_argument("--steps", type=int, default=STEPS)
     second.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    second.add_argument("--sweep-seeds", type=int, help="how many of the seeds the grids are done with; all by default")
     second.add_argument("--ranks", type=int, nargs="+", default=list(RANKS))
     second.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     second.add_argument("--only", nargs="+", choices=list(CONTENDERS), metavar="OPTIMIZER", help=", ".join(CONTENDERS))
-    second.add_argument("--short", action="store_true", help="one point, one seed, one rank: minutes on a CPU")
+    second.add_argument(
+        "--short", action="store_true", help=f"one point, one seed, one rank, {SHORT_STEPS} steps: minutes on a CPU"
+    )
     second.add_argument("--at-once", type=int, help="models in a stack, at most; 48 on a card, 3 on CPUs")
     second.add_argument("--deadline", type=float, default=math.inf, help="seconds after which no stack is begun")
     args = parser.parse_args()
@@ -420,7 +473,7 @@ def main() -> None:
     args.at_once = args.at_once or (48 if args.device == "cuda" else 3)
     args.device_name = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
     if args.short:
-        args.seeds, args.ranks = args.seeds[:1], args.ranks[1:2]
+        args.seeds, args.ranks, args.steps = args.seeds[:1], args.ranks[:2][-1:], min(args.steps, SHORT_STEPS)
     fingerprint = hashlib.sha256(args.pretrained.read_bytes() + args.texts.read_bytes()).hexdigest()[:8]
     results, tasks = Results(args.results), texts.load(args.texts)
     pretrained = torch.load(args.pretrained, weights_only=True)

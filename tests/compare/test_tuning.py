@@ -121,6 +121,23 @@ def test_loss_and_accuracy_are_those_of_one_row_after_the_other() -> None:
 
 
 @pytest.mark.usefixtures("small")
+def test_the_loss_of_the_few_tokens_that_are_learnt_is_the_loss_with_its_gradient() -> None:
+    model, given = tuning.stack(weights(), [1, 2], 0, "cpu"), task()
+    ids, labels = (tensor[:12].view(2, 6, -1).long() for tensor in (given.rows, given.labels))
+    labels[0, 0, 1] = ids[0, 0, 1]  # the models do not learn equally many
+    model.learnt = 7
+    losses = model.losses(ids, labels)
+    losses.sum().backward()
+    found = {name: param.grad for name, param in model.named_parameters()}
+    model.zero_grad()
+    wanted = Llamas.losses(model, ids, labels)
+    wanted.sum().backward()
+    torch.testing.assert_close(losses, wanted)
+    for name, param in model.named_parameters():
+        torch.testing.assert_close(found[name], param.grad)
+
+
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("name", ["AdamW, two rates", "default", "LoRA"])
 def test_a_run_in_a_stack_is_the_run_alone(name: str) -> None:
     runs = [tuning.Run("origin", name, 4, rest, matrices, seed, 6, "") for rest, matrices, seed in CASES]
