@@ -8,9 +8,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 from .option import AUTO as AUTO
+from .option import Key as Key
 from .option import Option, boolean, natural_int, one_of, or_auto, or_none, positive_float, positive_int
 from .synonyms import GALORE, GALORE_PHRASES, plain, synonym
 
@@ -80,7 +81,7 @@ _MEANINGS = {
     "moments": "what a refresh does to them",
     "proj_bits": "of an element of a basis",
     "gradient_bits": "of low-rank gradients that are held",
-    "norm_probes": "columns that tell the true norm; 0: R's norm",
+    "norm_probes": "columns for the true norm; 0: R's",
     "rule": "if not optim's rule",
     "residual": "what becomes of G outside the basis",
     "residual_scale": "multiplies the residual's update",
@@ -97,28 +98,14 @@ _DEFAULTS_ELSEWHERE = {
 }
 
 
-class Key(NamedTuple):
-    """A key of `optim_args`, in words: what a screen of help and a table of the documentation show."""
-
-    name: str
-    values: tuple[str, ...]
-    """Each of them as it is written, or one that describes them all: `integer ≥ 1`."""
-    default: str
-    """As it is written; where something else decides, what that is."""
-    meaning: str
-    """In at most 45 characters, for a screen."""
-
-    @property
-    def is_set(self) -> bool:
-        """Whether the default is a value, rather than what something else decides."""
-        return self.name not in _DEFAULTS_ELSEWHERE
-
-
 def keys() -> tuple[Key, ...]:
     """All keys of `optim_args`, in words."""
     written = {key: _written(value) for key, value in dataclasses.asdict(GaLoreConfig()).items()}
     defaults = {**written, **_DEFAULTS_ELSEWHERE}
-    return tuple(Key(name, option.values, defaults[name], _MEANINGS[name]) for name, option in _OPTIONS.items())
+    return tuple(
+        Key(name, option.values, defaults[name], _MEANINGS[name], is_set=name not in _DEFAULTS_ELSEWHERE)
+        for name, option in _OPTIONS.items()
+    )
 
 
 def _written(value: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 AUTO: Literal["auto"] = "auto"
 """The `scale` that goes with the rank."""
@@ -83,3 +83,17 @@ def or_auto(option: Option) -> Option:
 def or_none(option: Option) -> Option:
     """The option, with `None` for what something else decides."""
     return dataclasses.replace(option, is_valid=lambda v: v is None or option.is_valid(v))
+
+
+class Key(NamedTuple):
+    """A key of `optim_args`, in words: what a screen of help and a table of the documentation show."""
+
+    name: str
+    values: tuple[str, ...]
+    """Each of them as it is written, or one that describes them all: `integer ≥ 1`."""
+    default: str
+    """As it is written; where something else decides, what that is."""
+    meaning: str
+    """In at most 45 characters, for a screen."""
+    is_set: bool
+    """Whether the default is a value, rather than what something else decides."""

@@ -27,7 +27,6 @@ from torch import Tensor
 
 from ..lowrank.products import FactoredGradient, Gradient, GroupedGradient
 from ..lowrank.projection import Bases, norm_of
-from ..lowrank.seeds import held_seed
 from .gradient import BasisVersion, LowRankGradient, UncommittedRefresh, UsedGradient
 from .mode import Mode
 from .passes import Passes
@@ -152,10 +151,12 @@ class Window:
     def _projected(self, gradient: Gradient) -> Tensor:
         """The low-rank gradient in the present basis, which is kept for an update that is to follow at once."""
         bases = self.target.bases_here()
-        at_once = self.exchange is None and not self._must_hold()
-        self._bases_at_hand = (self.target.version, bases) if at_once else None
-        is_known = at_once and self._mode.whole_norms  # the norm
-        return self.target.projected_by(gradient, bases if is_known else self.target.with_probes_here(bases))
+        self._bases_at_hand = (self.target.version, bases) if self._is_at_once() else None
+        return self.target.projected_by(gradient, self.target.with_probes_here(bases) if self._probes() else bases)
+
+    def _probes(self) -> bool:
+        """Whether norm probes are to tell the norm: else it is known, of all that there is of a gradient."""
+        return not (self._mode.whole_norms and self._is_at_once())
 
     def whole_of(self, factors: FactoredGradient | GroupedGradient) -> Tensor:
         """G of one use of the weight, of several."""
@@ -233,7 +234,7 @@ class Window:
         param, target = self.param, self.target
         if self._must_hold():
             self._filled = True
-            self._hold(gradient)
+            self.target.hold(gradient)
             if param.grad is not gradient:
                 param.grad = gradient
             return
@@ -254,7 +255,7 @@ class Window:
         norm = norm_of(whole) if self._mode.whole_norms else None
         if not self._refresh_due():
             return LowRankGradient(param, self._projected(whole), target.version, norm=norm)
-        return self._refreshed(target.new_basis(whole, held=True), norm)
+        return self._refreshed(target.new_basis(whole, held=self._probes()), norm)
 
     def _refreshed(self, made: NewBasis, norm: Tensor | None) -> LowRankGradient:
         """The low-rank gradient of G that bases were made from, which are used from now on."""
@@ -279,7 +280,7 @@ class Window:
             assert isinstance(gradient, LowRankGradient)
             self._filled = True
             if kind is None:
-                self._hold(gradient)
+                self.target.hold(gradient)
         exchange.receive(self)
 
     def low_rank_to_send(self) -> Tensor:
@@ -315,13 +316,6 @@ class Window:
         norm = torch.tensor(made.norm, device=self.param.device) if self._mode.whole_norms else None
         self._use(self._refreshed(made, norm))
 
-    def _hold(self, gradient: LowRankGradient) -> None:
-        """Let a low-rank gradient take no more memory until `step()` than it has to."""
-        target, group = self.target, self.target.group
-        if group.get("gradient_bits", 16) == 8:
-            step = int(target.state["step"].item())
-            gradient.hold_in_8_bits(held_seed(group.get("gradient_seed", 0), target.index, step))
-
     def _leave_used(self) -> None:
         param, used = self.param, self._used
         self._updated = True
@@ -329,6 +323,10 @@ class Window:
             used = self._used = UsedGradient(param, self.trained.name)
         used.start(self._norm)
         param.grad = used
+
+    def _is_at_once(self) -> bool:
+        """Whether an update is to follow in this backward pass."""
+        return self.exchange is None and not self._must_hold()
 
     def _must_hold(self) -> bool:
         if self.exchange is not None and self.exchange.accumulates:

@@ -12,12 +12,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..config import ProjBits
 from .nonfinite import Skip
 from .projection import Bases, Side, add_projected_back_, at_least_float32, basis_shapes, for_each
-from .scales import growth_limit
+from .scales import channel_norms, growth_limit
 
-# R of a channel that is this many times what rounding makes of a channel without any says nothing of the channel.
-_CERTAIN = 4.0
+# Of what R has of a channel by chance, the part that rounding makes of a channel without any, as a multiple of the
+# precision: rounding spreads over all directions, too.
+ROUNDING = 4.0
+# ‖S_j‖ / ‖G_j‖ of a gradient in the span of bases that are kept in so many bits: 5e-8 in float64, 0.006 ± 0.002, and
+# 0.07 ± 0.01.
+_LEFT_BY_BASES: dict[ProjBits, float] = {16: 2.5e-7, 8: 0.01, 4: 0.1}
 
 
 class Term(NamedTuple):
@@ -70,27 +75,22 @@ def residual_of(gradient: Tensor, low_rank: Tensor, bases: Bases, *, spare: bool
     return residual
 
 
-def least_low_rank(norms: Tensor, shape: Sequence[int], side: Side, rank: int, dtype: torch.dtype) -> Tensor:
-    """The norm of R_j that rounding alone may give: what is not above it says nothing of a channel j.
-
-    A channel that lies beside the basis has an R_j of rounding, and ‖N_j‖ / ‖R_j‖ would blow S_j up by as much as
-    numbers of `dtype` are precise.
+def part_by_chance(shape: Sequence[int], side: Side, rank: int) -> float:
+    """‖R_j‖ / ‖G_j‖ in random orthonormal bases, which have r of m directions.
 
     Args:
-        norms: ‖G_j‖, from `channel_norms`.
         shape: m × n, or k × m × n, of G.
         side: that is projected.
         rank: r.
-        dtype: of G.
     """
-    # Rounding spreads over all m directions, of which a basis has r.
-    part = math.prod((rank / basis[-2]) ** 0.5 for basis in basis_shapes(shape, side, rank) if basis is not None)
-    return norms * (_CERTAIN * precision(dtype) * part)
+    shapes = basis_shapes(shape, side, rank)
+    return math.sqrt(math.prod(rank / basis[-2] for basis in shapes if basis is not None))
 
 
 def precision(dtype: torch.dtype) -> float:
-    """The relative error of a matrix product of `dtype`; in float32 it may have been made of 10 bits (TF32)."""
-    return max(torch.finfo(dtype).eps, 2.0**-10) if dtype != torch.float64 else torch.finfo(dtype).eps
+    """What is nothing beside 1 in products of matrices of `dtype`, with bases that a refresh has made of a gradient."""
+    # Those of float32 may be made of 10 bits (TF32). A power iteration leaves 1e-9 of the basis before, in any dtype.
+    return 2.0**-26 if dtype == torch.float64 else max(torch.finfo(dtype).eps, 2.0**-10)
 
 
 def limited(factors: Tensor, norms: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,16 +109,21 @@ def limited(factors: Tensor, norms: Tensor, before: Tensor) -> tuple[Tensor, Ten
     return factors * for_each(limit), torch.where(norm > 0, norm * limit, before)
 
 
-def sign_of_(residual: Tensor, norms: Tensor, side: Side) -> Tensor:
-    """sign(S) in place of S, and 0 for elements that are what rounding has left of a gradient that the basis has.
+def sign_of_(residual: Tensor, norms: Tensor, side: Side, bits: ProjBits) -> Tensor:
+    """sign(S) in place of S, and 0 for what rounding has left of a gradient that the bases have.
+
+    That is what there is where the gradient has a lower rank than the bases: a sign would blow it up to full size.
 
     Args:
         residual: S.
         norms: ‖G_j‖, from `channel_norms`.
         side: that is projected.
+        bits: that an element of a basis is kept in.
     """
+    certain = channel_norms(residual, side) > norms * max(precision(residual.dtype), _LEFT_BY_BASES[bits])
     lengths = {"left": residual.shape[-2], "right": residual.shape[-1], "full": residual.shape[-2:].numel()}
-    least = norms * (precision(residual.dtype) / lengths[side] ** 0.5)
+    least = norms * (2 * precision(residual.dtype) / lengths[side] ** 0.5)
+    least = torch.where(certain, least.clamp_min_(torch.finfo(least.dtype).tiny), torch.inf)
     # In place throughout: a comparison would make two matrices more.
-    signs: Tensor = residual.div_(least.clamp_min_(torch.finfo(least.dtype).tiny)).trunc_().sign_()
+    signs: Tensor = residual.div_(least).trunc_().sign_()
     return signs

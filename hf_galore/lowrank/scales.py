@@ -17,6 +17,7 @@ from .projection import Side, at_least_float32, for_each, norm_of_each
 
 GROWTH = 1.01
 """γ, by which the norm of a limited term may grow from one step to the next (of Fira and of APOLLO)."""
+_LEAST_PART = 1 / 16
 
 
 def scale_of(group: Mapping[str, Any], shape: Sequence[int]) -> float:
@@ -56,17 +57,26 @@ def channel_norms(matrix: Tensor, side: Side) -> Tensor:
     return norms
 
 
-def channel_scales(direction: Tensor, low_rank: Tensor, side: Side, least: Tensor | float = 0.0) -> Tensor:
+def channel_scales(
+    direction: Tensor, low_rank: Tensor, side: Side, by_chance: Tensor | None = None, rounding: float = 0.0
+) -> Tensor:
     """‖N_j‖ / ‖R_j‖ of each channel j, in the shape that multiplies a gradient; 0 where R has nothing of a channel.
+
+    A channel that the bases nearly miss has an R_j of next to nothing, and a ratio without bounds: it is that of an
+    R_j of a sixteenth of what it is by chance, at most.
 
     Args:
         direction: N, of R's shape.
         low_rank: R.
         side: that is projected; `full` for one number for the matrix.
-        least: what ‖R_j‖ has to be above.
+        by_chance: ‖R_j‖ as it would be in random bases; `None` for no bound.
+        rounding: the part of `by_chance` that rounding alone may make.
     """
-    of_gradient = channel_norms(low_rank, side)
-    return torch.where(of_gradient > least, channel_norms(direction, side) / of_gradient, 0.0)
+    of_gradient, of_direction = channel_norms(low_rank, side), channel_norms(direction, side)
+    if by_chance is None:
+        by_chance = torch.zeros_like(of_gradient)
+    bounded = torch.maximum(of_gradient, by_chance * _LEAST_PART)
+    return torch.where(of_gradient > by_chance * rounding, of_direction / bounded, 0.0)
 
 
 def growth_limit(norm: Tensor, before: Tensor) -> Tensor:

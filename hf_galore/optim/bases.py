@@ -127,6 +127,8 @@ class NewBasis:
     watch: Stopwatch
     of_stack: OfStack | None = None
     """Of a stack, what there is to know of each matrix."""
+    probes: Bases | None = None
+    """The norm probes of the new bases, where they have been made: R is R' then."""
 
     def tensors(self) -> State:
         """All of it as tensors by name, to be sent to other processes."""

@@ -10,15 +10,16 @@ import dataclasses
 import math
 import weakref
 
+import torch
 from torch import Tensor
 
-from ..backward.gradient import BasisVersion
+from ..backward.stand_in import BasisVersion, LowRankTensor
 from ..config import NORM_PROBES
 from ..lowrank.matrices import as_matrices
 from ..lowrank.probes import held_shape, probe_shapes, probes_for, without_probes
 from ..lowrank.products import Gradient
 from ..lowrank.projection import Bases, Side, low_rank_shape, project, with_columns
-from ..lowrank.seeds import probe_seed
+from ..lowrank.seeds import held_seed, probe_seed
 from .bases import BasisLayout, NewBasis, State, numbers_of
 from .groups import Group
 from .turns import Turns
@@ -123,12 +124,25 @@ class Projecting(Turns):
             counts = [count + (index in matrices) for index, count in enumerate(counts)]
         bases = self.layout.read(made.kept, self.param.dtype)
         probes = probes_for(bases, self.probes, probe_seed(self.index, max(counts)))
-        held = self.projected_by(gradient, with_columns(bases, probes))
+        if self.side == "full":
+            held = self.projected_by(gradient, with_columns(bases, probes))
+        else:
+            held = torch.cat([made.low_rank, self.projected_by(gradient, probes)], self._probed_dim(gradient))
         if made.is_zero:
             held.zero_()
         elif made.is_lost:
             held.fill_(math.nan)
-        return dataclasses.replace(made, low_rank=held)
+        return dataclasses.replace(made, low_rank=held, probes=probes)
+
+    def _probed_dim(self, gradient: Gradient) -> int:
+        """The dimension in which norm probes are beside R, as `projected_by` gives that of a gradient."""
+        return -2 if self.side == "left" else -1
+
+    def hold(self, gradient: LowRankTensor) -> None:
+        """Let a low-rank gradient take no more memory until `step()` than it has to."""
+        if self.group.get("gradient_bits", 16) == 8:
+            seed = held_seed(self.group.get("gradient_seed", 0), self.index, int(self.state["step"].item()))
+            gradient.hold_in_8_bits(seed)
 
     def _of_held(self, held: Tensor) -> Tensor:
         """R of what is held of a gradient."""

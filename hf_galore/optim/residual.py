@@ -14,7 +14,16 @@ from torch import Tensor
 
 from ..lowrank.nonfinite import Skip
 from ..lowrank.projection import Bases, norm_of, projected_back
-from ..lowrank.residual import Term, least_low_rank, limited, residual_of, sign_of_, without_skipped
+from ..lowrank.residual import (
+    ROUNDING,
+    Term,
+    limited,
+    part_by_chance,
+    precision,
+    residual_of,
+    sign_of_,
+    without_skipped,
+)
 from ..lowrank.scales import channel_norms, channel_scales
 from .bases import NewBasis, State
 from .movement import Movement, WholeGradient
@@ -130,8 +139,9 @@ class ResidualTarget(TargetOfGradient):
         low_rank = by.low_rank if skip.flag is None else by.low_rank.masked_fill(skip.flag.bool(), 0.0)
         residual = residual_of(gradient, low_rank, bases, spare=spare)
         if not self.is_limited:
-            return Term(sign_of_(residual, norms, self.side), group["residual_scale"])
-        least = least_low_rank(norms, self.matrix_shape, self.side, self.rank, gradient.dtype)
-        factors = channel_scales(by.direction, low_rank, self.side, least)
+            return Term(sign_of_(residual, norms, self.side, group["proj_bits"]), group["residual_scale"])
+        by_chance = norms * part_by_chance(self.matrix_shape, self.side, self.rank)
+        rounding = ROUNDING * precision(gradient.dtype)
+        factors = channel_scales(by.direction, low_rank, self.side, by_chance, rounding)
         factors = self._limited(factors, channel_norms(residual, self.side))
         return Term(residual, factors * group["residual_scale"])

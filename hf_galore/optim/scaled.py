@@ -61,10 +61,14 @@ class ScaledTarget(TargetOfGradient):
         return random_projections(self._shapes, self.rank, seeds, self.param.dtype, self.param.device)
 
     @torch.no_grad()
-    def new_basis(self, gradient: Gradient) -> NewBasis:
+    def new_basis(self, gradient: Gradient, *, held: bool = False) -> NewBasis:
         """The low-rank gradient in the next projections, unless the gradient is zero or not finite.
 
         Waits for the device once, and changes nothing but the count of updates, as where bases are made of gradients.
+
+        Args:
+            gradient: G.
+            held: of no meaning here: what needs the gradient itself is not held.
         """
         watch = Stopwatch(self.param.device)
         gradient = self._as_matrices(gradient)
@@ -106,8 +110,10 @@ class ScaledTarget(TargetOfGradient):
     def _move(self, by: Movement, step: int, skip: Skip) -> None:
         group, (weight, is_view), alpha = self.group, self._matrices(), self._alpha(by.factor)
         gradient, _ = self._whole_of(by, skip)
-        factors = channel_scales(by.direction, by.low_rank, self.side_of_scales)
-        term = Term(gradient, self._limited(factors, channel_norms(gradient, self.side_of_scales)))
+        norms = channel_norms(gradient, self.side_of_scales)
+        # R has the norm of G by chance.
+        factors = channel_scales(by.direction, by.low_rank, self.side_of_scales, norms)
+        term = Term(gradient, self._limited(factors, norms))
         if weight.dtype in (torch.float32, torch.float64):
             if decay_of(group) != 1:
                 weight.mul_(decay_unless(skip.flag, weight.dtype, decay_of(group)))

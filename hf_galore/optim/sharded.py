@@ -185,8 +185,6 @@ class ShardedTarget(Sharded, Target):
     def _derive(self) -> None:
         super()._derive()
         self.layout = ShardedBasisLayout(self._shapes, self.group["proj_bits"], self.ranks, self._shard.dim)
-        if self.side == "full":
-            self.probes = 0  # rows of R' would be divided otherwise than those of R
 
     def _shape_of_gradient(self) -> tuple[int, ...]:
         """The shape of R, its long side first: that is divided."""
@@ -259,11 +257,19 @@ class ShardedTarget(Sharded, Target):
             bases = self.bases_here()
             self.update(self.projected_by(gradient, bases), norm, bases=bases)
 
+    def _probed_dim(self, gradient: Gradient) -> int:
+        return super()._probed_dim(gradient) if isinstance(gradient, SummedGradient) else -1
+
     def _of_held(self, held: Tensor) -> Tensor:
-        return held[:, : self.rank].contiguous() if self.probes else held
+        """This process's rows of R; where both sides are projected, and rows are divided otherwise with probes, all."""
+        if held.shape[1] == self.rank:
+            return held
+        if self.side == "full":
+            held = self.ranks.gather(held, self.held_shape[0])[: self.rank]
+        return held[:, : self.rank].contiguous()
 
     def _direction(self, low_rank: Tensor, group: Group, step: int, skip: Skip) -> tuple[Tensor, float]:
-        if self.side == "full":
+        if self.side == "full" and len(low_rank) < self.rank:
             low_rank = self.ranks.gather(low_rank, self.rank)
         direction, factor = super()._direction(low_rank, group, step, skip)
         if self.side != "full" and not self._is_local:

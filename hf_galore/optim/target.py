@@ -167,7 +167,7 @@ class Target(Projecting):
             state[key].copy_(value)
         if "gap_factor" in state:
             self._lengthen_gaps(made, before)
-        self._version = version
+        self._version, version.probes = version, made.probes
         overlap = made.overlap if before.had_basis else None
         self.owner.journal.refreshes.add(Refresh(made.captured_energy, overlap, made.watch))
         return before

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..backward.linear import why_not_patchable
 from ..config import RefreshMethod
-from ..lowrank.projection import Side, low_rank_shape
+from ..lowrank.probes import held_shape, probe_shapes
+from ..lowrank.projection import Side, basis_shapes, low_rank_shape
 from ..optim.optimizer import GaLoreOptimizer
 from ..optim.target import Target
 from ..rules.adam_8bit import Adam8bit
@@ -36,8 +37,12 @@ class Projection:
     """Bytes of an element of the direction that the rule makes of R."""
     without_gradient: bool = False
     """Whether the backward pass computes R without G."""
+    probes: int = 0
+    """How many norm probes are beside a basis, at most, in what is held of a gradient."""
     matrices: tuple[int, ...] | None = None
     """What the parameter is projected as, m × n or a stack k × m × n, where that is not its own shape."""
+    needs_gradient: bool = False
+    """Whether updates need G itself, besides R."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +76,14 @@ class Parameter:
         if self.projection is None:
             return 0
         return math.prod(low_rank_shape(self.matrices, self.projection.side, self.projection.rank))
+
+    @property
+    def held_shape(self) -> tuple[int, ...]:
+        """The shape of what is held of a target's gradient: of R, and what norm probes give."""
+        assert self.projection is not None
+        side, rank = self.projection.side, self.projection.rank
+        probes = probe_shapes(basis_shapes(self.matrices, side, rank), self.projection.probes)
+        return held_shape(low_rank_shape(self.matrices, side, rank), probes)
 
     @property
     def matrices(self) -> tuple[int, ...]:
@@ -184,8 +197,10 @@ def _projection(target: Target, state: Mapping[str, Tensor], without_gradient: b
         group["proj_bits"] != 16,
         # 8-bit kernels give it in the gradient's dtype, others in that of the moments.
         target.param.element_size() if isinstance(target.rule, Adam8bit) else max(4, itemsize),
-        without_gradient,
+        without_gradient and not target.needs_gradient,
+        target.probes,
         target.matrix_shape,
+        bool(target.needs_gradient),
     )
 
 

@@ -21,6 +21,7 @@ What is left out are single numbers: losses, norms, counts of tokens, flags.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from typing import Literal
@@ -95,18 +96,24 @@ def _replicated(parameter: Parameter, devices: Devices, share: float) -> dict[Ki
 
     - A full-rank parameter, and of an optimizer without hooks a target: its gradient, all-reduced, in the gradient's
       dtype (torch, `torch/csrc/distributed/c10d/reducer.cpp`).
-    - A target of one with hooks: R, in the gradient's dtype, or with `exchange=dense` G, all-reduced. Where a step
-      refreshes its basis, G (of the first micro-batch) is reduced to one rank in place of that; what other
-      micro-batches bring is exchanged as R (`hf_galore.backward.exchange`).
+    - A target of one with hooks: R, and what norm probes give, in the gradient's dtype, or with `exchange=dense` G,
+      all-reduced. Where a step refreshes its basis, G (of the first micro-batch) is reduced to one rank in place of
+      that; what other micro-batches bring is exchanged as R (`hf_galore.backward.exchange`).
+    - A target whose update needs G itself (a residual, or scaling): G, all-reduced, with hooks and without.
     - A refresh: the new basis as it is kept, and R, broadcast from the rank that has computed them.
     """
     if not parameter.trained:
         return {}
-    whole, low_rank = (numel * parameter.wire_itemsize for numel in (parameter.numel, parameter.low_rank_numel))
+    whole = parameter.numel * parameter.wire_itemsize
     if parameter.projection is None:
         return {"all-reduce": whole}
-    payload: dict[Kind, float] = {"all-reduce": whole, "broadcast": share * (parameter.basis_bytes + low_rank)}
-    if devices.hooked:
+    low_rank = parameter.low_rank_numel * parameter.wire_itemsize
+    hooked = devices.hooked and not parameter.projection.needs_gradient
+    if hooked:
+        low_rank = math.prod(parameter.held_shape) * parameter.wire_itemsize
+    sent = parameter.basis_bytes + low_rank if parameter.basis_bytes else 0  # random projections are made of a seed
+    payload: dict[Kind, float] = {"all-reduce": whole, "broadcast": share * sent}
+    if hooked:
         several = devices.micro_batches > 1
         usual = whole if devices.exchange == "dense" and not several else low_rank
         payload["all-reduce"] = usual if several else (1 - share) * usual
@@ -146,7 +153,7 @@ def _target(parameter: Parameter, projection: Projection, devices: Devices, shar
     Source: `hf_galore.optim.sharded`.
     """
     (m, n), r, side, ranks = parameter.shape, projection.rank, projection.side, devices.processes
-    without = projection.without_gradient
+    without, itemsize = projection.without_gradient, parameter.wire_itemsize
     payload: dict[Kind, float] = defaultdict(float)
     of_step = projection.right_bytes + (projection.left_bytes if projection.in_codes else 0)
     of_backward = devices.micro_batches * parameter.basis_bytes if without else 0
@@ -154,15 +161,18 @@ def _target(parameter: Parameter, projection: Projection, devices: Devices, shar
     # A refresh has the old bases and the new ones besides, in place of those of a projected backward.
     payload["all-gather"] += share * (1 if without else 2) * parameter.basis_bytes
     rows = {"right": m, "left": n, "full": r}[side]
-    low_rank = padded(rows, ranks) * r
+    columns = r
+    if without and projection.probes:  # or else G, which FSDP2 reduces once a step, tells its norm
+        rows, columns = sorted(parameter.held_shape, reverse=True)  # the long side is divided
+        payload["all-gather"] += share * parameter.basis_bytes  # for the probes of new bases
     if without:
-        payload["reduce-scatter"] += (devices.micro_batches - share) * low_rank * parameter.wire_itemsize
-        payload["all-reduce"] += share * 4 * rows * r  # of the micro-batch that has brought a new basis
+        payload["reduce-scatter"] += (devices.micro_batches - share) * padded(rows, ranks) * columns * itemsize
+        payload["all-reduce"] += share * 4 * rows * columns  # of the micro-batch that has brought a new basis
     elif side != "right":
-        payload["reduce-scatter"] += low_rank * parameter.wire_itemsize
+        payload["reduce-scatter"] += padded(rows, ranks) * columns * itemsize
     if side != "right":
-        of_element = projection.direction_itemsize if side == "left" else parameter.wire_itemsize
-        payload["all-gather"] += low_rank * of_element
+        of_element = projection.direction_itemsize if side == "left" else itemsize
+        payload["all-gather"] += padded(rows, ranks) * (columns if side == "full" else r) * of_element
     for kind, nbytes in _refresh(m, n, projection, ranks).items():
         payload[kind] += share * nbytes
     return payload

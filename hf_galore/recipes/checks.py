@@ -13,6 +13,7 @@ from trl import ModelConfig
 
 from ..config import GaLoreConfig
 from ..errors import UserError
+from ..integrations.holding import check_arguments as check_held
 from ..integrations.trainer import KINDS, optim_name
 from ..log import logger
 from ..optim.admission import check_refresh
@@ -164,6 +165,7 @@ def galore_config(training_args: TrainingArguments) -> GaLoreConfig | None:
         return None
     config = GaLoreConfig.from_optim_args(training_args.optim_args)
     check_refresh(config.group_options())
+    check_held(optim_name(training_args), config, training_args)
     hooked = KINDS[optim_name(training_args)].layerwise or bool(config.projected_backward)
     try:
         check_gradient_bits([config.group_options()], hooked=hooked)

@@ -119,12 +119,12 @@ def test_no_two_gradients_are_alive_at_a_time(option: str, monkeypatch: pytest.M
 
 
 def test_other_targets_keep_their_projected_backward() -> None:
-    net = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
-    weights = [layer.weight for layer in net]
+    layers = [nn.Linear(16, 16), nn.Linear(16, 16)]
+    net, weights = nn.Sequential(*layers), [layer.weight for layer in layers]
     groups = [
         {"params": [weights[0]], "rank": 4},
         {"params": [weights[1]], "rank": 4, "residual": "fira"},
-        {"params": [layer.bias for layer in net]},
+        {"params": [layer.bias for layer in layers]},
     ]
     optimizer = GaLoreAdamW(groups, lr=1e-2, module=net, layerwise=True)
     assert [isinstance(layer, ProjectedLinear) for layer in net] == [True, False]

@@ -161,22 +161,23 @@ def train_stack(runs: Sequence[Run], cache: Path, device: str) -> list[float]:
 
 def sweep(contender: Contender, rank: int, points: set[Point], results: Results, args: argparse.Namespace) -> None:
     """Do the points of a grid, more of them while the best one is at its edge, and then all seeds of the best."""
+
+    def runs(point: Point, seeds: Sequence[int]) -> list[Run]:
+        return [Run(contender.name, rank, point.lr, point.scale, seed, args.steps) for seed in seeds]
+
     seeds = args.seeds[: args.sweep_seeds]
     for _ in range(1 + (EXTENSIONS if args.extend else 0)):
-        perform(
-            [Run(contender.name, rank, *point, seed, args.steps) for point in sorted(points) for seed in seeds],
-            results,
-            args,
-        )
-        best = results.best(contender.name, rank, args.steps, seeds)
-        if best is None:
+        perform([run for point in sorted(points) for run in runs(point, seeds)], results, args)
+        found = results.best(contender.name, rank, args.steps, seeds)
+        if found is None:
             return
-        points = _beyond(best[0], set(results.points(contender.name, rank, args.steps, seeds)), contender)
+        best, losses = found
+        points = _beyond(best, set(results.points(contender.name, rank, args.steps, seeds)), contender)
         if not points:
             break
-    perform([Run(contender.name, rank, *best[0], seed, args.steps) for seed in args.seeds], results, args)
-    losses = results.points(contender.name, rank, args.steps, args.seeds).get(best[0], best[1])
-    at = f"η {best[0].lr:.2g} scale {best[0].scale:.4g}"
+    perform(runs(best, args.seeds), results, args)
+    losses = results.points(contender.name, rank, args.steps, args.seeds).get(best, losses)
+    at = f"η {best.lr:.2g} scale {best.scale:.4g}"
     console.print(f"{contender.name:26} rank {rank:3}  {at}  {statistics.fmean(losses):.4f}")
 
 

@@ -19,9 +19,9 @@ matrices is that of what the optimizer makes with a scale of 1: learning rate ×
 matrix of a stack as a parameter of its own and takes minutes, has the rest's rate of this package's default at the same
 rank.
 
-All points and seeds of an optimizer are one stack of models (`tests.benchmarks.stack_of_llamas`). Finished runs are
-lines of --results, and are not repeated, as long as the pretrained model is the same. --short is a trial of minutes on
-a CPU, and tells nothing.
+With --sweep-seeds the grids are of so many seeds, and only their best points of all. The points of a grid and its seeds
+are one stack of models (`tests.benchmarks.stack_of_llamas`). Finished runs are lines of --results, and are not
+repeated, as long as the pretrained model is the same. --short is a trial of minutes on a CPU, and tells nothing.
 """
 
 from __future__ import annotations
@@ -276,6 +276,8 @@ class Sweep:
     seeds: tuple[int, ...]
     steps: int
     pretrained: str
+    swept: int | None = None
+    """How many of the seeds the grid is of, if not all; the others are for its best point."""
     rests: tuple[int, ...] = (-1, 0, 1)
     """The places of the rest's rate to begin with; one alone is the only one."""
 
@@ -289,12 +291,12 @@ class Sweep:
             return [Point(number, 0) for number in matrices]
         return [Point(number, rest) for number in matrices for rest in self.rests]
 
-    def runs(self, point: Point) -> list[Run]:
-        """Those of a point: one a seed."""
+    def runs(self, point: Point, seeds: Sequence[int] | None = None) -> list[Run]:
+        """Those of a point: one a seed, of all by default."""
         matrices, rest = point.rates()
         rest = matrices if self.contender.one_rate else rest
         of = (self.task, self.contender.name, self.rank, rest, matrices)
-        return [Run(*of, seed, self.steps, self.pretrained) for seed in self.seeds]
+        return [Run(*of, seed, self.steps, self.pretrained) for seed in seeds or self.seeds]
 
     def points(self, results: Results) -> dict[Point, list[dict[str, Any]]]:
         """What came of the points that are finished, within reach of the grid."""
@@ -302,20 +304,25 @@ class Sweep:
         reach = range(-2 - 2 * EXTENSIONS, 3 + 2 * EXTENSIONS)
         middle = grid[len(grid) // 2]
         near = [Point(middle.matrices + i, middle.rest + j) for i, j in itertools.product(reach, reach)]
-        found = {point: [results.found.get(run) for run in self.runs(point)] for point in dict.fromkeys([*grid, *near])}
+        seeds = self.seeds[: self.swept]
+        places = dict.fromkeys([*grid, *near])
+        found = {point: [results.found.get(run) for run in self.runs(point, seeds)] for point in places}
         if self.contender.one_rate:
             found = {point: lines for point, lines in found.items() if point.rest == 0}
         known = {point: [line for line in lines if line is not None] for point, lines in found.items()}
-        return {point: lines for point, lines in known.items() if len(lines) == len(self.seeds)}
+        return {point: lines for point, lines in known.items() if len(lines) == len(seeds)}
 
     def best(self, results: Results) -> tuple[Point, list[dict[str, Any]]] | None:
-        """The point with the lowest mean loss."""
+        """The point with the lowest mean loss, and what came of all its seeds that are known."""
 
         def mean(item: tuple[Point, list[dict[str, Any]]]) -> float:
             return statistics.fmean(line["loss"] for line in item[1])
 
         finite = {p: lines for p, lines in self.points(results).items() if all(math.isfinite(x["loss"]) for x in lines)}
-        return min(finite.items(), key=mean) if finite else None
+        if not finite:
+            return None
+        point = min(finite.items(), key=mean)[0]
+        return point, [results.found[run] for run in self.runs(point) if run in results.found]
 
     def beyond(self, results: Results) -> list[Point]:
         """The points next to the best one that are not known: none, where the best is at no edge."""
@@ -341,9 +348,11 @@ def perform(
     points = sweep.grid()
     if args.short:
         points = points[len(points) // 2 :][:1]
-    for _ in range(1 + (0 if args.short else EXTENSIONS)):
-        runs = [run for point in points for run in sweep.runs(point) if run not in results.found]
-        for some in _parts(runs, args.at_once):
+    seeds = sweep.seeds[: sweep.swept]
+
+    def do(runs: list[Run]) -> None:
+        missing = [run for run in runs if run not in results.found]
+        for some in _parts(missing, args.at_once):
             if time.monotonic() > args.ends:
                 return
             start = time.perf_counter()
@@ -355,9 +364,15 @@ def perform(
             console.print(
                 f"{sweep.task:6} {sweep.contender.name:26} rank {sweep.rank:3}: {len(some)} in {seconds:.1f} s"
             )
+
+    for _ in range(1 + (0 if args.short else EXTENSIONS)):
+        do([run for point in points for run in sweep.runs(point, seeds)])
         points = sweep.beyond(results)
         if not points:
-            return
+            break
+    best = sweep.best(results)
+    if best is not None:
+        do(sweep.runs(best[0]))
 
 
 def _parts(runs: list[Run], at_once: int) -> Iterable[list[Run]]:
@@ -418,7 +433,9 @@ def sweeps_of(args: argparse.Namespace, fingerprint: str) -> list[Sweep]:
                 own = 1  # APOLLO-Mini
             else:
                 own = rank if contender.has_rank else 0
-            found += [Sweep(task, contender, own, tuple(args.seeds), args.steps, fingerprint) for task in args.tasks]
+            own_seeds, swept = tuple(args.seeds), args.sweep_seeds
+            of = (contender, own, own_seeds, args.steps, fingerprint, swept)
+            found += [Sweep(task, *of) for task in args.tasks]
     return sorted(dict.fromkeys(found), key=lambda sweep: sweep.contender.name in REST_OF)
 
 
@@ -438,6 +455,7 @@ def main() -> None:
     second.add_argument("--table", action="store_true", help="print what --results holds, and run nothing")
     second.add_argument("--steps", type=int, default=STEPS)
     second.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    second.add_argument("--sweep-seeds", type=int, help="how many of the seeds the grids are done with; all by default")
     second.add_argument("--ranks", type=int, nargs="+", default=list(RANKS))
     second.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     second.add_argument("--only", nargs="+", choices=list(CONTENDERS), metavar="OPTIMIZER", help=", ".join(CONTENDERS))

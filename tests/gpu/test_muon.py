@@ -17,7 +17,7 @@ ROWS, COLUMNS = sized((1024, 11008), (48, 256))
 def steps_on_the_matrix(matrix: Tensor) -> Tensor:
     """Newton-Schulz in float64, as it is published."""
     a, b, c = COEFFICIENTS
-    x = matrix.double() / matrix.double().norm()
+    x: Tensor = matrix.double() / matrix.double().norm()
     for _ in range(STEPS):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x

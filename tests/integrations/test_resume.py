@@ -177,6 +177,33 @@ def test_a_run_with_stochastic_rounding_resumes_within_a_gap(name: str, tmp_path
     assert all(group["stochastic_rounding"] for group in optimizer_of(found[0]).param_groups)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("galore_adamw", "residual=fira, moments=rotate"),
+        ("galore_adamw_8bit_layerwise", "residual=fira, lazy_refresh=true"),
+        ("galore_adafactor_layerwise", "residual=sign, residual_scale=0.1"),
+        ("galore_adamw_8bit", "scaling=channel"),
+        ("galore_adamw_layerwise", "scaling=tensor"),
+    ],
+)
+def test_a_run_that_needs_gradients_resumes_within_a_gap(name: str, options: str, tmp_path: Path) -> None:
+    """With the norm that limits what is added, and the random projections of the first process."""
+
+    def model(seed: int) -> torch.nn.Module:
+        net: torch.nn.Module = tiny_llama(seed, hidden_size=16, intermediate_size=24, num_hidden_layers=1)
+        return net
+
+    optim_args = f"rank=4, update_proj_gap=4, {options}"
+    found, expected = resumed_and_whole(name, tmp_path, model, 3, optim_args=optim_args, max_steps=7)
+    assert_same_end(found, expected, 7)
+    early, late = (saved_optimizer(expected[1], at)["state"] for at in (3, 7))
+    assert any(after["refreshes"] > early[key]["refreshes"] for key, after in late.items() if "refreshes" in after)
+    limited = [state["limited_norm"] for state in early.values() if "limited_norm" in state]
+    assert len(limited) == (0 if "sign" in options else 7)
+    assert all(norm > 0 for norm in limited)
+
+
 # ---- what is saved
 
 
@@ -380,6 +407,16 @@ OTHER_RUNS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         {"optim": "galore_adamw_layerwise", "optim_args": "rank=16, gradient_bits=8"},
         {"optim": "galore_adamw_layerwise", "optim_args": "rank=16"},
         ["gradient_bits=8", "gradient_bits=16"],
+    ),
+    "residual": (
+        {"optim_args": "rank=16, residual=fira"},
+        {"optim_args": "rank=16"},
+        ["residual=fira", "residual=none"],
+    ),
+    "scaling": (
+        {"optim_args": "rank=16, scaling=channel"},
+        {"optim_args": "rank=16, scaling=tensor"},
+        ["scaling=channel", "scaling=tensor"],
     ),
     "fewer targets": ({}, {"optim_target_modules": ["mlp"]}, ["optim_target_modules", "{saved}", "{own}"]),
     "other targets of the same shapes": (

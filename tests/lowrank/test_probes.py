@@ -38,7 +38,8 @@ def gradient(m: int, n: int, seed: int = 0) -> Tensor:
     left, right = (torch.linalg.qr(random(seed + i, side, side))[0] for i, side in enumerate((m, n)))
     rank = min(m, n)
     whole = left[:, :rank] * torch.arange(1, rank + 1) ** -0.5 @ right[:, :rank].mT
-    return whole / whole.norm()
+    unit: Tensor = whole / whole.norm()
+    return unit
 
 
 def bases_of(whole: Tensor, side: Side, rank: int, bits: ProjBits = 16) -> Bases:
@@ -163,8 +164,10 @@ def test_a_seed_is_what_they_follow_from() -> None:
     assert other is not None
     assert torch.equal(once, again)
     assert not torch.equal(once, other)
-    both = probes_for(Bases(bases.right, bases.right), 8, 1)
-    assert not torch.equal(*both)  # type: ignore[call-overload]
+    left, right = probes_for(Bases(bases.right, bases.right), 8, 1)
+    assert left is not None
+    assert right is not None
+    assert not torch.equal(left, right)
     seeds = {probe_seed(index, refreshes) for index in range(20) for refreshes in range(20)}
     assert len(seeds) == 400
     assert all(0 <= seed < 2**63 for seed in seeds)

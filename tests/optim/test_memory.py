@@ -145,6 +145,28 @@ def test_an_embedding_takes_the_bits_of_its_group(embedding_bits: int, bytes_eac
     assert optimizer.memory().moment_bytes == bytes_each * weight.numel()
 
 
+@pytest.mark.parametrize(
+    ("options", "of_bases", "of_limits"),
+    [
+        ("residual=fira", 2048 * RANK * 4.25 / 8, 4),
+        ("residual=sign", 2048 * RANK * 4.25 / 8, 0),
+        ("scaling=channel", 0, 4),
+        ("scaling=tensor", 0, 4),
+    ],
+)
+def test_options_that_need_gradients_keep_one_number(
+    llama: nn.Module, options: str, of_bases: float, of_limits: int, tmp_path: Path
+) -> None:
+    """Beside the moments; and random projections nothing."""
+    plain = trainers_optimizer(llama, "galore_adamw_8bit", tmp_path, f"rank={RANK}").memory()
+    optimizer = trainers_optimizer(llama, "galore_adamw_8bit", tmp_path, f"rank={RANK}, {options}")
+    memory = optimizer.memory()
+    assert memory.moment_bytes == plain.moment_bytes + 24 * 7 * of_limits
+    assert memory.basis_bytes == 24 * 7 * of_bases
+    assert memory.moment_bytes + memory.basis_bytes == bytes_in(optimizer)
+    assert (memory.targets, memory.full_rank) == (plain.targets, plain.full_rank)
+
+
 def test_counters_are_not_counted() -> None:
     param = nn.Parameter(torch.zeros(12, 7))
     options: dict[str, Any] = {"rank": 3, "proj_bits": 16, "lazy_refresh": True}
