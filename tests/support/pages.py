@@ -9,6 +9,7 @@ import importlib.util
 import inspect
 import json
 import re
+import statistics
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,7 @@ ARGUMENTS_PAGE = DOCS / "arguments.md"
 CHOOSING_PAGE = DOCS / "choosing.md"
 MODELS_PAGE = DOCS / "models.md"
 SMALL_RANKS_PAGE = DOCS / "small-ranks.md"
+LOSSES_BY_RANK = DOCS / "pictures" / "ranks.json"
 QUALITY = ROOT / "notebooks" / "04_quality.ipynb"
 BEGIN, END = "<!-- made by python -m tests.support.pages -->\n", "<!-- end -->\n"
 
@@ -157,6 +159,25 @@ def options_tables() -> str:
     return f"{text}\n"
 
 
+def losses_by_rank() -> dict[str, dict[str, list[float]]]:
+    """The mean and the deviation of the losses of some optimizers by rank, for a picture."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for name in (
+        "Muon",
+        "AdamW, two rates",
+        "default",
+        "residual=fira",
+        "scaling=channel",
+        "scaling=tensor",
+        "rule=muon",
+    ):
+        for (contender, rank), best in sorted(best_of_ranks().items()):
+            if contender == name:
+                spread = statistics.stdev(line["loss"] for line in best.lines) if len(best.lines) > 1 else 0.0
+                found.setdefault(name, {})[str(rank)] = [round(best.mean(), 4), round(spread, 4)]
+    return found
+
+
 # What the rows are called, in their order.
 _OPTIMIZERS = {
     "AdamW": "AdamW, one rate",
@@ -273,5 +294,6 @@ def drawn() -> dict[str, str]:
 if __name__ == "__main__":
     for page in PARTS:
         page.write_text(written(page), "utf-8")
+    LOSSES_BY_RANK.write_text(f"{json.dumps(losses_by_rank(), indent=1)}\n", "utf-8")
     for name, text in drawn().items():
         (DOCS / "pictures" / name).write_text(text, "utf-8")
