@@ -210,7 +210,7 @@ class GaLoreConfig:
             for: where the optimizer is layerwise.
         exchange: what the processes of `DistributedDataParallel` reduce of a target: `low_rank` gradients, or, `dense`,
             gradients; `None` stands for: low-rank ones where the backward pass is projected, and has no others.
-            `low_rank` leaves low-rank gradients in `.grad`, whose norms clipping goes by.
+            `low_rank` leaves low-rank gradients in `.grad`.
         embedding_bits: bits of the moments of embeddings that are not projected, in the 8-bit optimizers. 32 is
             bitsandbytes' rule, for stability in long runs; 8 saves 6 bytes a parameter.
 

@@ -69,7 +69,7 @@ class BackwardHooks:
         exchange: ExchangeName,
     ) -> None:
         self._mode = Mode(layerwise, projected_backward, hold_gradients)
-        # Where the others' norms are those of R: be consistent.
+        # Where the others' norms are those of what is held, estimates or R's: be consistent.
         self._mode.whole_norms = not projected_backward and exchange == "dense"
         self._optimizer = weakref.ref(optimizer)
         self._model = model

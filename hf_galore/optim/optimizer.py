@@ -256,8 +256,8 @@ class GaLoreOptimizer(torch.optim.Optimizer):
     def grad_norm(self) -> Tensor | None:
         """The norm of all that the next step would use, or this step's backward pass has used; 0-dimensional.
 
-        That of the gradient where there is one; of the low-rank gradient for a target that has only that. `None`
-        where there is nothing.
+        That of the gradient where there is one; for a target that has only a low-rank gradient the estimate of it by
+        norm probes, or with `norm_probes=0` that of the low-rank gradient. `None` where there is nothing.
         """
         norms = [] if self._hooks is None else self._hooks.norms()
         return norm_of_gradients(self.trained_parameters(), norms)

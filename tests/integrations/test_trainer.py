@@ -307,9 +307,19 @@ def test_the_logged_norm_is_that_of_the_whole_gradient(name: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("name", LAYERWISE)
-def test_the_logged_norm_is_that_of_the_low_rank_gradient_where_there_is_no_other(name: str, tmp_path: Path) -> None:
+def test_the_logged_norm_is_estimated_where_there_is_no_gradient(name: str, tmp_path: Path) -> None:
     """The projected backward builds no gradient of a target, on any step but a refresh."""
     trainer = train(tiny_llama(tie_word_embeddings=True), tmp_path, name, WithTwin)
+    assert isinstance(trainer, WithTwin)
+    assert logged(trainer, "grad_norm") == pytest.approx(trainer.norms, rel=0.04)
+    assert logged(trainer, "grad_norm") != pytest.approx(trainer.low_rank_norms, rel=0.04)
+
+
+@pytest.mark.parametrize("name", LAYERWISE)
+def test_without_probes_the_logged_norm_is_that_of_the_low_rank_gradient(name: str, tmp_path: Path) -> None:
+    """And so it was."""
+    optim_args = f"{OPTIM_ARGS}, norm_probes=0"
+    trainer = train(tiny_llama(tie_word_embeddings=True), tmp_path, name, WithTwin, optim_args=optim_args)
     assert isinstance(trainer, WithTwin)
     found = logged(trainer, "grad_norm")
     assert found == pytest.approx(trainer.low_rank_norms, rel=1e-5)
