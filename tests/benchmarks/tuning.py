@@ -21,8 +21,7 @@ rank.
 
 With --sweep-seeds the grids are of so many seeds, and only their best points of all. The points of a grid and its seeds
 are one stack of models (`tests.benchmarks.stack_of_llamas`). Finished runs are lines of --results, and are not
-repeated, as long as the pretrained model is the same. --short is a trial of minutes on a CPU, and
-tells nothing.
+repeated, as long as the pretrained model is the same. --short is a trial of minutes on a CPU, and tells nothing.
 """
 
 from __future__ import annotations
