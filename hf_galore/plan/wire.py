@@ -177,7 +177,7 @@ def _target(parameter: Parameter, projection: Projection, devices: Devices, shar
         payload["all-gather"] += padded(rows, ranks) * (columns if side == "full" else r) * of_element
     if projection.needs_gradient:
         if side != "right":
-            payload["all-gather"] += low_rank * parameter.wire_itemsize
+            payload["all-gather"] += padded(rows, ranks) * r * itemsize
             payload["all-reduce"] += 8 * (n if side == "left" else 1)
         payload["all-reduce"] += 8
     if not parameter.basis_bytes:
