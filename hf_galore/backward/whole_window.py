@@ -110,7 +110,7 @@ class WholeWindow(Window):
         """Update the weight with G, which may be overwritten."""
         with torch.no_grad():
             self._norm = norm_of(whole)
-            self._target.use(whole, self._norm, spare=True)
+            self._target.use(whole, self.trained.over_ranks(self._norm), spare=True)
         self._leave_used()
 
     def use_refresh_of(self, made: NewBasis, whole: Tensor) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..config import ProjBits
 from .nonfinite import Skip
 from .projection import Bases, Side, add_projected_back_, at_least_float32, basis_shapes, for_each
-from .scales import channel_norms, growth_limit
+from .scales import growth_limit
 
 # Of what R has of a channel by chance, the part that rounding makes of a channel without any, as a multiple of the
 # precision: rounding spreads over all directions, too.
@@ -97,36 +97,35 @@ def precision(dtype: torch.dtype) -> float:
     return 2.0**-26 if dtype == torch.float64 else max(torch.finfo(dtype).eps, 2.0**-10)
 
 
-def limited(factors: Tensor, norms: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+def limited(factors: Tensor, norm: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
     """The factors of a term whose growth is limited, and the norm that it has then.
 
     Args:
         factors: of each channel.
-        norms: of each channel before it is multiplied with its factor.
-        before: the norm at the update before, 0-dimensional, or k numbers of a stack; 0 where there was none.
+        norm: of the term with these factors, 0-dimensional, or k numbers of a stack.
+        before: the norm at the update before; 0 where there was none.
 
     Returns:
         The factors, and the norm that the next update is to be limited by: that before where there is none now.
     """
-    norm: Tensor = torch.linalg.vector_norm(factors * norms, dim=(-2, -1))
     limit = growth_limit(norm, before.to(norm.dtype))
     return factors * for_each(limit), torch.where(norm > 0, norm * limit, before)
 
 
-def sign_of_(residual: Tensor, norms: Tensor, side: Side, bits: ProjBits) -> Tensor:
+def sign_of_(residual: Tensor, own: Tensor, norms: Tensor, channel: int, bits: ProjBits) -> Tensor:
     """sign(S) in place of S, and 0 for what rounding has left of a gradient that the bases have.
 
     That is what there is where the gradient has a lower rank than the bases: a sign would blow it up to full size.
 
     Args:
         residual: S.
-        norms: ‖G_j‖, from `channel_norms`.
-        side: that is projected.
+        own: ‖S_j‖, from `channel_norms`.
+        norms: ‖G_j‖, likewise.
+        channel: the elements of a channel.
         bits: that an element of a basis is kept in.
     """
-    certain = channel_norms(residual, side) > norms * max(precision(residual.dtype), _LEFT_BY_BASES[bits])
-    lengths = {"left": residual.shape[-2], "right": residual.shape[-1], "full": residual.shape[-2:].numel()}
-    least = norms * (2 * precision(residual.dtype) / lengths[side] ** 0.5)
+    certain = own > norms * max(precision(residual.dtype), _LEFT_BY_BASES[bits])
+    least = norms * (2 * precision(residual.dtype) / channel**0.5)
     least = torch.where(certain, least.clamp_min_(torch.finfo(least.dtype).tiny), torch.inf)
     # In place throughout: a comparison would make two matrices more.
     signs: Tensor = residual.div_(least).trunc_().sign_()

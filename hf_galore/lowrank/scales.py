@@ -63,26 +63,32 @@ def channel_norms(matrix: Tensor, side: Side) -> Tensor:
     return norms
 
 
-def channel_scales(
-    direction: Tensor, low_rank: Tensor, side: Side, by_chance: Tensor | None = None, rounding: float = 0.0
-) -> Tensor:
+def channel_scales(direction: Tensor, low_rank: Tensor, side: Side) -> Tensor:
     """‖N_j‖ / ‖R_j‖ of each channel j, in the shape that multiplies a gradient; 0 where R has nothing of a channel.
-
-    A channel that the bases nearly miss has an R_j of next to nothing, and a ratio without bounds: it is that of an
-    R_j of a sixteenth of what it is by chance, at most.
 
     Args:
         direction: N, of R's shape.
         low_rank: R.
         side: that is projected; `full` for one number for the matrix.
-        by_chance: ‖R_j‖ as it would be in random bases; `None` for no bound.
+    """
+    of_gradient = channel_norms(low_rank, side)
+    return ratios(channel_norms(direction, side), of_gradient, torch.zeros_like(of_gradient))
+
+
+def ratios(of_direction: Tensor, of_low_rank: Tensor, by_chance: Tensor, rounding: float = 0.0) -> Tensor:
+    """‖N_j‖ / ‖R_j‖ of each channel; 0 where R has nothing of it.
+
+    A channel that the bases nearly miss has an R_j of next to nothing, and a ratio without bounds: it is that of an
+    R_j of a sixteenth of what it is by chance, at most.
+
+    Args:
+        of_direction: ‖N_j‖.
+        of_low_rank: ‖R_j‖.
+        by_chance: ‖R_j‖ as it would be in random bases.
         rounding: the part of `by_chance` that rounding alone may make.
     """
-    of_gradient, of_direction = channel_norms(low_rank, side), channel_norms(direction, side)
-    if by_chance is None:
-        by_chance = torch.zeros_like(of_gradient)
-    bounded = torch.maximum(of_gradient, by_chance * _LEAST_PART)
-    return torch.where(of_gradient > by_chance * rounding, of_direction / bounded, 0.0)
+    bounded = torch.maximum(of_low_rank, by_chance * _LEAST_PART)
+    return torch.where(of_low_rank > by_chance * rounding, of_direction / bounded, 0.0)
 
 
 def growth_limit(norm: Tensor, before: Tensor) -> Tensor:

@@ -119,12 +119,6 @@ def check_sharded(name: str, param: Tensor, group: Group) -> None:
             f"GaLore projects matrices that FSDP2 shards, but no stacks and convolutions yet, and {name} has shape "
             f"{tuple(param.shape)}. Move it to a group without a rank, or name other optim_target_modules."
         )
-    for option in ("residual", "scaling"):
-        if is_target(param, group) and group.get(option, "none") != "none":
-            raise ValueError(
-                f"GaLore's {option}={group[option]} does not work yet with matrices that FSDP2 shards, as {name} is. "
-                f"Leave {option} out, or train the model under DistributedDataParallel."
-            )
     if is_target(param, group) and not METHODS[group["refresh"]].from_factors:
         others = ", ".join(method for method, row in METHODS.items() if row.from_factors)
         raise ValueError(

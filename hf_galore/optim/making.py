@@ -14,6 +14,7 @@ from .residual import ResidualTarget
 from .scaled import ScaledTarget
 from .shard import is_sharded
 from .sharded import ShardedFullRank, ShardedTarget
+from .sharded_gradient import ShardedResidualTarget, ShardedScaledTarget
 from .target import Target
 from .trained import FullRank, Owner, Place, Trained
 from .turns import forget_phases
@@ -61,13 +62,15 @@ def make(owner: Owner, param: Tensor, place: Place, index: int, rule: Rule) -> T
     projected = is_target(param, group)
     if is_sharded(param):
         check_sharded(owner.name_of(param), param, group)  # by now: accelerate replaces those that there were
-        kind: type[Trained] = ShardedTarget if projected else ShardedFullRank
-    else:
-        kind = _kind_of_target(group) if projected else FullRank
+    sharded, whole = _kinds_of_target(group) if projected else (ShardedFullRank, FullRank)
+    kind = sharded if is_sharded(param) else whole
     return kind(owner, param, place, index, (rule_of if projected else rule_of_full_rank)(rule, group))
 
 
-def _kind_of_target(group: Group) -> type[Target]:
+def _kinds_of_target(group: Group) -> tuple[type[Target], type[Target]]:
+    """What a target of a group is, sharded and whole."""
     if group.get("scaling", "none") != "none":
-        return ScaledTarget
-    return Target if group.get("residual", "none") == "none" else ResidualTarget
+        return ShardedScaledTarget, ScaledTarget
+    if group.get("residual", "none") != "none":
+        return ShardedResidualTarget, ResidualTarget
+    return ShardedTarget, Target

@@ -8,12 +8,13 @@ State of one whose term is limited, besides that of a target::
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
 
 from ..lowrank.nonfinite import Skip
-from ..lowrank.projection import Bases, add_projected_back_, norm_of, projected_back
+from ..lowrank.projection import Bases, Side, add_projected_back_, norm_of, projected_back
 from ..lowrank.residual import (
     ROUNDING,
     Term,
@@ -25,7 +26,7 @@ from ..lowrank.residual import (
     without_skipped,
 )
 from ..lowrank.rounding import add_whole_
-from ..lowrank.scales import channel_norms, channel_scales
+from ..lowrank.scales import channel_norms, ratios
 from .bases import NewBasis, State
 from .movement import Movement, WholeGradient
 from .target import Target
@@ -60,7 +61,7 @@ class TargetOfGradient(Target):
         return state
 
     def _step(self, gradient: Tensor, norm: Tensor | None) -> None:
-        self.use(gradient, norm_of(gradient) if norm is None else norm, spare=False)
+        self.use(gradient, self.over_ranks(norm_of(gradient)) if norm is None else norm, spare=False)
 
     def use(self, gradient: Tensor, norm: Tensor, *, spare: bool) -> None:
         """One optimizer step from the gradient.
@@ -97,10 +98,31 @@ class TargetOfGradient(Target):
         finite = without_skipped(gradient, skip, spare=by.whole.spare)
         return WholeGradient(finite, spare=by.whole.spare or finite is not gradient)
 
+    # ---- of one of several processes that have a part of the weight each (`hf_galore.optim.sharded_gradient`) these
+    # differ
+
+    def _here(self, low_rank: Tensor) -> Tensor:
+        """R as it meets what this process has of G: as directions do."""
+        return low_rank
+
+    def _whole_norms(self, norms: Tensor, side: Side) -> Tensor:
+        """The norms of channels of G, from those of the part that this process has."""
+        return norms
+
+    def _low_rank_norms(self, matrix: Tensor, side: Side) -> Tensor:
+        """The norms of channels of R, or of a direction, as `_here` gives it."""
+        return channel_norms(matrix, side)
+
     def _limited(self, factors: Tensor, norms: Tensor) -> Tensor:
-        """The factors of a term, with its growth limited; norms are those of its channels without them."""
+        """The factors of a term, with its growth limited.
+
+        Args:
+            factors: of each channel.
+            norms: of the channels without factors, of what this process has.
+        """
         before = self.with_placed_bases()[LIMITED_NORM]
-        factors, now = limited(factors, norms, before)
+        norm = self.over_ranks(torch.linalg.vector_norm(factors * norms, dim=(-2, -1)))
+        factors, now = limited(factors, norm, before)
         before.copy_(now)
         return factors
 
@@ -141,13 +163,22 @@ class ResidualTarget(TargetOfGradient):
     def _term(self, by: Movement, bases: Bases, skip: Skip) -> Term:
         """What the residual adds to back(N)."""
         group, (gradient, spare) = self.group, self._whole_of(by, skip)
-        norms = channel_norms(gradient, self.side)
-        low_rank = by.low_rank if skip.flag is None else by.low_rank.masked_fill(skip.flag.bool(), 0.0)
+        norms = self._whole_norms(channel_norms(gradient, self.side), self.side)
+        low_rank = self._here(by.low_rank)
+        low_rank = low_rank if skip.flag is None else low_rank.masked_fill(skip.flag.bool(), 0.0)
         residual = residual_of(gradient, low_rank, bases, spare=spare)
+        own = channel_norms(residual, self.side)
         if not self.is_limited:
-            return Term(sign_of_(residual, norms, self.side, group["proj_bits"]), group["residual_scale"])
+            own = self._whole_norms(own, self.side)
+            channel = math.prod(self.matrix_shape[-2:]) // self._channels
+            return Term(sign_of_(residual, own, norms, channel, group["proj_bits"]), group["residual_scale"])
+        of_direction, of_low_rank = (self._low_rank_norms(matrix, self.side) for matrix in (by.direction, low_rank))
         by_chance = norms * part_by_chance(self.matrix_shape, self.side, self.rank)
-        rounding = ROUNDING * precision(gradient.dtype)
-        factors = channel_scales(by.direction, low_rank, self.side, by_chance, rounding)
-        factors = self._limited(factors, channel_norms(residual, self.side))
-        return Term(residual, factors * group["residual_scale"])
+        factors = ratios(of_direction, of_low_rank, by_chance, ROUNDING * precision(gradient.dtype))
+        return Term(residual, self._limited(factors, own) * group["residual_scale"])
+
+    @property
+    def _channels(self) -> int:
+        """How many channels a matrix has."""
+        m, n = self.matrix_shape[-2:]
+        return {"left": n, "right": m, "full": 1}[self.side]

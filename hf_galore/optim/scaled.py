@@ -14,11 +14,11 @@ from torch import Tensor
 from ..backward.gradient import BasisVersion
 from ..lowrank.nonfinite import Skip
 from ..lowrank.products import Gradient
-from ..lowrank.projection import Bases, BasisShapes, Side, norm_of_each, project
+from ..lowrank.projection import Bases, BasisShapes, Side, norm_of_each
 from ..lowrank.random_projection import random_projections
 from ..lowrank.residual import Term
 from ..lowrank.rounding import add_whole_, decay_unless
-from ..lowrank.scales import channel_norms, channel_scales
+from ..lowrank.scales import channel_norms, ratios
 from ..lowrank.seeds import basis_seed
 from .bases import BasisLayout, Before, NewBasis, OfStack, before_refresh, count_refresh, numbers_of
 from .movement import Movement
@@ -52,7 +52,11 @@ class ScaledTarget(TargetOfGradient):
 
     def bases_here(self) -> Bases:
         """The present projections, as gradients are projected with them here."""
-        return self.bases()
+        return self._projections_here(numbers_of(self.state["refreshes"]))
+
+    def _projections_here(self, refreshes: Sequence[int]) -> Bases:
+        """What `_projections` gives, as gradients are projected with them here."""
+        return self._projections(refreshes)
 
     def _projections(self, refreshes: Sequence[int]) -> Bases:
         """The projections after so many refreshes; of a stack of each matrix."""
@@ -73,12 +77,12 @@ class ScaledTarget(TargetOfGradient):
         watch = Stopwatch(self.param.device)
         gradient = self._as_matrices(gradient)
         assert isinstance(gradient, Tensor)
-        norms = self._numbers_of(norm_of_each(gradient))
+        norms = self._numbers_of(self.over_ranks(norm_of_each(gradient)))
         made = [index for index in self.matrices_due() if norms[index] != 0]
         refreshes = numbers_of(self.state["refreshes"])
         for index in made:
             refreshes[index] += 1
-        low_rank, norm = project(gradient, self._projections(refreshes)), math.hypot(*norms)
+        low_rank, norm = self.projected_by(gradient, self._projections_here(refreshes)), math.hypot(*norms)
         if not math.isfinite(norm):
             low_rank.fill_(math.nan)
         watch.stop()
@@ -110,10 +114,13 @@ class ScaledTarget(TargetOfGradient):
     def _move(self, by: Movement, step: int, skip: Skip) -> None:
         group, (weight, is_view), alpha = self.group, self._matrices(), self._alpha(by.factor)
         gradient, spare = self._whole_of(by, skip)
-        norms = channel_norms(gradient, self.side_of_scales)
+        side = self.side_of_scales
+        own = channel_norms(gradient, side)
+        matrices = by.direction, self._here(by.low_rank)
+        of_direction, of_low_rank = (self._low_rank_norms(matrix, side) for matrix in matrices)
         # R has the norm of G by chance.
-        factors = channel_scales(by.direction, by.low_rank, self.side_of_scales, norms)
-        term = Term(gradient, self._limited(factors, norms))
+        factors = ratios(of_direction, of_low_rank, self._whole_norms(own, side))
+        term = Term(gradient, self._limited(factors, own))
         if weight.dtype in (torch.float32, torch.float64):
             if decay_of(group) != 1:
                 weight.mul_(decay_unless(skip.flag, weight.dtype, decay_of(group)))

@@ -149,8 +149,10 @@ def _target(parameter: Parameter, projection: Projection, devices: Devices, shar
       from there, in its own dtype. P has W's rows, but its codes are of blocks across rows: it is gathered where it is
       kept in codes, or where δP is computed and not G.
     - `full`: R (r × r) is reduce-scattered, and gathered; Q is gathered, and P as with `left`.
+    - Where the update needs G itself: R is gathered as N is, and the norms of columns that are divided are summed, and
+      that of what is added, in float64.
 
-    Source: `hf_galore.optim.sharded`.
+    Source: `hf_galore.optim.sharded`, `hf_galore.optim.sharded_gradient`.
     """
     (m, n), r, side, ranks = parameter.shape, projection.rank, projection.side, devices.processes
     without, itemsize = projection.without_gradient, parameter.wire_itemsize
@@ -173,6 +175,13 @@ def _target(parameter: Parameter, projection: Projection, devices: Devices, shar
     if side != "right":
         of_element = projection.direction_itemsize if side == "left" else itemsize
         payload["all-gather"] += padded(rows, ranks) * (columns if side == "full" else r) * of_element
+    if projection.needs_gradient:
+        if side != "right":
+            payload["all-gather"] += padded(rows, ranks) * r * itemsize
+            payload["all-reduce"] += 8 * (n if side == "left" else 1)
+        payload["all-reduce"] += 8
+    if not parameter.basis_bytes:
+        return payload
     for kind, nbytes in _refresh(m, n, projection, ranks).items():
         payload[kind] += share * nbytes
     return payload

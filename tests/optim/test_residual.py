@@ -77,13 +77,14 @@ def test_it_follows_its_paper_for_fifty_steps_with_refreshes(option: str, side: 
 def test_the_growth_of_a_term_is_limited() -> None:
     """By 1 % a step, from what it was after its own limit; a step without a term changes nothing of that."""
     factors, norms = torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([[3.0, 9.0, 8.0]])  # a norm of 10
+    norm = (factors * norms).norm()
     for before, now in ((0.0, 10.0), (5.0, 5.05), (9.95, 10.0), (20.0, 10.0)):
-        found, kept = limited(factors, norms, torch.tensor(before))
+        found, kept = limited(factors, norm, torch.tensor(before))
         assert kept.item() == pytest.approx(now)
         assert torch.allclose(found, factors * now / 10)
-    found, kept = limited(torch.zeros(1, 3), norms, torch.tensor(5.0))
+    found, kept = limited(torch.zeros(1, 3), torch.tensor(0.0), torch.tensor(5.0))
     assert (found.any().item(), kept.item()) == (False, 5.0)
-    found, kept = limited(factors.expand(2, 1, 3), norms.expand(2, 1, 3), torch.tensor([5.0, 0.0]))
+    found, kept = limited(factors.expand(2, 1, 3), norm.expand(2), torch.tensor([5.0, 0.0]))
     assert kept.tolist() == pytest.approx([5.05, 10.0])
 
 

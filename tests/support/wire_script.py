@@ -124,29 +124,37 @@ def _moments(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
     return (value for state in optimizer.state.values() for value in state.values() if value.ndim)
 
 
-# Keywords of GaLore's optimizers: under DDP what each reduces, and under FSDP2.
+# Keywords of GaLore's optimizers, and options of what is projected: under DDP what each reduces, and under FSDP2.
+NEEDS_GRADIENTS: dict[str, dict[str, Any]] = {
+    "plain, fira": {"group": {"residual": "fira"}},
+    "plain, channel": {"group": {"scaling": "channel", "proj_bits": 4}},
+}
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
     "layerwise": {"layerwise": True},
     "layerwise, dense": {"layerwise": True, "projected_backward": False},
     "plain, low_rank": {"exchange": "low_rank"},
+    **NEEDS_GRADIENTS,
 }
 FSDP_WAYS: dict[str, dict[str, Any]] = {
     "plain": WAYS["plain"],
     "layerwise": {"layerwise": True, "projected_backward": False},
     "projected": {"layerwise": True, "projected_backward": True, "hold_gradients": True},
+    **NEEDS_GRADIENTS,
 }
 GAP = 4
 
 
 def galore(model: nn.Module, way: dict[str, Any], *, proj_type: str = "std") -> GaLoreAdamW:
     """An optimizer that projects the layers, whose gap is longer than there are targets: some steps refresh none."""
+    options = dict(way)
     group = {"rank": 6, "update_proj_gap": GAP, "proj_type": proj_type, "proj_bits": 16, "stagger": False}
+    group |= options.pop("group", {})
     named = model.named_parameters()
     targets: dict[Tensor, dict[str, Any]] = {
         param: group for name, param in named if "layers" in name and param.ndim == 2
     }
-    return GaLoreAdamW(model.parameters(), lr=1e-2, module=model, param_options=targets, **way)
+    return GaLoreAdamW(model.parameters(), lr=1e-2, module=model, param_options=targets, **options)
 
 
 def counted_galore(way: dict[str, Any], micro_batches: int, *, fsdp: bool) -> list[dict[str, Any]]:
