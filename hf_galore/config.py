@@ -221,7 +221,7 @@ class GaLoreConfig:
 
     rank: int = 128
     update_proj_gap: int = 200
-    scale: float | Literal["auto"] = 0.25
+    scale: float | str = 0.25
     proj_type: ProjType = "std"
     refresh: RefreshMethod = "subspace"
     stagger: bool = True

@@ -71,13 +71,31 @@ def boolean() -> Option:
 
 
 def or_auto(option: Option) -> Option:
-    """The option, with `auto` for what follows from the rank."""
+    """The option, with `auto`, and multiples of it (`auto*8`), for what follows from the rank."""
+
+    def parse(text: str) -> Any:
+        return option.parse(text) if auto_factor(text) is None else text.replace(" ", "").lower()
+
     return Option(
-        lambda text: AUTO if text.lower() == AUTO else option.parse(text),
-        lambda v: v == AUTO if isinstance(v, str) else option.is_valid(v),
-        f"{option.allowed}, or {AUTO}",
-        (*option.values, AUTO),
+        parse,
+        lambda v: auto_factor(v) is not None if isinstance(v, str) else option.is_valid(v),
+        f"{option.allowed}, or {AUTO}, or a multiple of it such as {AUTO}*8",
+        (*option.values, AUTO, f"{AUTO}*number"),
     )
+
+
+def auto_factor(value: Any) -> float | None:
+    """What `auto` is multiplied with: 1 of `auto`, 8 of `auto*8`; `None` of anything else."""
+    if not isinstance(value, str):
+        return None
+    name, star, factor = value.replace(" ", "").lower().partition("*")
+    if name != AUTO:
+        return None
+    try:
+        number = float(factor) if star else 1.0
+    except ValueError:
+        return None
+    return number if 0 < number <= sys.float_info.max else None
 
 
 def or_none(option: Option) -> Option:

@@ -22,12 +22,14 @@ from tests.support.pages import (
     ARGUMENTS_PAGE,
     CHOOSING_PAGE,
     DOCS,
+    LOSSES_BY_RANK,
     PARTS,
     README,
     ROOT,
     all_pages,
     arguments_table,
     drawn,
+    losses_by_rank,
     quality_table,
     recipe_rows,
     rows_of_several_cards,
@@ -98,6 +100,10 @@ def test_pictures_are_those_of_their_script() -> None:
         assert (DOCS / "pictures" / name).read_text("utf-8") == text, f"{name}: run python -m tests.support.pages"
     shown = {name for path in PAGES for name in re.findall(r"pictures/(\w+\.svg)\)", path.read_text("utf-8"))}
     assert shown == set(drawn()) - {"favicon.svg"}
+
+
+def test_the_picture_of_ranks_has_what_was_measured() -> None:
+    assert json.loads(LOSSES_BY_RANK.read_text("utf-8")) == losses_by_rank()
 
 
 def test_the_picture_of_memory_has_the_plans_of_the_recipes() -> None:

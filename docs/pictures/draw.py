@@ -1,11 +1,13 @@
 """Draws the pictures of the docs: `python docs/pictures/draw.py` writes the SVG files beside this one.
 
 Sizes of matrices, and of what a plan is made of, are in proportion; `plans.json` has the figures of the plans, each
-with the command that made them. A panel of its own behind everything keeps a picture readable on light and dark pages.
+with the command that made them, and `ranks.json` the losses that `tests.support.pages` takes from their runs. A panel
+of its own behind everything keeps a picture readable on light and dark pages.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from html import escape
@@ -241,6 +243,52 @@ def refreshes() -> Drawing:
     return picture
 
 
+def ranks() -> Drawing:
+    """The held-out loss of each option by rank, and of optimizers that have none."""
+    found: dict[str, dict[str, list[float]]] = json.loads((HERE / "ranks.json").read_text("utf-8"))
+    picture = Drawing(
+        860, 430, "Held-out loss by rank of GaLore's options, of AdamW and of Muon, at the best of two rates"
+    )
+    picture.text(24, 34, "Held-out loss by rank, each optimizer at the best of its two rates", bold=True, size=15)
+    left, right, top, bottom = 70, 560, 64, 360
+    places = {"1": left + 40, "4": left + 180, "16": left + 320, "64": left + 460}
+    means = [mean for by_rank in found.values() for mean, _ in by_rank.values()]
+    low, high = min(means) - 0.02, max(means) + 0.02
+
+    def height(loss: float) -> float:
+        return round(bottom - (loss - low) / (high - low) * (bottom - top), 1)
+
+    tenths = [number / 20 for number in range(round(low * 20), round(high * 20) + 1) if low <= number / 20 <= high]
+    for loss in tenths:
+        picture.line(left, height(loss), right, height(loss))
+        picture.text(left - 8, height(loss) + 4, f"{loss:.2f}", FAINT, 12, "end")
+    for rank, x in places.items():
+        picture.text(x, bottom + 22, f"rank {rank}", FAINT, 12, "middle")
+    picture.text(
+        (left + right) / 2, bottom + 46, "of a model 256 wide: 1/256, 1/64, 1/16 and 1/4 of it", FAINT, 12, "middle"
+    )
+    labels: list[tuple[float, str, str]] = []
+    for (name, by_rank), ink in zip(found.items(), (INK, FAINT, RED, BLUE, GREEN, PINK, ORANGE, SKY), strict=False):
+        if "0" in by_rank:
+            y = height(by_rank["0"][0])
+            picture.line(left, y, right, y, ink, dashed=True)
+            labels.append((y, name, ink))
+            continue
+        points = sorted((places[rank], height(mean), mean, spread) for rank, (mean, spread) in by_rank.items())
+        for (x1, y1, *_), (x2, y2, *_) in itertools.pairwise(points):
+            picture.line(x1, y1, x2, y2, ink)
+        for x, y, mean, spread in points:
+            picture.line(x, height(mean - spread), x, height(mean + spread), ink)
+            picture.parts.append(f'<circle cx="{x:g}" cy="{y:g}" r="4" fill="{ink}"/>')
+        labels.append((points[-1][1], name, ink))
+    lowest = top - 20.0
+    for y, name, ink in sorted(labels):
+        lowest = max(y, lowest + 18)
+        picture.line(right + 4, y, right + 20, lowest, ink)
+        picture.text(right + 26, lowest + 4, name, ink, 13)
+    return picture
+
+
 def architecture() -> Drawing:
     """Where a gradient goes, by files."""
     picture = Drawing(900, 560, "Which file does what, from the backward pass to the weight")
@@ -315,7 +363,7 @@ def favicon() -> str:
 
 def pictures() -> dict[str, str]:
     """The text of each file, by its name."""
-    drawings = (memory, one_step, backward, refreshes, architecture)
+    drawings = (memory, one_step, backward, refreshes, ranks, architecture)
     return {f"{draw.__name__}.svg": draw().svg() for draw in drawings} | {"favicon.svg": favicon()}
 
 

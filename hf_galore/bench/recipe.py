@@ -9,7 +9,6 @@ from typing import Any
 import transformers
 from transformers import LlamaConfig
 
-from ..config import AUTO
 from ..errors import UserError
 from ..integrations.trainer import optim_name
 from ..recipes import any_recipe, sft
@@ -77,7 +76,9 @@ def parsed_recipe(job: Job, folder: Path) -> sft.Arguments:
         training.optim_args = config.optim_args()
     if job.contender == TRAINERS_OWN:  # which has these keys only
         own = {key: getattr(config, key) for key in ("rank", "update_proj_gap", "scale", "proj_type")}
-        if config.scale == AUTO:  # a number of each matrix, where this has one of all; nothing that is measured asks
+        if isinstance(
+            config.scale, str
+        ):  # a number of each matrix, where this has one of all; nothing that is measured asks
             del own["scale"]
         training.optim_args = ", ".join(f"{key}={value}" for key, value in own.items())
     elif job.contender == ADAMW_8BIT:

@@ -30,6 +30,9 @@ from torch import Tensor
 from .orthonormal import TINY
 from .projection import Bases, BasisShapes, Side, for_each, norm_of_each
 
+# What rounding may do to ρ, whose root it would be the half of.
+ROUNDING = 1e-3
+
 
 def probe_shapes(shapes: BasisShapes, count: int) -> BasisShapes:
     """The shapes of a target's probes: no more columns than half of what a basis leaves, so that R' is less than G.
@@ -66,7 +69,8 @@ def _probes(basis: Tensor, count: int, seed: int) -> Tensor:
     inside = basis.mT @ signs
     back = basis @ inside
     ratio = (norm_of_each(back) / norm_of_each(inside).clamp_min(TINY)).square()  # ρ
-    beta = torch.where(ratio < 1, 1 / (1 + (1 - ratio).clamp_min(0).sqrt()), 1 / ratio)
+    too_short = ratio < 1 - ROUNDING
+    beta = torch.where(too_short, 1 / (1 + (1 - ratio).clamp_min(0).sqrt()), 1 / ratio)
     probes: Tensor = (signs - for_each(beta) * back).div_(max(count, 1) ** 0.5).to(basis.dtype)
     return probes
 

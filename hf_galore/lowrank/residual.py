@@ -39,6 +39,10 @@ class Term(NamedTuple):
         else:
             weight.add_(self.matrix, alpha=alpha * self.factors)
 
+    def whole(self, *, spare: bool) -> Tensor:
+        """factors · matrix in the matrix's dtype, in its place if `spare` says so."""
+        return self.matrix.mul_(self.factors) if spare else self.matrix.mul(self.factors).to(self.matrix.dtype)
+
     def rows(self, rows: slice) -> Tensor:
         """The rows of factors · matrix that a slice names, of at least float32; of a stack the matrices."""
         matrix, factors = self.matrix[rows], self.factors

@@ -88,6 +88,24 @@ def add_rounded_(
         weight[rows] = values if generator is None else round_stochastically(values, generator)
 
 
+def add_whole_(weight: Tensor, update: Tensor, *, alpha: float, decay: float, skip: Tensor | None = None) -> None:
+    """W ← decay · W + alpha · U in place, rounded once and to the nearest, in few operations on all of it.
+
+    Args:
+        weight: any floating-point dtype.
+        update: U, which is overwritten, of the weight's dtype: its own rounding is a small part of it.
+        alpha: not 0 unless the decay is 1.
+        decay: 1 − ηλ.
+        skip: 0-dimensional; where it is 1, W stays as it is, and U has to be zero. `None` for never.
+    """
+    if decay != 1:
+        # W decays as a part of U: by itself it would be rounded, and in bfloat16 lost.
+        update.add_(weight, alpha=(decay - 1) / alpha)
+        if skip is not None:
+            update.masked_fill_(skip.bool(), 0.0)
+    weight.add_(update, alpha=alpha)
+
+
 def is_identity(dtype: torch.dtype, decay: float) -> bool:
     """Whether any weight, multiplied by the decay and rounded to the nearest, is the weight again.
 

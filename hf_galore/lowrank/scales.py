@@ -12,9 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import AUTO
+from ..option import auto_factor
 from .projection import Side, at_least_float32, for_each, norm_of_each
 
+AUTO_OF_OTHERS, AUTO_OF_MUON, AUTO_OF_SCALING = 1 / 32, 1 / 16, 1 / 8
+"""`scale=auto` at a rank of the smaller side, half of what it is at a quarter of it: of what is projected back, by Adam
+and most rules, and by Muon; and of what moves along the gradient itself."""
 GROWTH = 1.01
 """γ, by which the norm of a limited term may grow from one step to the next (of Fira and of APOLLO)."""
 _LEAST_PART = 1 / 16
@@ -27,17 +30,20 @@ def scale_of(group: Mapping[str, Any], shape: Sequence[int]) -> float:
         group: the parameter group, with `scale` and `rank`.
         shape: m × n, or k × m × n, that the weight is projected in.
     """
-    scale = group["scale"]
-    return auto_scale(group["rank"], shape) if scale == AUTO else float(scale)
+    scale, factor = group["scale"], auto_factor(group["scale"])
+    return float(scale) if factor is None else factor * auto_scale(group, shape)
 
 
-def auto_scale(rank: int, shape: Sequence[int]) -> float:
-    """The scale that goes with a rank: ⅛ at a quarter of the smaller side, and 1/√r times that elsewhere.
+def auto_scale(group: Mapping[str, Any], shape: Sequence[int]) -> float:
+    """The scale that goes with the rank r of a group, for matrices of `shape` m × n: c · √(min(m, n) / r).
 
-    A projected-back direction has a norm of about √(r · longer side), as each element of a rule's direction is about 1:
-    with this scale the length of a step does not depend on the rank.
+    Elements of a rule's direction are about as large at any rank, so that an update of rank r is about √(r · max(m, n))
+    long: with this scale the length of a step does not depend on the rank. The constants c are those of the lowest loss
+    in `tests.benchmarks.ranks`, from random weights; other tasks take a multiple.
     """
-    scale: float = (min(shape[-2:]) / rank) ** 0.5 / 16
+    scaled, rule = group.get("scaling", "none") != "none", group.get("rule")
+    constant = AUTO_OF_SCALING if scaled else AUTO_OF_MUON if rule == "muon" else AUTO_OF_OTHERS
+    scale: float = constant * (min(shape[-2:]) / group["rank"]) ** 0.5
     return scale
 
 

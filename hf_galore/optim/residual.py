@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..lowrank.nonfinite import Skip
-from ..lowrank.projection import Bases, norm_of, projected_back
+from ..lowrank.projection import Bases, add_projected_back_, norm_of, projected_back
 from ..lowrank.residual import (
     ROUNDING,
     Term,
@@ -24,10 +24,12 @@ from ..lowrank.residual import (
     sign_of_,
     without_skipped,
 )
+from ..lowrank.rounding import add_whole_
 from ..lowrank.scales import channel_norms, channel_scales
 from .bases import NewBasis, State
 from .movement import Movement, WholeGradient
 from .target import Target
+from .trained import decay_of
 
 LIMITED_NORM = "limited_norm"
 
@@ -126,6 +128,10 @@ class ResidualTarget(TargetOfGradient):
         weight, is_view = self._matrices()
         if weight.dtype in (torch.float32, torch.float64):
             term.add_to_(weight, alpha)
+        elif not self._rounds_stochastically(self.group):
+            update = term.whole(spare=True)
+            add_projected_back_(update, by.direction, bases, 1.0)
+            add_whole_(weight, update, alpha=alpha, decay=decay_of(self.group), skip=skip.flag)
         else:
             back = functools.partial(projected_back, by.direction, bases)
             self._add_rounded(weight, self.group, lambda rows: term.rows(rows).add_(back(rows)), alpha, step, skip)

@@ -17,7 +17,7 @@ from ..lowrank.products import Gradient
 from ..lowrank.projection import Bases, BasisShapes, Side, norm_of_each, project
 from ..lowrank.random_projection import random_projections
 from ..lowrank.residual import Term
-from ..lowrank.rounding import decay_unless
+from ..lowrank.rounding import add_whole_, decay_unless
 from ..lowrank.scales import channel_norms, channel_scales
 from ..lowrank.seeds import basis_seed
 from .bases import BasisLayout, Before, NewBasis, OfStack, before_refresh, count_refresh, numbers_of
@@ -109,7 +109,7 @@ class ScaledTarget(TargetOfGradient):
 
     def _move(self, by: Movement, step: int, skip: Skip) -> None:
         group, (weight, is_view), alpha = self.group, self._matrices(), self._alpha(by.factor)
-        gradient, _ = self._whole_of(by, skip)
+        gradient, spare = self._whole_of(by, skip)
         norms = channel_norms(gradient, self.side_of_scales)
         # R has the norm of G by chance.
         factors = channel_scales(by.direction, by.low_rank, self.side_of_scales, norms)
@@ -118,6 +118,9 @@ class ScaledTarget(TargetOfGradient):
             if decay_of(group) != 1:
                 weight.mul_(decay_unless(skip.flag, weight.dtype, decay_of(group)))
             term.add_to_(weight, alpha)
+        elif not self._rounds_stochastically(group):
+            update = term.whole(spare=spare)
+            add_whole_(weight, update, alpha=alpha, decay=decay_of(group), skip=skip.flag)
         else:
             self._add_rounded(weight, group, term.rows, alpha, step, skip)
         if not is_view:

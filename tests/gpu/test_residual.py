@@ -88,5 +88,6 @@ def test_norm_probes_tell_the_norm_of_the_gradient(dtype: torch.dtype) -> None:
             optimizer.zero_grad()
         norms[way] = found
         optimizer.close()
+    # One estimate from 8 probes of 14 small matrices has a standard error of about 3 %.
     for true, estimated in zip(norms["plain"], norms["held"], strict=True):
-        assert abs(estimated - true) < 0.05 * true
+        assert abs(estimated - true) < 0.15 * true

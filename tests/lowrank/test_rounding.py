@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 from hf_galore.lowrank import rounding
-from hf_galore.lowrank.rounding import add_rounded_, generator_for, is_identity, round_stochastically
+from hf_galore.lowrank.rounding import add_rounded_, add_whole_, generator_for, is_identity, round_stochastically
 from tests.support.helpers import copied
 
 pytestmark = pytest.mark.arithmetic
@@ -436,3 +436,22 @@ def test_a_decay_is_the_identity_for_every_weight_or_not_for_all(dtype: torch.dt
         assert is_identity(dtype, 1 - lost) <= same
         assert is_identity(dtype, 1 - lost) == (lost < limit)
     assert not torch.equal((weights.double() * (1 - 1.1 * limit)).to(dtype), weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("skip", [None, 0.0, 1.0])
+def test_a_whole_update_is_rounded_once_with_the_decay(dtype: torch.dtype, skip: float | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    before, update = (torch.randn(64, 48, generator=generator).to(dtype) for _ in range(2))
+    skipped = skip == 1
+    update = update * (not skipped)
+    weight, used = before.clone(), update.clone()
+    add_whole_(weight, used, alpha=-0.01, decay=1 - 1e-3, skip=None if skip is None else torch.tensor(skip))
+    exact = before.double() if skipped else before.double() * (1 - 1e-3) - 0.01 * update.double()
+    # Half a unit in the last place, and that of the update.
+    own = 0.01 * (update.double().abs() + 0.1 * before.double().abs())
+    assert ((weight.double() - exact).abs() <= torch.finfo(dtype).eps * (exact.abs() + 2 * own) / 2).all()
+    if not skipped:
+        # The decay arrives: on average it is there.
+        found = ((weight.double() - before.double() + 0.01 * update.double()) * before.double()).sum()
+        assert found / before.double().square().sum() == pytest.approx(-1e-3, rel=0.15)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_galore import GaLoreAdamW, GaLoreAdamW8bit
+from hf_galore import GaLoreAdamW, GaLoreAdamW8bit, GaLoreConfig
 from hf_galore.lowrank.scales import auto_scale, scale_of
 from tests.support.helpers import (
     OPTIM_ARGS,
@@ -96,9 +97,19 @@ def test_a_step_is_as_long_whatever_the_rank(options: dict[str, Any], within: fl
 
 
 def test_a_higher_rank_has_a_lower_scale() -> None:
-    scales = [auto_scale(rank, (2, 4096, 11008)) for rank in (16, 64, 256, 1024)]
+    scales = [auto_scale({"rank": rank}, (2, 4096, 11008)) for rank in (16, 64, 256, 1024)]
     assert scales == sorted(scales, reverse=True)
-    assert auto_scale(16, (4096, 11008)) == auto_scale(16, (11008, 4096)) == scales[0]
+    assert auto_scale({"rank": 16}, (4096, 11008)) == auto_scale({"rank": 16}, (11008, 4096)) == scales[0]
+
+
+def test_a_multiple_of_auto_is_that_of_its_number() -> None:
+    group = {"rank": 16, "scaling": "none", "rule": None}
+    for text, factor in (("auto", 1), ("auto*8", 8), ("auto * 0.5", 0.5), ("AUTO*2e-1", 0.2)):
+        config = GaLoreConfig.from_optim_args(f"rank=16, scale={text}")
+        assert GaLoreConfig.from_optim_args(config.optim_args()) == config
+        assert scale_of({**group, "scale": config.scale}, (64, 256)) == factor * auto_scale(group, (64, 256))
+    lengths = {scale: length(16, (64, 256), scale=scale) for scale in ("auto", "auto*4")}
+    assert math.isclose(lengths["auto*4"], 4 * lengths["auto"], rel_tol=1e-4)
 
 
 def test_a_checkpoint_says_auto_and_goes_on() -> None:
@@ -125,8 +136,10 @@ def test_a_checkpoint_says_auto_and_goes_on() -> None:
 
 
 def test_what_is_no_scale() -> None:
-    for wrong in ("automatic", "0.25", 0, None):
-        with pytest.raises(ValueError, match="GaLore's scale has to be a finite number above 0, or auto, but"):
+    for wrong in ("automatic", "0.25", 0, None, "auto*", "auto*0", "auto*nan", "auto*-2", "2*auto", "auto2"):
+        with pytest.raises(
+            ValueError, match="GaLore's scale has to be a finite number above 0, or auto, or a multiple of it"
+        ):
             GaLoreAdamW([{"params": parameters(), **OPTIONS, "scale": wrong}])
 
 
@@ -144,12 +157,12 @@ def test_a_trainer_takes_it_and_resumes(tmp_path: Path) -> None:
     optimizer = optimizer_of(first)
     assert isinstance(optimizer, GaLoreAdamW8bit)
     scales = {scale_of(target.group, target.matrix_shape) for target in optimizer.targets()}
-    assert scales == {auto_scale(RANK, (64, 256))}  # of all, whose smaller side is 64
+    assert scales == {auto_scale({"rank": RANK}, (64, 256))}  # of all, whose smaller side is 64
 
 
 def test_stochastic_rounding_takes_it() -> None:
     """Where a warning of lost decay goes by the length of a step."""
-    weight: Tensor = torch.ones(64, 48, dtype=torch.bfloat16)
+    weight: Tensor = torch.full((64, 48), 0.01, dtype=torch.bfloat16)
     for rounding in (False, True):
         param = nn.Parameter(weight.clone())
         options = {**OPTIONS, "scale": "auto", "stochastic_rounding": rounding}

@@ -43,7 +43,9 @@ def on_the_card(func: Any, args: Any, out: Any) -> bool:
     return not tensors or any(getattr(tensor, "constant", None) is None for tensor in tensors)
 
 
-def launches(layers: int, way: str | None, cls: Any, monkeypatch: pytest.MonkeyPatch, clip: bool = False) -> int:
+def launches(
+    layers: int, way: str | None, cls: Any, monkeypatch: pytest.MonkeyPatch, clip: bool = False, **group: Any
+) -> int:
     """The launches of one step of a model with Llama-2-7B's layers; without an optimizer where `way` is `None`."""
     counted: Counter[str] = Counter()
     original = Fakes.call
@@ -62,7 +64,7 @@ def launches(layers: int, way: str | None, cls: Any, monkeypatch: pytest.MonkeyP
     with fake_training("cuda"):
         config = LlamaConfig(num_hidden_layers=layers, vocab_size=64, use_cache=False)
         model = LlamaForCausalLM(config).bfloat16().train()
-        optimizer = None if way is None else optimizer_of(model, cls, **WAYS[way])
+        optimizer = None if way is None else optimizer_of(model, cls, group, **WAYS[way])
         ids = torch.zeros(2, 16, dtype=torch.int64)
         for _ in range(2):
             counted.clear()
@@ -78,14 +80,14 @@ def launches(layers: int, way: str | None, cls: Any, monkeypatch: pytest.MonkeyP
     return counted.total()
 
 
-def optimizer_of(model: nn.Module, cls: Any, **options: Any) -> Any:
+def optimizer_of(model: nn.Module, cls: Any, group: dict[str, Any], **options: Any) -> Any:
     """The 7B recipe's, after all its first refreshes."""
     targets = [
         module.weight
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and ("attn" in name or "mlp" in name)
     ]
-    group = {"rank": 1024, "proj_bits": 4, "update_proj_gap": 10**6, "stagger": False}
+    group = {"rank": 1024, "proj_bits": 4, "update_proj_gap": 10**6, "stagger": False, **group}
     optimizer = cls(
         model.parameters(), weight_decay=0.01, param_options=dict.fromkeys(targets, group), module=model, **options
     )
@@ -95,9 +97,9 @@ def optimizer_of(model: nn.Module, cls: Any, **options: Any) -> Any:
 
 
 def launches_a_layer(
-    way: str | None, monkeypatch: pytest.MonkeyPatch, cls: Any = GaLoreAdamW8bit, clip: bool = False
+    way: str | None, monkeypatch: pytest.MonkeyPatch, cls: Any = GaLoreAdamW8bit, clip: bool = False, **group: Any
 ) -> int:
-    few, more = (launches(layers, way, cls, monkeypatch, clip) for layers in (2, 6))
+    few, more = (launches(layers, way, cls, monkeypatch, clip, **group) for layers in (2, 6))
     return -(-(more - few) // 4)
 
 
@@ -121,3 +123,16 @@ def test_32_bits_take_one_cast_of_the_gradient_and_one_of_the_direction(monkeypa
 def test_clipping_takes_few_kernels_for_all(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not one for each gradient's norm and one for its scaling."""
     assert launches_a_layer(way, monkeypatch, clip=True) <= launches_a_layer(way, monkeypatch) + 2
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "most"),
+    [("residual", "fira", 42), ("residual", "sign", 26), ("scaling", "channel", 37), ("scaling", "tensor", 37)],
+)
+def test_what_options_that_need_gradients_take_more(
+    option: str, value: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Most are on numbers, one a channel or one a matrix; in chunks, as it was once, residuals took 93."""
+    group: dict[str, Any] = {option: value}
+    more = launches_a_layer("plain", monkeypatch, **group) - launches_a_layer("plain", monkeypatch)
+    assert 0 < more <= 7 * most

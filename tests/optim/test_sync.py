@@ -76,7 +76,9 @@ def questions(make_trainer: Callable[[], SFTTrainer], monkeypatch: pytest.Monkey
     ("optim", "situation", "more"),
     [(optim, "plain", "") for optim in GALORE]
     + [(optim, s, "") for optim in ("galore_adamw", "galore_adamw_8bit_layerwise") for s in SITUATIONS if s != "plain"]
-    + [("galore_adamw_8bit_layerwise", "plain", ", rule=muon, scale=auto")],
+    + [("galore_adamw_8bit_layerwise", "plain", ", rule=muon, scale=auto")]
+    + [("galore_adamw_8bit_layerwise", "plain", f", {option}") for option in ("residual=fira", "scaling=channel")]
+    + [("galore_adamw", "clipped", f", {option}") for option in ("residual=sign", "scaling=tensor")],
 )
 def test_a_steady_step_asks_no_more_than_with_adamw(
     optim: str, situation: str, more: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -86,9 +88,9 @@ def test_a_steady_step_asks_no_more_than_with_adamw(
     found = questions(sft(tmp_path, optim, **options, **SITUATIONS[situation]), monkeypatch)
     assert usual[STEPS], "the Trainer reads the loss"
     assert found[STEPS] == usual[STEPS]
-    # The first step refreshes all bases, with a factorisation and a read for each.
+    # The first step refreshes all bases, with a factorisation and a read for each; random projections are only drawn.
     assert sum(found[1].values()) > sum(usual[1].values())
-    assert any("linalg" in name for name in found[1])
+    assert any("linalg" in name for name in found[1]) == ("scaling" not in more)
 
 
 class OnTheHost:

@@ -70,7 +70,11 @@ def plan_and_measure(folder: Path, recipe: dict[str, Any], **changes: Any) -> Me
         ("adamw_torch", {}),
         ("galore_adamw_8bit_layerwise", {}),
         ("galore_adamw_8bit_layerwise", {"max_grad_norm": 1.0, "gradient_accumulation_steps": 2}),
-        ("galore_adamw_layerwise", {"activation_checkpointing": True, "dtype": "bfloat16"}),
+        # Some gradients of bfloat16 are zero in the first steps, and make no basis and no norm probes: a plan has them.
+        (
+            "galore_adamw_layerwise",
+            {"activation_checkpointing": True, "dtype": "bfloat16", "optim_args": f"{OPTIM_ARGS}, norm_probes=0"},
+        ),
     ],
     ids=["adamw", "layerwise", "accumulated and clipped", "checkpointed, in bfloat16"],
 )

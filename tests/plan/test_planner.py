@@ -181,7 +181,7 @@ def test_experts_in_a_loop_are_not_planned_silently(tmp_path: Path) -> None:
     ],
 )
 def test_low_rank_gradients_in_8_bits(optim: str, setting: str, tmp_path: Path) -> None:
-    """Those of q_proj are too small for 8 bits: 2 of 16 × 64, beside 4 of 16 × 256."""
+    """Those of q_proj are too small for 8 bits: 2 of 24 × 64, beside 4 of 24 × 256; rank 16 and 8 norm probes."""
 
     def make(bits: int) -> Maker:
         projected = "" if optim.endswith("layerwise") else ", projected_backward=true"
@@ -189,7 +189,7 @@ def test_low_rank_gradients_in_8_bits(optim: str, setting: str, tmp_path: Path) 
         return sft(tmp_path, optim, lambda: llama().to(torch.bfloat16), optim_args=optim_args, **SETTINGS[setting])
 
     planned = assert_plan_is_measured(make(8))
-    in_16, in_8 = 4 * 16 * 256 * 2, 4 * (16 * 256 + GRANULE)  # the scales are 16 numbers
+    in_16, in_8 = 4 * 24 * 256 * 2, 4 * (24 * 256 + GRANULE)  # the scales are 24 numbers
     whole = plan(make(16), target="cpu")
     if setting == "accumulated":
         assert whole.breakdown[LOW_RANK] - planned.breakdown[LOW_RANK] == in_16 - in_8
