@@ -75,7 +75,7 @@ def test_libraries_are_told_by_what_they_say_and_not_by_their_names(
         return files
 
     monkeypatch.setattr(texts, "files_of", files_of)
-    train, held_out = texts.origin_texts()
+    train, held_out = texts.origin_texts(paragraphs=False)
     assert not {text for text, _ in train} & {text for text, _ in held_out}
     for part in (train, held_out):
         assert not any(name in text for text, _ in part for name in (*texts.ORIGINS, "Short"))
