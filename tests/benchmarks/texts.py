@@ -6,11 +6,14 @@
   its source; the rest give their docstrings, and packages what they say of themselves on the package index: English.
 - *chat*: the conversations of `chatterbot-corpus`, which `hf-galore quickstart` learns too, split as there: no question
   is asked in both parts. Only the assistant's words are learnt.
-- *origin*: which of eight libraries a docstring's first paragraph is from, with the library's own name taken out. The
-  answer is one token after the text. Files whose docstrings are tested are not trained on, and these libraries are
-  no part of the pretraining. Each has as many examples.
+- *origin*: which of eight libraries a docstring's first paragraph is from, with the libraries' names taken out. The
+  answer is one token after the text. By the words alone, a logistic regression gets 56 % of the held-out ones right
+  after 3,200 examples, and 62 % after all. Files whose docstrings are tested are not trained on, and these libraries
+  are no part of the pretraining. Each has as many examples.
+- *library*: the same of a docstring's first 250 characters (75 % and 78 %), and the answer is asked for after every
+  eighth token too while it is learnt.
 
-A byte-level BPE of 4,096 tokens is trained on the first. All three become rows of tokens (int16), with the labels
+A byte-level BPE of 4,096 tokens is trained on the first. All of these become rows of tokens (int16), with the labels
 that a loss goes by: −100 where nothing is learnt. A row of another length is padded at its right, which causal
 attention never sees. Other versions of these packages, or others of them, make other texts: figures then differ a
 little, and are only to be compared with those of the same file.
@@ -39,10 +42,11 @@ if TYPE_CHECKING:
     from tokenizers import ByteLevelBPETokenizer
 
 VOCABULARY, IGNORED = 4096, -100
-PRETRAINING_LENGTH, CHAT_LENGTH, ORIGIN_LENGTH = 128, 96, 64
+PRETRAINING_LENGTH, CHAT_LENGTH, ORIGIN_LENGTH, LIBRARY_LENGTH = 128, 96, 64, 80
 HELD_OUT_EVERY, ORIGINS_HELD_OUT_EVERY = 20, 5
 """Of pretraining's texts, and of the files whose origin is asked for, one in so many is held out."""
 
+ASKED_EVERY = 8  # tokens of a docstring
 MOST_ROWS, HELD_OUT_ROWS, ORIGINS_HELD_OUT = 140_000, 512, 1024
 
 # BSD, MIT, Apache or the PSF's licence.
@@ -110,7 +114,7 @@ OWN_NAMES = re.compile(
     r"matplotlib|pyplot|mpl|networkx|nltk|numpy|pandas|scipy|scikit-learn|scikits?|sklearn|sympy|\b(?:nx|np|pd|plt)\b",
     re.IGNORECASE,
 )
-SHORTEST_PARAGRAPH = 40  # characters
+SHORTEST_PARAGRAPH, SHORTEST, LONGEST = 40, 100, 250  # characters, as one line
 TESTS = frozenset(("test", "tests", "testing", "_vendor", "idlelib", "site-packages", "__pycache__"))
 
 
@@ -120,8 +124,8 @@ class Task:
 
     Args:
         rows: tokens, n × length, int16.
-        labels: of the same shape; the token itself where it is learnt, `IGNORED` elsewhere. Not moved: position i of
-            the labels is position i of the rows.
+        labels: of the same shape; the token to be told, which is the row's own or an answer, and `IGNORED` where none
+            is. Not moved: what is told at position i of the rows has position i here.
         held_out_rows: like rows.
         held_out_labels: like labels.
         answers: the tokens that an answer is one of; none where the loss is what counts.
@@ -140,7 +144,7 @@ def save(tasks: dict[str, Task], path: Path) -> None:
 
 
 def load(path: Path) -> dict[str, Task]:
-    """The tasks `pretraining`, `chat` and `origin` of a file that `python -m tests.benchmarks.texts` has made."""
+    """The tasks of a file that `python -m tests.benchmarks.texts` has made: `pretraining` and those to fine-tune on."""
     return {name: Task(**task) for name, task in torch.load(path, weights_only=True).items()}
 
 
@@ -192,8 +196,8 @@ def pretraining_texts() -> tuple[list[str], list[str]]:
     return [text for position, text in enumerate(texts) if position % HELD_OUT_EVERY], held_out
 
 
-def origin_texts() -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """Docstrings' first paragraphs with the number of their library, to train on and held-out ones.
+def origin_texts(paragraphs: bool) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """How docstrings begin, with the number of their library, to train on and held-out ones.
 
     Every fifth file is held out, and what is said in a held-out file is not trained on.
     """
@@ -203,12 +207,13 @@ def origin_texts() -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
         for position, path in enumerate(files_of(package)):
             part = train if position % ORIGINS_HELD_OUT_EVERY else held_out
             for text in docstrings(path.read_text(encoding="utf-8", errors="ignore")):
-                paragraph = OWN_NAMES.sub("it", " ".join(text.split("\n\n")[0].split()))
-                if len(paragraph) >= SHORTEST_PARAGRAPH:
-                    part[package].append(paragraph)
+                chosen = text.split("\n\n")[0] if paragraphs else text
+                beginning = OWN_NAMES.sub("it", " ".join(chosen.split()))[: None if paragraphs else LONGEST]
+                if len(beginning) >= (SHORTEST_PARAGRAPH if paragraphs else SHORTEST):
+                    part[package].append(beginning)
     held_out = {package: list(dict.fromkeys(said)) for package, said in held_out.items()}
-    seen = {paragraph for said in held_out.values() for paragraph in said}
-    train = {package: [p for p in dict.fromkeys(said) if p not in seen] for package, said in train.items()}
+    seen = {text for said in held_out.values() for text in said}
+    train = {package: [text for text in dict.fromkeys(said) if text not in seen] for package, said in train.items()}
     return _balanced(train), _balanced(held_out)[:ORIGINS_HELD_OUT]
 
 
@@ -241,6 +246,14 @@ def padded(examples: Iterable[Sequence[Piece]], tokenizer: ByteLevelBPETokenizer
         rows.append([token for token, _ in encoded] + [0] * missing)
         labels.append([token if learnt else IGNORED for token, learnt in encoded] + [IGNORED] * missing)
     return torch.tensor(rows, dtype=torch.int16), torch.tensor(labels, dtype=torch.int16)
+
+
+def asked_often(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The same rows, whose one answer is asked for after every eighth token too."""
+    places = (labels != IGNORED).int().argmax(1, keepdim=True)
+    answers = labels.gather(1, places)
+    position = torch.arange(rows.shape[1])
+    return rows, torch.where((position % ASKED_EVERY == 0) & (position > 0) & (position < places), answers, labels)
 
 
 def cut(texts: Iterable[str], tokenizer: ByteLevelBPETokenizer, length: int, most: int) -> Tensor:
@@ -276,16 +289,21 @@ def make() -> tuple[dict[str, Task], int]:
     held_out = cut(held_out_texts, tokenizer, PRETRAINING_LENGTH, HELD_OUT_ROWS)
     chat_train, chat_held_out = chat_pieces()
     letters = [chr(ord("A") + number) for number in range(len(ORIGINS))]
-    origins = [[[(f"{text}\nFrom:", False), (letters[n], True)] for text, n in part] for part in origin_texts()]
-    answers = [tokenizer.encode(letter).ids for letter in letters]
+    answers = tuple(token for letter in letters for token in tokenizer.encode(letter).ids)
+
+    def told(paragraphs: bool, length: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        parts = [
+            [[(f"{text}\nFrom:", False), (letters[n], True)] for text, n in part] for part in origin_texts(paragraphs)
+        ]
+        return padded(parts[0], tokenizer, length), padded(parts[1], tokenizer, length)
+
+    origins, origins_held_out = told(paragraphs=True, length=ORIGIN_LENGTH)
+    libraries, libraries_held_out = told(paragraphs=False, length=LIBRARY_LENGTH)
     tasks = {
         "pretraining": Task(rows, rows, held_out, held_out),
         "chat": Task(*padded(chat_train, tokenizer, CHAT_LENGTH), *padded(chat_held_out, tokenizer, CHAT_LENGTH)),
-        "origin": Task(
-            *padded(origins[0], tokenizer, ORIGIN_LENGTH),
-            *padded(origins[1], tokenizer, ORIGIN_LENGTH),
-            tuple(token for (token,) in answers),
-        ),
+        "origin": Task(*origins, *origins_held_out, answers),
+        "library": Task(*asked_often(*libraries), *libraries_held_out, answers),
     }
     return tasks, sum(map(len, train_texts))
 

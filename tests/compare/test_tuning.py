@@ -51,6 +51,15 @@ def test_only_answers_are_learnt_and_what_is_too_long_loses_its_beginning() -> N
     assert labels.tolist() == [[IGNORED, IGNORED, c], [IGNORED, c, IGNORED]]
 
 
+def test_an_answer_is_asked_for_on_the_way_to_it() -> None:
+    rows, labels = torch.arange(100, 140).view(2, 20), torch.full((2, 20), IGNORED)
+    labels[0, 18], labels[1, 8] = 1, 2
+    same, often = texts.asked_often(rows, labels)
+    assert torch.equal(same, rows)
+    assert {place: int(often[0, place]) for place in range(20) if often[0, place] != IGNORED} == {8: 1, 16: 1, 18: 1}
+    assert torch.equal(often[1], labels[1])
+
+
 def test_libraries_are_told_by_what_they_say_and_not_by_their_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -59,18 +68,18 @@ def test_libraries_are_told_by_what_they_say_and_not_by_their_names(
         files = [tmp_path / package / f"{number}.py" for number in range(10)]
         for number, file in enumerate(files):
             file.parent.mkdir(exist_ok=True)
-            said = [
-                f"Return item {one} of file {number} as {package}.{package[::-1]} does." for one in range(len(package))
-            ]
-            said += ["Return what every one of them would return at any time.", "Too short.", said[0]]
+            what = f"of file {number} as {package}.{package[::-1]} does"
+            said = [f"Return item {one} {what}.{' And so on.' * 40}" for one in range(len(package))]
+            said += [f"Return what every one of them would return at any time.{' Whatever.' * 10}", "Short.", said[0]]
             file.write_text("\n".join(f'def f():\n    """{text}\n\n    More."""' for text in said))
         return files
 
     monkeypatch.setattr(texts, "files_of", files_of)
-    train, held_out = texts.origin_texts()
+    train, held_out = texts.origin_texts(paragraphs=False)
     assert not {text for text, _ in train} & {text for text, _ in held_out}
     for part in (train, held_out):
-        assert not any(name in text for text, _ in part for name in (*texts.ORIGINS, "More", "short"))
+        assert not any(name in text for text, _ in part for name in (*texts.ORIGINS, "Short"))
+        assert {len(text) for text, _ in part} <= {250, 55 + 100 + 6}  # and that is where they end
         assert all(texts.ORIGINS[label][::-1] in text for text, label in part if "every one" not in text)
         assert len(set(part)) == len(part)
     # nltk has the least to say: 4 things a file, of which 8 are trained on and 2 held out, and what all say.
