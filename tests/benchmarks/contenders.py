@@ -39,12 +39,8 @@ def _galore(**options: Any) -> Callable[[Llamas, int], torch.optim.Optimizer]:
     def make(model: Llamas, rank: int) -> torch.optim.Optimizer:
         from hf_galore import GaLoreAdamW
 
-        def of_matrices(matrices: list[nn.Parameter]) -> torch.optim.Optimizer:
-            group = {"params": matrices, "rank": rank, "scale": 1.0, "update_proj_gap": GAP, **options}
-            return GaLoreAdamW([group], lr=1.0, weight_decay=0.0)
-
-        rest = torch.optim.AdamW(model.rest(), lr=1.0, weight_decay=0.0)
-        return Both(rest, AllAtOnce(model.matrices(), of_matrices))
+        group = {"params": model.matrices(), "rank": rank, "scale": 1.0, "update_proj_gap": GAP, **options}
+        return GaLoreAdamW([{"params": model.rest()}, group], lr=1.0, weight_decay=0.0)
 
     return make
 
@@ -92,31 +88,6 @@ def orthogonalised(matrices: Tensor) -> Tensor:
 
 def _muon(model: Llamas, rank: int) -> torch.optim.Optimizer:
     return Both(torch.optim.AdamW(model.rest(), lr=1.0, weight_decay=0.0), Muon(model.matrices()))
-
-
-class AllAtOnce(torch.optim.Optimizer):
-    """An optimizer for stacks of matrices that has all stacks of a shape as one: a step takes a card few launches.
-
-    What it knows of each matrix is the matrix's own; the refreshes of a shape are on one step, whatever is staggered.
-    """
-
-    def __init__(self, params: list[nn.Parameter], make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> None:
-        super().__init__(params, {})
-        shapes = dict.fromkeys(param.shape for param in params)
-        groups = [[param for param in params if param.shape == shape] for shape in shapes]
-        self._groups = [(group, nn.Parameter(torch.cat([param.detach() for param in group]))) for group in groups]
-        for group, one in self._groups:
-            for param, part in zip(group, one.detach().chunk(len(group)), strict=True):
-                param.data = part
-        self._optimizer = make([one for _, one in self._groups])
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group, one in self._groups:
-            one.grad = torch.cat([param.grad for param in group])  # type: ignore[misc]
-        self._optimizer.step()
-        for _, one in self._groups:
-            one.grad = None
 
 
 class OneByOne(torch.optim.Optimizer):

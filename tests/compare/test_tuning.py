@@ -10,9 +10,8 @@ import torch
 from tokenizers import ByteLevelBPETokenizer
 from torch import nn
 
-from hf_galore import GaLoreAdamW
 from tests.benchmarks import texts, tuning
-from tests.benchmarks.contenders import CONTENDERS, AllAtOnce
+from tests.benchmarks.contenders import CONTENDERS
 from tests.benchmarks.stack_of_llamas import Llamas, Shape
 from tests.benchmarks.texts import IGNORED, Task, docstrings, load, padded, save
 from tests.benchmarks.tuning import Point, Results, Sweep
@@ -157,30 +156,6 @@ def test_a_run_in_a_stack_is_the_run_alone(name: str) -> None:
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
     assert together[0]["loss"] != pytest.approx(together[1]["loss"], rel=1e-3)
     assert together[1]["loss"] != pytest.approx(together[2]["loss"], rel=1e-3)
-
-
-@pytest.mark.usefixtures("small")
-def test_all_stacks_of_a_shape_as_one_are_trained_as_each() -> None:
-    def trained(grouped: bool) -> Llamas:
-        model = tuning.stack(weights(), [1, 2], 0, "cpu")
-        options = {"rank": 4, "scale": 1.0, "update_proj_gap": 2, "stagger": False, "residual": "fira"}
-
-        def make(matrices: list[nn.Parameter]) -> torch.optim.Optimizer:
-            return GaLoreAdamW([{"params": matrices, **options}], lr=1e-2, weight_decay=0.0)
-
-        optimizer = AllAtOnce(model.matrices(), make) if grouped else make(model.matrices())
-        for step in range(5):
-            generator = torch.Generator().manual_seed(step)
-            ids = torch.randint(0, SMALL.vocabulary, (2, 4, 8), generator=generator)
-            Llamas.losses(model, ids, ids).sum().backward()
-            optimizer.step()
-            model.zero_grad()
-        return model
-
-    one, each = trained(grouped=True), trained(grouped=False)
-    for name, param in one.named_parameters():
-        torch.testing.assert_close(param, each.get_parameter(name), rtol=1e-3, atol=1e-5)
-    assert not torch.allclose(one.get_parameter("0_up")[0], weights()["0_up"], atol=1e-2)
 
 
 CASES = ((1e-2, 1e-2, 1), (1e-2, 4e-2, 1), (1e-2, 4e-2, 2))
