@@ -154,8 +154,13 @@ def options_tables() -> str:
     text += _by_rank(best_of_ranks(), lambda best: f"{best.cell()}<br>{best.rates[0]:g}, {best.rates[1]:.3g}")
     text += "\n**Conversations**, held-out loss of the answers (and the matrices' own rate, η × `scale`):\n\n"
     text += _by_rank(best_of_tuning("chat"), lambda best: f"{best.cell()}<br>{best.rates[1]:.3g}")
-    text += "\n**Which library a docstring is from**, of eight, held-out accuracy in percent:\n\n"
-    text += _by_rank(best_of_tuning("origin"), lambda best: f"{best.cell('accuracy', 1, 100)}<br>{best.rates[1]:.3g}")
+    text += (
+        "\n**Which library a docstring is from**, of eight, held-out loss and accuracy (and the matrices' rate):\n\n"
+    )
+    text += _by_rank(
+        best_of_tuning("origin"),
+        lambda best: f"{best.cell()}<br>{best.cell('accuracy', 1, 100)} %<br>{best.rates[1]:.3g}",
+    )
     return f"{text}\n"
 
 
