@@ -19,6 +19,7 @@ from hf_galore.backward.linear import ProjectedLinear
 from hf_galore.lowrank.residual import Term
 from hf_galore.optim import residual, scaled
 from hf_galore.optim.optimizer import GaLoreOptimizer
+from hf_galore.recipes.checks import galore_config
 from tests.backward.test_layerwise import (
     CalledTwice,
     Checkpointed,
@@ -266,6 +267,8 @@ def test_a_trainers_arguments_are_refused_before_training(settings: dict[str, An
     args = arguments(tmp_path, "galore_adamw_layerwise", optim_args=FIRA, **settings)
     with pytest.raises(ValueError, match=words):
         Trainer.get_optimizer_cls_and_kwargs(args, tiny_llama())
+    with pytest.raises(ValueError, match=words):
+        galore_config(args)  # a recipe, before anything is loaded
     # Of an optimizer that somebody else has made, too; and the plain one takes all of them.
     trainer = make_trainer(model := tiny_llama(), tmp_path, "adamw_torch", optim_target_modules=None, **settings)
     trainer.optimizer = made(model, "fira", layerwise=True)
