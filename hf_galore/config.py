@@ -258,10 +258,12 @@ class GaLoreConfig:
         if self.scaling != "none":
             self._check_scaling()
         option = f"residual={self.residual}" if self.scaling == "none" else f"scaling={self.scaling}"
-        if self.needs_gradient and self.gradient_bits != 16:
+        of_held = {"gradient_bits": 16, "norm_probes": NORM_PROBES}
+        said = [f"{key}={getattr(self, key)}" for key, default in of_held.items() if getattr(self, key) != default]
+        if self.needs_gradient and said:
             raise ValueError(
-                f"GaLore's {option} needs the gradient itself, so that no low-rank gradients are held that "
-                f"gradient_bits={self.gradient_bits} could make smaller. Leave out the one or the other."
+                f"GaLore's {option} needs the gradient itself, so that no low-rank gradients are held, for which "
+                f"{' and '.join(said)} would do something. Leave out the one or the other."
             )
         if self.needs_gradient and self.projected_backward:
             raise ValueError(

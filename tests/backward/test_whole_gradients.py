@@ -195,10 +195,12 @@ def test_a_group_that_comes_later_is_refused(options: dict[str, Any]) -> None:
     ordinary_step(net, optimizer, batches(1)[0])
 
 
-def test_low_rank_gradients_in_8_bits_are_refused() -> None:
+@pytest.mark.parametrize("option", [{"gradient_bits": 8}, {"norm_probes": 0}], ids=str)
+def test_what_is_for_held_low_rank_gradients_is_refused(option: dict[str, int]) -> None:
     net = nn.Linear(16, 16)
-    group = {"params": [net.weight], "rank": 4, "gradient_bits": 8, **OPTIONS["fira"]}
-    with pytest.raises(ValueError, match="gradient_bits=8 could make smaller"):
+    group = {"params": [net.weight], "rank": 4, **option, **OPTIONS["fira"]}
+    said = ", ".join(f"{key}={value}" for key, value in option.items())
+    with pytest.raises(ValueError, match=f"for which {said} would do something"):
         GaLoreAdamW([group], lr=1e-2, module=net, layerwise=True)
 
 

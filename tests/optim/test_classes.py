@@ -351,7 +351,7 @@ def test_published_defaults_complete_a_group_with_a_rank() -> None:
     ("group", "message"),
     [
         ({"rank": 0}, "rank has to be an integer of at least 1, but was given 0"),
-        ({"rank": 2, "scale": math.nan}, "scale has to be a finite number above 0, but was given nan"),
+        ({"rank": 2, "scale": math.nan}, "scale has to be a finite number above 0, or auto, or .*, but was given nan"),
         ({"rank": 2, "proj_type": "foo"}, "proj_type has to be one of std, reverse_std"),
         ({"scale": 1.0}, "sets scale but no rank"),
         ({"lr": -1.0}, "lr has to be at least 0"),
