@@ -193,8 +193,8 @@ class GaLoreConfig:
             layerwise with accumulation or clipping and by the projected backward without layerwise; 16 stands for the
             weight's own dtype. Gradients that are used at once are never kept.
         norm_probes: random columns beside a basis, with which gradients are projected too where only R is kept of
-            them, so that `grad_norm` and clipping go by the gradient's norm: an estimate without bias, off by a percent
-            or so (`hf_galore.lowrank.probes`). 0 goes by the norm of R. What is held is larger by as many columns.
+            them, so that `grad_norm` and clipping go by the gradient's norm: an estimate without bias, off by a few
+            percent (`hf_galore.lowrank.probes`). 0 goes by the norm of R. What is held is larger by as many columns.
         rule: how low-rank gradients become directions; `None` stands for what the optimizer's name says, which all
             other parameters follow in any case. Only the 8-bit optimizers' own rule, `adam`, has moments in 8 bits.
         residual: what becomes of the residual S = G − back(R), the part of a gradient that no basis has. `none`
