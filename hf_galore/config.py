@@ -149,7 +149,12 @@ def _parse(key: str, text: str) -> Any:
         raise ValueError(f"GaLore's {key} has to be {option.allowed}, but was given {text!r}.{hint}") from None
 
 
-def _parse_optim_args(text: str) -> dict[str, Any]:
+def options_in(text: str) -> dict[str, Any]:
+    """What an `optim_args` string gives, each value checked by itself.
+
+    Raises:
+        ValueError: as `GaLoreConfig.from_optim_args`.
+    """
     values: dict[str, Any] = {}
     for item in text.split(","):
         if not item.strip():
@@ -258,13 +263,12 @@ class GaLoreConfig:
         if self.scaling != "none":
             self._check_scaling()
         option = f"residual={self.residual}" if self.scaling == "none" else f"scaling={self.scaling}"
-        of_held = {"gradient_bits": 16, "norm_probes": NORM_PROBES}
-        said = [f"{key}={getattr(self, key)}" for key, default in of_held.items() if getattr(self, key) != default]
-        if self.needs_gradient and said:
-            raise ValueError(
-                f"GaLore's {option} needs the gradient itself, so that no low-rank gradients are held, for which "
-                f"{' and '.join(said)} would do something. Leave out the one or the other."
-            )
+        for key, default in (("gradient_bits", 16), ("norm_probes", NORM_PROBES)):
+            if self.needs_gradient and getattr(self, key) != default:
+                raise ValueError(
+                    f"GaLore's {option} needs the gradient itself, so that no low-rank gradients are held, and "
+                    f"{key}={getattr(self, key)} would do nothing. Leave out the one or the other."
+                )
         if self.needs_gradient and self.projected_backward:
             raise ValueError(
                 f"GaLore's {option} needs the gradient itself, which projected_backward=true never builds. Leave "
@@ -318,7 +322,7 @@ class GaLoreConfig:
                 f"optim_args has to be a string such as 'rank=128, scale=0.25', or a mapping, but is a "
                 f"{type(optim_args).__name__}: {optim_args!r}."
             )
-        return cls(**_parse_optim_args(optim_args))
+        return cls(**options_in(optim_args))
 
     def optim_args(self) -> str:
         """The string that `from_optim_args` reads this from; what has its default is left out."""

@@ -124,6 +124,16 @@ REFUSED = {
     "stochastic_round=true": ["'stochastic_round'", "Did you mean 'stochastic_rounding'?"],
     "proj_type=foo": ["proj_type", "'foo'", "std, reverse_std, left, right, full"],
     "proj_type=STD": ["proj_type", "'STD'", "std, reverse_std, left, right, full"],
+    "scale=8*auto": ["scale", "'8*auto'", "auto*8"],
+    "scale=auto*0": ["scale", "'auto*0'", "auto*8"],
+    "residual=Fira": ["residual", "'Fira'", "none, fira, sign"],
+    "scaling=rank": ["scaling", "'rank'", "none, channel, tensor"],
+    "residual_scale=2": ["residual_scale=2", "residual=none", "Set residual to fira or sign"],
+    "norm_probes=16, residual=sign": ["residual=sign", "norm_probes=16 would do nothing"],
+    "norm_probes=0, scaling=tensor": ["scaling=tensor", "norm_probes=0 would do nothing"],
+    "gradient_bits=8, scaling=channel": ["scaling=channel", "gradient_bits=8"],
+    "scaling=channel, residual=fira": ["scaling=channel", "residual=fira would do nothing"],
+    "scaling=channel, refresh=svd, proj_type=full": ["scaling=channel", "refresh=svd, proj_type=full would do nothing"],
 }
 
 

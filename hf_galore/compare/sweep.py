@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..config import OPTIONS, GaLoreConfig, nearest
+from ..config import OPTIONS, nearest, options_in
 from ..errors import UserError
 from ..integrations.trainer import optim_name
 from ..recipes import any_recipe
@@ -148,9 +148,8 @@ def _optim_args(parsed: Arguments, given: Sequence[str]) -> str:
     if config is None:
         name = optim_name(parsed.training)
         raise UserError(f"these are of GaLore, which optim {name} is not. Give a galore_* optim.")
-    changed = GaLoreConfig.from_optim_args(", ".join(given))
-    keys = [item.partition("=")[0] for item in given]
-    return dataclasses.replace(config, **{key: getattr(changed, key) for key in keys}).optim_args()
+    # Not by a configuration of these alone: some do nothing without others, which the recipe gives.
+    return dataclasses.replace(config, **options_in(", ".join(given))).optim_args()
 
 
 def _command(parsed: Arguments, arguments: Sequence[str]) -> list[str]:

@@ -6,6 +6,7 @@ is a column or a row of R. Pure functions on tensors, which read nothing back fr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..option import auto_factor
-from .projection import Side, at_least_float32, for_each, norm_of_each
+from .projection import Side, at_least_float32, for_each, low_rank_shape, norm_of_each, side_of
 
 AUTO_OF_OTHERS, AUTO_OF_MUON, AUTO_OF_SCALING = 1 / 32, 1 / 16, 1 / 8
 """`scale=auto` at a rank of the smaller side, half of what it is at a quarter of it: of what is projected back, by Adam
@@ -35,16 +36,26 @@ def scale_of(group: Mapping[str, Any], shape: Sequence[int]) -> float:
 
 
 def auto_scale(group: Mapping[str, Any], shape: Sequence[int]) -> float:
-    """The scale that goes with the rank r of a group, for matrices of `shape` m × n: c · √(min(m, n) / r).
+    """The scale that goes with the rank r of a group, for matrices of `shape` m × n: c over the size of an element.
 
-    Elements of a rule's direction are about as large at any rank, so that an update of rank r is about √(r · max(m, n))
-    long: with this scale the length of a step does not depend on the rank. The constants c are those of the lowest loss
-    in `tests.benchmarks.ranks`, from random weights; other tasks take a multiple.
+    That is c · √(min(m, n) / r) where the smaller side is projected. With this scale the length of a step depends
+    neither on the rank nor on the side. The constants c are those of the lowest loss in
+    `tests.benchmarks.ranks`, from random weights; other tasks take a multiple.
     """
     scaled, rule = group.get("scaling", "none") != "none", group.get("rule")
     constant = AUTO_OF_SCALING if scaled else AUTO_OF_MUON if rule == "muon" else AUTO_OF_OTHERS
-    scale: float = constant * (min(shape[-2:]) / group["rank"]) ** 0.5
-    return scale
+    return constant / element_size(group, shape)
+
+
+def element_size(group: Mapping[str, Any], shape: Sequence[int]) -> float:
+    """The root mean square of an element of an update back(N) of `shape` m × n: √(elements of R / mn).
+
+    Those of a rule's direction N are about 1 at any rank.
+    """
+    matrix = tuple(shape[-2:])
+    side = side_of(matrix, group.get("proj_type", "std"))
+    size: float = (math.prod(low_rank_shape(matrix, side, group["rank"])) / math.prod(matrix)) ** 0.5
+    return size
 
 
 def channel_norms(matrix: Tensor, side: Side) -> Tensor:

@@ -16,7 +16,7 @@ from ..log import and_others, logger
 from ..lowrank.methods import METHODS
 from ..lowrank.nonfinite import has_numbers
 from ..lowrank.projection import is_projectable, norm_of
-from ..lowrank.scales import scale_of
+from ..lowrank.scales import element_size, scale_of
 from ..rules import Rule, rule_of
 from .groups import Group, is_target, shape_in
 from .shard import check_sharding, is_sharded, local_of
@@ -174,7 +174,7 @@ def say_if_decay_is_lost(groups: Iterable[Group]) -> None:
             part = 1.0
             if is_target(param, group):
                 shape = shape_in(param, group)
-                part = scale_of(group, shape) * (group["rank"] / min(shape[-2:])) ** 0.5
+                part = scale_of(group, shape) * element_size(group, shape)
             moves.append(rate * part / half)
             sample = weight.view(-1)[:4096] if weight.is_contiguous() else weight
             sizes.append(norm_of(sample) / sample.numel() ** 0.5)

@@ -20,6 +20,9 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
 OF_ADAM = 0.2
 """The root mean square of an element of Adam's direction, as Moonlight has measured it."""
+_LEAST_NORM = 1e-15
+# Of momentum: squares of what is much smaller are nothing in float32, and a matrix divided by a norm of nothing is NaN
+# after the steps. What is below fades, as far as it is.
 
 
 class Over:
@@ -79,6 +82,9 @@ class Muon(Rule):
     targets only: what is not projected goes by the optimizer's own rule. μ is the group's `momentum`, since Adam's β₁,
     which the others go by, is another number (0.9 where this has 0.95).
 
+    A matrix whose gradient is zero does not move, as one without a gradient does not: an expert of a stack without
+    tokens would go on at full length in the direction of its last ones, since orth(M) does not fade as M does.
+
     Directions that no gradient has had do not come up in N: the steps multiply a singular value by 484 at most, so that
     rounding, 1e-7 of the largest, is 1e-4 of N's, and zero stays zero.
 
@@ -122,6 +128,7 @@ class Muon(Rule):
         buffer, flag = moments["momentum_buffer"], skip.flag
         ahead = look_ahead(gradient, buffer, group["momentum"], flag)
         direction = orthogonalised(ahead, self._over).mul_(OF_ADAM * self._over.longer(gradient) ** 0.5)
+        direction.mul_(for_each(self._over.norm(gradient).ne(0).to(direction.dtype)))
         return direction if flag is None else direction.mul_(1 - flag.to(direction.dtype)), float(group["lr"])
 
     def rotate_(self, moments: Moments, group: Group, rotation: Rotation, step: int) -> None:
@@ -160,7 +167,7 @@ def orthogonalised(matrix: Tensor, over: Over) -> Tensor:
     """
     turned = over.turned(matrix)
     x = matrix.mT if turned else matrix
-    x = x / for_each(over.norm(x).clamp_min(torch.finfo(x.dtype).tiny))
+    x = x / for_each(over.norm(x).clamp_min(_LEAST_NORM))
     x = precise_product(x, _steps(over.gram(x)))
     return x.mT if turned else x
 

@@ -19,6 +19,7 @@ from hf_galore.cli import sweep
 from hf_galore.cli.interrupts import Stopped
 from hf_galore.cli.main import main
 from hf_galore.compare.sweep import SETTINGS_FILE, plan_sweep
+from hf_galore.errors import UserError
 from hf_galore.recipes.embedded_model import CACHE_VARIABLE, Embedded, embedded
 from hf_galore.recipes.run_record import RUN_FILE, RunFacts
 from tests.support import signals
@@ -106,6 +107,15 @@ def test_the_scale_that_goes_with_a_rank_is_a_value_too(path: str) -> None:
     planned = plan_sweep(["rank=8,16", "scale=auto,0.5"], ["--config", path])
     assert [trial.folder.name for trial in planned.trials][:2] == ["rank-8_scale-auto", "rank-8_scale-0.5"]
     assert planned.trials[2].settings["optim_args"] == "rank=16, update_proj_gap=4, scale=auto"
+
+
+def test_what_does_nothing_without_another_goes_with_that_of_the_recipe(path: str) -> None:
+    override = ["--optim_args", "rank=16, residual=fira", "--max_grad_norm", "0"]
+    planned = plan_sweep(["residual_scale=0.5,2"], ["--config", path, *override])
+    told = [trial.settings["optim_args"] for trial in planned.trials]
+    assert told == [f"rank=16, residual=fira, residual_scale={scale}" for scale in ("0.5", "2.0")]
+    with pytest.raises(UserError, match="--sweep residual_scale=2: GaLore's residual_scale=2 multiplies what a resid"):
+        plan_sweep(["residual_scale=2"], ["--config", path])
 
 
 def test_several_keys_make_all_combinations(path: str) -> None:

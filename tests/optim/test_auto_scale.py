@@ -86,6 +86,9 @@ def length(rank: int, shape: tuple[int, ...], **options: Any) -> float:
         ({"scaling": "channel"}, 1.2),
         # Its singular values end between 0.7 and 1.2, by where they were.
         ({"rule": "muon"}, 1.2),
+        # R has r² elements, few at the lowest rank; and of the other side r · min(m, n).
+        ({"proj_type": "full"}, 1.2),
+        ({"proj_type": "reverse_std"}, 1.05),
     ],
     ids=str,
 )
@@ -94,6 +97,11 @@ def test_a_step_is_as_long_whatever_the_rank(options: dict[str, Any], within: fl
     lengths = [length(rank, shape, **options) for rank in (12, 24, 48, 84)]
     assert min(lengths) > 0
     assert max(lengths) < within * min(lengths)
+
+
+def test_a_step_is_as_long_whatever_the_side() -> None:
+    lengths = [length(16, (256, 64), proj_type=side) for side in ("std", "reverse_std", "full")]
+    assert max(lengths) < 1.05 * min(lengths)
 
 
 def test_a_higher_rank_has_a_lower_scale() -> None:

@@ -176,6 +176,27 @@ def test_a_stack_is_orthogonalised_matrix_by_matrix() -> None:
         torch.testing.assert_close(of_stack, orthogonalised(one, Over()), rtol=0, atol=1e-5)
 
 
+def test_a_matrix_without_a_gradient_does_not_move() -> None:
+    """An expert of a stack without tokens: Muon's momentum fades, and its direction does not."""
+    (param,) = parameters((3, 24, 16))
+    optimizer = GaLoreAdamW([projected(param)], lr=1e-2, weight_decay=0.0)
+    for step, gradient in enumerate(gradients((3, 24, 16), 3)):
+        gradient[1] *= step == 0
+        moved = stepped(optimizer, param, gradient)
+        assert [one.any().item() for one in moved] == [True, step == 0, True]
+    momentum = optimizer.state[param]["momentum_buffer"]
+    assert 0 < momentum[1].norm() < momentum[0].norm()
+
+
+@pytest.mark.parametrize("size", [1e-16, 1e-20, 1e-23, 1e-30, 1e-44])
+def test_a_momentum_of_next_to_nothing_fades(size: float) -> None:
+    """Squares of its elements are nothing in float32: divided by that, it would be NaN for good."""
+    matrix = torch.randn(2, 8, 40, generator=torch.Generator().manual_seed(5))
+    found = orthogonalised(matrix * size, Over())
+    assert (found.abs() <= orthogonalised(matrix, Over()).abs().max() * 2).all()
+    assert torch.linalg.matrix_norm(found, 2).max() < 1.3
+
+
 # ---- what holds for every rule
 
 
