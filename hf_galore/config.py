@@ -263,6 +263,11 @@ class GaLoreConfig:
                 f"GaLore's {option} needs the gradient itself, so that no low-rank gradients are held that "
                 f"gradient_bits={self.gradient_bits} could make smaller. Leave out the one or the other."
             )
+        if self.needs_gradient and self.norm_probes != NORM_PROBES:
+            raise ValueError(
+                f"GaLore's {option} needs the gradient itself, whose norm is exact, so that "
+                f"norm_probes={self.norm_probes} would do nothing. Leave out the one or the other."
+            )
         if self.needs_gradient and self.projected_backward:
             raise ValueError(
                 f"GaLore's {option} needs the gradient itself, which projected_backward=true never builds. Leave "
