@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from ..config import GROUP_OPTIONS, Exchange, GaLoreConfig, nearest
+from ..config import GROUP_OPTIONS, NORM_PROBES, Exchange, GaLoreConfig, nearest
 from ..log import and_others
 from ..lowrank.matrices import matrix_shape
 from ..lowrank.methods import METHODS
@@ -75,8 +75,8 @@ def with_seeds(group: dict[str, Any]) -> dict[str, Any]:
     return {**{key: torch.initial_seed() for key, needed in asked.items() if needed}, **group}
 
 
-def check_gradient_bits(groups: Iterable[Group], *, hooked: bool) -> None:
-    """Check that low-rank gradients are to be in 8 bits only where they are held at all.
+def check_held_options(groups: Iterable[Group], *, hooked: bool) -> None:
+    """Check that something is said of low-rank gradients, their bits and norm probes, only where there are any.
 
     Args:
         groups: of the optimizer.
@@ -85,13 +85,24 @@ def check_gradient_bits(groups: Iterable[Group], *, hooked: bool) -> None:
     Raises:
         ValueError: it has none, so that there are gradients only, whole ones, until the step.
     """
-    if not hooked and any(group.get("gradient_bits") == 8 for group in groups):
-        raise ValueError(
-            "gradient_bits=8 is for low-rank gradients that are held until the step, and this optimizer gets whole "
-            "gradients, in their own dtype. Leave it out, or make the optimizer with layerwise=True or "
-            "projected_backward=True (with a Trainer: an optim that ends in _layerwise, or projected_backward=true in "
-            "optim_args)."
-        )
+    if hooked:
+        return
+    instead = (
+        "Leave it out, or make the optimizer with layerwise=True or projected_backward=True (with a Trainer: an optim "
+        "that ends in _layerwise, or projected_backward=true in optim_args)."
+    )
+    for group in groups:
+        if group.get("gradient_bits") == 8:
+            raise ValueError(
+                "gradient_bits=8 is for low-rank gradients that are held until the step, and this optimizer gets whole "
+                f"gradients, in their own dtype. {instead}"
+            )
+        probes = group.get("norm_probes", NORM_PROBES)
+        if probes != NORM_PROBES:
+            raise ValueError(
+                f"norm_probes={probes} is for low-rank gradients, and this optimizer gets whole gradients, whose norm "
+                f"is exact. {instead}"
+            )
 
 
 def is_target(param: Tensor, group: Group) -> bool:

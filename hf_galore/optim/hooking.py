@@ -15,7 +15,7 @@ from ..config import Exchange
 from ..integrations.engines import will_shard
 from ..integrations.fully_shard import check_sharded
 from ..log import and_others, logger
-from .groups import check_gradient_bits
+from .groups import check_held_options
 from .needs import all_need_gradients, check_needs
 from .refreshes import share_when_wrapped
 from .shard import is_sharded
@@ -100,7 +100,7 @@ def hooks_for(
         projected_backward = layerwise and options.get("exchange") != "dense" and not all_need_gradients(parameters)
     exchange = _exchange(options.get("exchange"), projected_backward=projected_backward)
     hooked = layerwise or projected_backward or exchange == "low_rank"
-    check_gradient_bits(optimizer.param_groups, hooked=hooked)
+    check_held_options(optimizer.param_groups, hooked=hooked)
     if not hooked:
         if model is not None:
             share_when_wrapped(optimizer, model)

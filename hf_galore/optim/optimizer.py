@@ -23,7 +23,7 @@ from ..rules import RULES, options_of, own_rule, without_own_name
 from . import admission, checkpoint
 from .gradients import clip_, norm_of_gradients, norms_for_step
 from .groups import GaLoreOptions as GaLoreOptions
-from .groups import check_gradient_bits, check_group_keys, check_options, split_groups, with_seeds
+from .groups import check_group_keys, check_held_options, check_options, split_groups, with_seeds
 from .hooking import check_new_needs, hooks_for, waits_for_shards
 from .making import drop_others, make_all
 from .names import Names
@@ -115,7 +115,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
             admission.check_group(group, RULES[self.rule], self.name_of)
             if not self._constructing:
                 admission.check_parameters(self._names.of_entries(self.param_groups))
-                check_gradient_bits([group], hooked=self._hooks is not None)
+                check_held_options([group], hooked=self._hooks is not None)
                 check_new_needs(self, self._hooks)
         except ValueError:
             del self.param_groups[-1]

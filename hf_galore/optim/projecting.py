@@ -106,12 +106,13 @@ class Projecting(Turns):
         return self.with_probes(bases)
 
     def _present_probes(self) -> Bases:
-        """The probes of the present bases."""
-        version = self.version
-        if version.probes is None:
+        """The probes of the present bases, made anew where the weight has moved."""
+        version, param = self.version, self.param
+        made = version.probes
+        if made is None or any(p is not None and (p.device, p.dtype) != (param.device, param.dtype) for p in made):
             number = max(numbers_of(self.state["refreshes"]))
-            version.probes = probes_for(self.bases(), self.probes, probe_seed(self.index, number))
-        return version.probes
+            made = version.probes = probes_for(self.bases(), self.probes, probe_seed(self.index, number))
+        return made
 
     def _held(self, made: NewBasis, gradient: Gradient) -> NewBasis:
         """A refresh from a gradient, with what norm probes give beside R.

@@ -11,13 +11,13 @@ import torch
 from transformers import AutoConfig, TrainingArguments
 from trl import ModelConfig
 
-from ..config import GaLoreConfig
+from ..config import NORM_PROBES, GaLoreConfig
 from ..errors import UserError
 from ..integrations.holding import check_arguments as check_held
 from ..integrations.trainer import KINDS, optim_name
 from ..log import logger
 from ..optim.admission import check_refresh
-from ..optim.groups import check_gradient_bits
+from ..optim.groups import check_held_options
 from .checkpoints import check_folders
 from .disk_space import check_space, sizes_of
 from .hub import check_hub
@@ -168,8 +168,8 @@ def galore_config(training_args: TrainingArguments) -> GaLoreConfig | None:
     check_held(optim_name(training_args), config, training_args)
     hooked = KINDS[optim_name(training_args)].layerwise or bool(config.projected_backward)
     try:
-        check_gradient_bits([config.group_options()], hooked=hooked)
+        check_held_options([config.group_options()], hooked=hooked)
     except ValueError as error:  # a recipe's whole string would have to be typed again
-        rest = dataclasses.replace(config, gradient_bits=16).optim_args()
+        rest = dataclasses.replace(config, gradient_bits=16, norm_probes=NORM_PROBES).optim_args()
         raise ValueError(f'{error} Without it: --optim_args "{rest}".') from error
     return config

@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,11 +14,12 @@ import torch
 from accelerate.state import GradientState
 from torch import Tensor, nn
 
-from hf_galore import GaLoreAdamW, make_optimizer
+from hf_galore import GaLoreAdamW, GaLoreAdamW8bit, GaLoreConfig, make_optimizer
 from hf_galore.backward.gradient import LowRankGradient
 from hf_galore.optim.optimizer import GaLoreOptimizer
+from hf_galore.recipes.checks import galore_config
 from tests.backward.test_experts import SERVED, Experts, batch, made
-from tests.support.helpers import OPTIM_ARGS, Counting, assert_same_path, snapshot, target_of, tiny_llama
+from tests.support.helpers import OPTIM_ARGS, Counting, arguments, assert_same_path, snapshot, target_of, tiny_llama
 
 MICRO_BATCHES, ROWS = 3, 4
 
@@ -229,3 +231,44 @@ def test_stacks(cls: type[Experts], way: dict[str, Any]) -> None:
         optimizer.zero_grad()
     assert abs(sum(found) / len(found) - 1) < 0.03
     assert max(abs(ratio - 1) for ratio in found) < 0.15
+
+
+@pytest.mark.parametrize("cls", [GaLoreAdamW, GaLoreAdamW8bit])
+def test_where_there_are_gradients_they_are_refused(cls: type[Any], tmp_path: Path) -> None:
+    """Whose norm is exact, so that more of them, or none, would change nothing."""
+    net = nn.Linear(64, 64)
+    group = {"params": [net.weight], "rank": 16}
+    for probes in (0, 16):
+        with pytest.raises(ValueError, match=rf"norm_probes={probes} is for low-rank gradients.*layerwise=True"):
+            cls([{**group, "norm_probes": probes}])
+        cls([{**group, "norm_probes": probes}], module=net, layerwise=True).close()
+    cls([{**group, "norm_probes": 8}])
+    optimizer = cls([net.bias])
+    with pytest.raises(ValueError, match="norm_probes=4 is for"):
+        optimizer.add_param_group({**group, "norm_probes": 4})
+    assert len(optimizer.param_groups) == 1
+    optim_args = "rank=16, norm_probes=16"
+    with pytest.raises(ValueError, match=r'norm_probes=16 is for.* Without it: --optim_args "rank=16"\.$'):
+        galore_config(arguments(tmp_path, "galore_adamw", optim_args=optim_args))
+    config = galore_config(arguments(tmp_path, "galore_adamw", optim_args=f"{optim_args}, projected_backward=true"))
+    assert config is not None
+    assert config.norm_probes == 16
+
+
+@pytest.mark.parametrize("option", ["residual=fira", "scaling=channel"])
+def test_options_that_need_gradients_do_without_them(option: str) -> None:
+    with pytest.raises(ValueError, match=rf"{option} needs the gradient itself.*norm_probes=0 would do nothing"):
+        GaLoreConfig.from_optim_args(f"norm_probes=0, {option}")
+    GaLoreConfig.from_optim_args(f"norm_probes=8, {option}")
+
+
+def test_they_follow_a_weight_to_another_dtype() -> None:
+    """As to another device, where products with those that were made before would fail."""
+    model = tiny_llama().double()
+    optimizer = optimizer_for(model, "accumulated", "stagger=false")
+    target = target_of(optimizer, model.model.layers[0].mlp.up_proj.weight)
+    for dtype in (torch.float64, torch.float32):
+        backward(model.to(dtype), parts_of(0, accumulated=True))
+        assert {basis.dtype for basis in target.with_probes(target.bases()) if basis is not None} == {dtype}
+        optimizer.step()
+        optimizer.zero_grad()
