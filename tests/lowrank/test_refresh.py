@@ -742,9 +742,9 @@ def test_a_bad_gradient_at_a_refresh_by_the_projected_backward(
     came_by: list[bool] = []
     original = Target.new_basis
 
-    def watching(self: Target, gradient: Gradient) -> Any:
+    def watching(self: Target, gradient: Gradient, *, held: bool = False) -> Any:
         came_by.append(isinstance(gradient, FactoredGradient))
-        return original(self, gradient)
+        return original(self, gradient, held=held)
 
     monkeypatch.setattr(Target, "new_basis", watching)
 
