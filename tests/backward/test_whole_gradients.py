@@ -232,7 +232,7 @@ def test_options_that_change_under_hooks_are_refused() -> None:
     for group in optimizer.param_groups:
         if "rank" in group:
             group["residual"] = "none"
-    with pytest.raises(RuntimeError, match="were made for its whole gradient.* Make the optimizer anew"):
+    with pytest.raises(RuntimeError, match=r"were made for its whole gradient.* Make the optimizer anew"):
         loss_of(net, batches(1)[0]).backward()
 
 
