@@ -122,4 +122,9 @@ class WholeWindow(Window):
     @property
     def _target(self) -> TargetOfGradient:
         target: Any = self.target
+        if self.trained.needs_gradient is None:
+            raise RuntimeError(
+                f"The hooks of {self.trained.name} were made for its whole gradient, which the options of its group "
+                "need no more. Make the optimizer anew after a change of options."
+            )
         return target  # type: ignore[no-any-return]

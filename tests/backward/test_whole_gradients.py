@@ -230,6 +230,15 @@ def test_a_second_backward_is_refused() -> None:
     del optimizer
 
 
+def test_options_that_change_under_hooks_are_refused() -> None:
+    optimizer = made(net := Net(), "sign", layerwise=True)
+    for group in optimizer.param_groups:
+        if "rank" in group:
+            group["residual"] = "none"
+    with pytest.raises(RuntimeError, match=r"were made for its whole gradient.* Make the optimizer anew"):
+        loss_of(net, batches(1)[0]).backward()
+
+
 def test_a_residual_under_accumulation_is_that_of_the_sum() -> None:
     """Plain: two micro-batches are one batch."""
     weights = []
