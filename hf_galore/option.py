@@ -74,7 +74,10 @@ def or_auto(option: Option) -> Option:
     """The option, with `auto`, and multiples of it (`auto*8`), for what follows from the rank."""
 
     def parse(text: str) -> Any:
-        return option.parse(text) if auto_factor(text) is None else text.replace(" ", "").lower()
+        factor = auto_factor(text)
+        if factor is None:
+            return option.parse(text)
+        return AUTO if factor == 1 else f"{AUTO}*{factor:g}"
 
     return Option(
         parse,

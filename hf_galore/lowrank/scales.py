@@ -47,6 +47,14 @@ def auto_scale(group: Mapping[str, Any], shape: Sequence[int]) -> float:
     return constant / element_size(group, shape)
 
 
+def sign_part(group: Mapping[str, Any], shape: Sequence[int]) -> float:
+    """What signs are multiplied with besides `scale`, so that `scale=auto` leaves them as large at any rank.
+
+    They are 1 each, where an element of back(N) grows with the rank.
+    """
+    return 1.0 if auto_factor(group["scale"]) is None else element_size(group, shape)
+
+
 def element_size(group: Mapping[str, Any], shape: Sequence[int]) -> float:
     """The root mean square of an element of an update back(N) of `shape` m × n: √(elements of R / mn).
 

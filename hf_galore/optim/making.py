@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..config import GaLoreConfig
 from ..rules import Rule, rule_of, rule_of_full_rank
 from .admission import check_sharded
 from .groups import Group, is_target
@@ -68,7 +69,12 @@ def make(owner: Owner, param: Tensor, place: Place, index: int, rule: Rule) -> T
 
 
 def _kinds_of_target(group: Group) -> tuple[type[Target], type[Target]]:
-    """What a target of a group is, sharded and whole."""
+    """What a target of a group is, sharded and whole.
+
+    Raises:
+        ValueError: an option of the group has been changed to what it cannot be.
+    """
+    GaLoreConfig.from_group(group)
     if group.get("scaling", "none") != "none":
         return ShardedScaledTarget, ScaledTarget
     if group.get("residual", "none") != "none":

@@ -26,7 +26,7 @@ from ..lowrank.residual import (
     without_skipped,
 )
 from ..lowrank.rounding import add_whole_
-from ..lowrank.scales import channel_norms, ratios
+from ..lowrank.scales import channel_norms, ratios, sign_part
 from .bases import NewBasis, State
 from .movement import Movement, WholeGradient
 from .target import Target
@@ -171,7 +171,8 @@ class ResidualTarget(TargetOfGradient):
         if not self.is_limited:
             own = self._whole_norms(own, self.side)
             channel = math.prod(self.matrix_shape[-2:]) // self._channels
-            return Term(sign_of_(residual, own, norms, channel, group["proj_bits"]), group["residual_scale"])
+            signs = sign_of_(residual, own, norms, channel, group["proj_bits"])
+            return Term(signs, group["residual_scale"] * sign_part(group, self.matrix_shape))
         of_direction, of_low_rank = (self._low_rank_norms(matrix, self.side) for matrix in (by.direction, low_rank))
         by_chance = norms * part_by_chance(self.matrix_shape, self.side, self.rank)
         factors = ratios(of_direction, of_low_rank, by_chance, ROUNDING * precision(gradient.dtype))

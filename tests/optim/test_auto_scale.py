@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_galore import GaLoreAdamW, GaLoreAdamW8bit, GaLoreConfig
-from hf_galore.lowrank.scales import auto_scale, scale_of
+from hf_galore.lowrank.scales import AUTO_OF_OTHERS, auto_scale, scale_of
 from tests.support.helpers import (
     OPTIM_ARGS,
     RANK,
@@ -112,12 +112,26 @@ def test_a_higher_rank_has_a_lower_scale() -> None:
 
 def test_a_multiple_of_auto_is_that_of_its_number() -> None:
     group = {"rank": 16, "scaling": "none", "rule": None}
-    for text, factor in (("auto", 1), ("auto*8", 8), ("auto * 0.5", 0.5), ("AUTO*2e-1", 0.2)):
+    for text, factor in (("auto", 1), ("auto*8", 8), ("auto * 0.5", 0.5), ("AUTO*2e-1", 0.2), ("auto*1.0", 1)):
         config = GaLoreConfig.from_optim_args(f"rank=16, scale={text}")
         assert GaLoreConfig.from_optim_args(config.optim_args()) == config
         assert scale_of({**group, "scale": config.scale}, (64, 256)) == factor * auto_scale(group, (64, 256))
     lengths = {scale: length(16, (64, 256), scale=scale) for scale in ("auto", "auto*4")}
     assert math.isclose(lengths["auto*4"], 4 * lengths["auto"], rel_tol=1e-4)
+
+
+def test_signs_of_a_residual_are_as_large_at_any_rank() -> None:
+    """They are 1 each before they are scaled, where elements of what is projected back grow with the rank."""
+    smallest = []
+    for rank in (4, 16):
+        param = nn.Parameter(torch.zeros(64, 96, dtype=torch.float64))
+        group = {"rank": rank, "scale": "auto", "residual": "sign", "residual_scale": 100.0, "proj_bits": 16}
+        optimizer = GaLoreAdamW([{"params": [param], **group}], lr=1.0, weight_decay=0.0)
+        param.grad = torch.randn(64, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        optimizer.step()
+        smallest.append(param.detach().abs().median().item())
+    assert math.isclose(smallest[0], 100 * AUTO_OF_OTHERS, rel_tol=0.05)
+    assert math.isclose(smallest[1], 100 * AUTO_OF_OTHERS, rel_tol=0.05)
 
 
 def test_a_checkpoint_says_auto_and_goes_on() -> None:

@@ -280,3 +280,12 @@ def test_suggestions_of_a_rank_keep_the_options() -> None:
         config = GaLoreConfig.from_optim_args(options)
         found = GaLoreConfig.from_optim_args(Choice(64, 2, True).overrides(config)[1])
         assert (found.rank, found.residual, found.scaling) == (64, config.residual, config.scaling)
+
+
+def test_an_option_that_is_changed_to_nothing_there_is_is_refused() -> None:
+    param = nn.Parameter(torch.ones(8, 12))
+    optimizer = GaLoreAdamW([{"params": [param], "rank": 2, "residual": "fira"}], lr=1e-2)
+    optimizer.param_groups[0]["residual"] = "bogus"
+    param.grad = torch.ones(8, 12)
+    with pytest.raises(ValueError, match="residual has to be one of none, fira, sign, but was given 'bogus'"):
+        optimizer.step()
