@@ -73,7 +73,7 @@ OPTIONS: tuple[str, ...] = tuple(_OPTIONS)
 _MEANINGS = {
     "rank": "columns of a basis",
     "update_proj_gap": "steps from one refresh to the next",
-    "scale": "multiplies the projected update",
+    "scale": "multiplies updates",
     "proj_type": "the side",
     "refresh": "how a basis is computed",
     "stagger": "refreshes spread over the gap",
