@@ -2,7 +2,7 @@
 
 All of it is read from the recipes: card and peak from the one line of a header that plans the recipe,
 
-    #   hf-galore plan --config llama2_7b_oasst2.yaml --vram 24GB # peak: 18.49 GiB
+    #   hf-galore plan --config llama2_7b_oasst2.yaml --vram 24GB # peak: 18.50 GiB
 
 Nothing here needs torch: a list is shown at once.
 """

@@ -101,8 +101,10 @@ def test_llama2_trains_with_overrides_only(small: Embedded, tmp_path: Path) -> N
 
 # ---- what the headers say of memory
 
+# Of 8 columns beside each basis of Llama-2-7B.
+NORM_PROBES = 14 / 1024
 # Most that a recipe may take, and the card that its header names.
-LIMITS = {"llama2_7b_oasst2.yaml": 18.5, "llama2_7b_oasst2_16gb.yaml": 14.4}
+LIMITS = {"llama2_7b_oasst2.yaml": 18.5 + NORM_PROBES, "llama2_7b_oasst2_16gb.yaml": 14.4}
 
 
 def planned(name: str, small: Embedded, *overrides: str) -> MemoryPlan:
@@ -210,7 +212,7 @@ def tokens_per_step(name: str) -> int:
 @pytest.mark.parametrize(
     ("overrides", "most"),
     [
-        ([], 18.5),
+        ([], 18.5 + NORM_PROBES),
         (["--max_grad_norm", "1"], 19.3),  # the Trainer's default
         (["--gradient_accumulation_steps", "4", "--per_device_train_batch_size", "4"], 19.4),
         (["--gradient_accumulation_steps", "4"], 20.6),  # four times as many tokens
