@@ -225,8 +225,8 @@ def test_llama2_fits_a_24_gb_card_every_way(overrides: list[str], most: float, s
     assert found.needed_bytes <= parse_size("24GB") < parse_size("4090") < parse_size("3090")
 
 
-# What an H200 was measured with: low-rank gradients were held in 16 bits then.
-MEASURED_WITH = ["--optim_args", "rank=1024, update_proj_gap=200, scale=2, embedding_bits=8"]
+# What an H200 was measured with: low-rank gradients were held in 16 bits then, and there were no norm probes.
+MEASURED_WITH = ["--optim_args", "rank=1024, update_proj_gap=200, scale=2, embedding_bits=8, norm_probes=0"]
 
 
 @needs_fused_head
