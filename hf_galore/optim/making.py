@@ -74,9 +74,9 @@ def _kinds_of_target(group: Group) -> tuple[type[Target], type[Target]]:
     Raises:
         ValueError: an option of the group has been changed to what it cannot be.
     """
-    GaLoreConfig.from_group(group)
-    if group.get("scaling", "none") != "none":
+    config = GaLoreConfig(residual=group.get("residual", "none"), scaling=group.get("scaling", "none"))
+    if config.scaling != "none":
         return ShardedScaledTarget, ScaledTarget
-    if group.get("residual", "none") != "none":
+    if config.residual != "none":
         return ShardedResidualTarget, ResidualTarget
     return ShardedTarget, Target
