@@ -10,9 +10,8 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from .option import AUTO as AUTO
 from .option import Key as Key
-from .option import Option, boolean, natural_int, one_of, or_auto, or_none, positive_float, positive_int
+from .option import Option, boolean, integer_from, one_of, or_auto, or_none, positive_float
 from .synonyms import GALORE, GALORE_PHRASES, plain, synonym
 
 ProjType = Literal["std", "reverse_std", "left", "right", "full"]
@@ -39,8 +38,8 @@ NORM_PROBES = 8
 """The default of `norm_probes`, also of what was saved before there was such an option."""
 
 _GROUP_OPTIONS: dict[str, Option] = {
-    "rank": positive_int(),
-    "update_proj_gap": positive_int(),
+    "rank": integer_from(1),
+    "update_proj_gap": integer_from(1),
     "scale": or_auto(positive_float()),
     "proj_type": one_of(PROJ_TYPES),
     "refresh": one_of(REFRESH_METHODS),
@@ -49,7 +48,7 @@ _GROUP_OPTIONS: dict[str, Option] = {
     "moments": one_of(MOMENTS),
     "proj_bits": one_of(PROJ_BITS),
     "gradient_bits": one_of(GRADIENT_BITS),
-    "norm_probes": natural_int(),
+    "norm_probes": integer_from(0),
     "rule": or_none(one_of(RULE_NAMES)),
     "residual": one_of(RESIDUALS),
     "residual_scale": positive_float(),

@@ -23,24 +23,14 @@ class Option:
     """In a table: each of them as it is written, or one that describes them all."""
 
 
-def positive_int() -> Option:
-    """An integer of at least 1."""
+def integer_from(least: int) -> Option:
+    """An integer of at least `least`."""
     # bool is an int in Python; `rank=True` is a mistake, not rank 1.
     return Option(
         int,
-        lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1,
-        "an integer of at least 1",
-        ("integer ≥ 1",),
-    )
-
-
-def natural_int() -> Option:
-    """An integer of at least 0."""
-    return Option(
-        int,
-        lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 0,
-        "an integer of at least 0",
-        ("integer ≥ 0",),
+        lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= least,
+        f"an integer of at least {least}",
+        (f"integer ≥ {least}",),
     )
 
 

@@ -82,18 +82,6 @@ def channel_norms(matrix: Tensor, side: Side) -> Tensor:
     return norms
 
 
-def channel_scales(direction: Tensor, low_rank: Tensor, side: Side) -> Tensor:
-    """‖N_j‖ / ‖R_j‖ of each channel j, in the shape that multiplies a gradient; 0 where R has nothing of a channel.
-
-    Args:
-        direction: N, of R's shape.
-        low_rank: R.
-        side: that is projected; `full` for one number for the matrix.
-    """
-    of_gradient = channel_norms(low_rank, side)
-    return ratios(channel_norms(direction, side), of_gradient, torch.zeros_like(of_gradient))
-
-
 def ratios(of_direction: Tensor, of_low_rank: Tensor, by_chance: Tensor, rounding: float = 0.0) -> Tensor:
     """‖N_j‖ / ‖R_j‖ of each channel; 0 where R has nothing of it.
 

@@ -24,7 +24,7 @@ from rich.console import Console
 from torch import Tensor
 
 from hf_galore.lowrank.projection import add_projected_back_, project
-from hf_galore.lowrank.scales import channel_scales, growth_limit
+from hf_galore.lowrank.scales import channel_norms, growth_limit, ratios
 from hf_galore.optim import GaLoreAdamW
 from tests.benchmarks.contenders import CONTENDERS, GAP
 from tests.benchmarks.ranks import CACHE, ROWS, SHAPE, STEPS, tokenized
@@ -91,7 +91,8 @@ class Delayed(ManyRates):
             mean = state["exp_avg"] / (1 - first**count)
             direction = mean / ((state["exp_avg_sq"] / (1 - second**count)).sqrt() + eps)
             low_rank = project(self._unclipped[id(target)], target.bases_here())
-            self._scales[id(target)] = channel_scales(direction, low_rank, target.side)
+            of_direction, of_low_rank = (channel_norms(matrix, target.side) for matrix in (direction, low_rank))
+            self._scales[id(target)] = ratios(of_direction, of_low_rank, torch.zeros_like(of_low_rank))
 
 
 def run(way: str, args: argparse.Namespace) -> list[float]:
