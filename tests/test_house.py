@@ -28,6 +28,7 @@ ROOMS = (
     "log",
     "lowrank",
     "kernels",
+    "int8",
     "rules",
     "backward",
     "optim",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import GROUP_OPTIONS, NORM_PROBES, Exchange, GaLoreConfig, nearest
+from ..int8 import is_int8
 from ..log import and_others
 from ..lowrank.matrices import matrix_shape
 from ..lowrank.methods import METHODS
@@ -67,12 +68,19 @@ def with_seeds(group: dict[str, Any]) -> dict[str, Any]:
     They are in the group so that a resumed run goes on with the numbers of the first.
     """
     asked = {
-        "rounding_seed": bool(group.get("stochastic_rounding")),
+        "rounding_seed": bool(group.get("stochastic_rounding")) or any(map(is_int8, _params_of(group))),
         "gradient_seed": group.get("gradient_bits") == 8,
         "basis_seed": "refresh" in group
         and (not METHODS[group["refresh"]].by_gradient or group.get("scaling", "none") != "none"),
     }
     return {**{key: torch.initial_seed() for key, needed in asked.items() if needed}, **group}
+
+
+def _params_of(group: dict[str, Any]) -> list[Any]:
+    """The parameters of a group as it is given: one, or a list of them, with names or without."""
+    given = group.get("params", ())
+    entries = [given] if isinstance(given, torch.Tensor) else given
+    return [entry[1] if isinstance(entry, tuple) else entry for entry in entries]
 
 
 def check_held_options(groups: Iterable[Group], *, hooked: bool) -> None:

@@ -145,10 +145,10 @@ class ResidualTarget(TargetOfGradient):
         bases = self.bases_here() if by.bases is None else by.bases
         by = by._replace(bases=bases)
         term, alpha = self._term(by, bases, skip), self._alpha(by.factor)
-        if self.weight.dtype in (torch.float32, torch.float64):
+        if self._is_precise:
             super()._move(by, step, skip)
         weight, is_view = self._matrices()
-        if weight.dtype in (torch.float32, torch.float64):
+        if self._is_precise:
             term.add_to_(weight, alpha)
         elif not self._rounds_stochastically(self.group):
             update = term.whole(spare=True)

@@ -121,7 +121,7 @@ class ScaledTarget(TargetOfGradient):
         # R has the norm of G by chance.
         factors = ratios(of_direction, of_low_rank, self._whole_norms(own, side))
         term = Term(gradient, self._limited(factors, own))
-        if weight.dtype in (torch.float32, torch.float64):
+        if self._is_precise:
             if decay_of(group) != 1:
                 weight.mul_(decay_unless(skip.flag, weight.dtype, decay_of(group)))
             term.add_to_(weight, alpha)

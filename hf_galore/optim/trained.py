@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
+from ..int8 import Int8Weight, add_int8_, is_int8
 from ..lowrank.nonfinite import Skip
 from ..lowrank.projection import norm_of
 from ..lowrank.ranks import Ranks
@@ -270,7 +271,15 @@ class Trained:
         return step
 
     def _rounds_stochastically(self, group: Group) -> bool:
+        """Whether updates are rounded at random: those of weights in 8 bits always, as most are below half a step."""
+        if is_int8(self.param):
+            return True
         return bool(group.get("stochastic_rounding")) and self.param.dtype == torch.bfloat16
+
+    @property
+    def _is_precise(self) -> bool:
+        """Whether the weight is one of numbers that sums with it need not be rounded to."""
+        return self.weight.dtype in (torch.float32, torch.float64) and not is_int8(self.weight)
 
     def _rounding_seed(self, group: Group) -> int:
         return int(group["rounding_seed"])
@@ -282,7 +291,11 @@ class Trained:
         generator = None
         if self._rounds_stochastically(group):
             generator = generator_for(self.param.device, self._rounding_seed(group), self.index, step)
-        add_rounded_(weight, update, alpha=alpha, decay=decay_of(group), skip=skip.flag, generator=generator)
+        how: Any = {"alpha": alpha, "decay": decay_of(group), "skip": skip.flag, "generator": generator}
+        if isinstance(weight, Int8Weight):
+            add_int8_(weight, update, **how)
+        else:
+            add_rounded_(weight, update, **how)
 
 
 class FullRank(Trained):

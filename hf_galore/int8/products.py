@@ -1,0 +1,68 @@
+"""What a linear layer computes with a weight in 8 bits, a tile of it at a time: pure functions on tensors.
+
+Forward takes rows of the weight, and the input's gradient columns: each element of a product is summed over all that it
+is summed over at once, and is what the whole weight would give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .format import BLOCK, Int8Blocks, read_blocks
+
+TILE_ELEMENTS = 2**22
+"""Of a weight in a tile, at most: 8 MiB in bfloat16. A tile is never more than half of a weight."""
+
+
+def tiles(size: int, other: int, multiple: int = 1) -> Iterator[slice]:
+    """Slices of one dimension of a weight.
+
+    Args:
+        size: of the dimension.
+        other: of the other ones together.
+        multiple: that a slice's size is one of.
+    """
+    step = min(TILE_ELEMENTS // max(1, other), -(-size // 2))
+    step = max(1, step // multiple) * multiple
+    for start in range(0, size, step):
+        yield slice(start, min(start + step, size))
+
+
+def int8_linear(x: Tensor, weight: Int8Blocks, bias: Tensor | None) -> Tensor:
+    """XWᵀ + b.
+
+    Args:
+        x: ... × n, in the dtype of the product.
+        weight: m × n.
+        bias: m, or `None`.
+    """
+    m, n = weight.codes.shape
+    rows = x.reshape(-1, n)
+    out = x.new_empty((len(rows), m))
+    for part in tiles(m, n):
+        tile = read_blocks(Int8Blocks(weight.codes[part], weight.exponents[part]), x.dtype)
+        if bias is None:
+            torch.mm(rows, tile.mT, out=out[:, part])
+        else:
+            torch.addmm(bias[part], rows, tile.mT, out=out[:, part])
+    return out.view(*x.shape[:-1], m)
+
+
+def times_weight(delta: Tensor, weight: Int8Blocks) -> Tensor:
+    """δW, the gradient of the input.
+
+    Args:
+        delta: ... × m, in the dtype of the product.
+        weight: m × n.
+    """
+    m, n = weight.codes.shape
+    rows = delta.reshape(-1, m)
+    out = delta.new_empty((len(rows), n))
+    for part in tiles(n, m, BLOCK):
+        blocks = slice(part.start // BLOCK, -(-part.stop // BLOCK))
+        tile = read_blocks(Int8Blocks(weight.codes[:, part], weight.exponents[:, blocks]), delta.dtype)
+        torch.mm(rows, tile, out=out[:, part])
+    return out.view(*delta.shape[:-1], n)

@@ -1,0 +1,270 @@
+"""A weight that is kept in 8 bits: a tensor to torch, of a floating-point dtype, that has no element in it.
+
+It may be the `weight` of an `nn.Linear`, which computes with tiles of it. What reads it otherwise gets its values in
+its dtype; what would change it in place is refused, but for what sets all of it (`copy_`, initialisation): an update
+that is smaller than a step of 8 bits would be lost. This package's optimizers round theirs at random, so that it
+arrives on average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.utils._pytree import tree_map_only
+
+from ..lowrank.projection import at_least_float32
+from .format import Int8Blocks, empty_blocks, read_blocks, write_blocks_
+from .products import int8_linear, tiles, times_weight
+
+_aten = torch.ops.aten
+# Set all elements, whatever they were.
+_SETTERS = {
+    _aten.zero_.default,
+    _aten.fill_.Scalar,
+    _aten.fill_.Tensor,
+    _aten.normal_.default,
+    _aten.uniform_.default,
+}
+_NEW = {_aten.new_zeros, _aten.new_empty, _aten.new_full, _aten.new_ones, _aten.new_empty_strided}
+_LIKE = {
+    _aten.zeros_like,
+    _aten.empty_like,
+    _aten.full_like,
+    _aten.ones_like,
+    _aten.rand_like,
+    _aten.randn_like,
+}
+
+
+class Int8Weight(Tensor):
+    """A matrix m × n in MXINT8 (`hf_galore.int8.format`).
+
+    Args:
+        codes: int8, m × n.
+        exponents: uint8, m × ⌈n/32⌉.
+        dtype: that it has to others; its values are exact in float32 and bfloat16.
+        requires_grad: as of any tensor.
+    """
+
+    codes: Tensor
+    exponents: Tensor
+
+    @staticmethod
+    def __new__(
+        cls, codes: Tensor, exponents: Tensor, dtype: torch.dtype = torch.bfloat16, *, requires_grad: bool = False
+    ) -> Int8Weight:
+        made = torch.Tensor._make_wrapper_subclass(
+            cls, codes.shape, dtype=dtype, device=codes.device, requires_grad=requires_grad
+        )
+        made.codes, made.exponents = codes, exponents
+        return made
+
+    @classmethod
+    def empty(
+        cls, shape: tuple[int, int], dtype: torch.dtype = torch.bfloat16, device: torch.device | str | None = None
+    ) -> Int8Weight:
+        """One of zeros."""
+        return cls(*empty_blocks(shape, device), dtype)
+
+    @classmethod
+    @torch.no_grad()
+    def from_float(cls, values: Tensor, dtype: torch.dtype | None = None) -> Int8Weight:
+        """A matrix in 8 bits, each element rounded to the nearest, a tile at a time.
+
+        Args:
+            values: m × n, floating-point.
+            dtype: that of the result to others; that of the values by default.
+        """
+        made = cls.empty(cast("tuple[int, int]", tuple(values.shape)), dtype or values.dtype, values.device)
+        made.assign_(values)
+        return made
+
+    # ---- its values
+
+    @property
+    def blocks(self) -> Int8Blocks:
+        """Its codes and exponents."""
+        return Int8Blocks(self.codes, self.exponents)
+
+    def rows(self, part: slice, dtype: torch.dtype) -> Tensor:
+        """The values of some rows, a new tensor."""
+        return read_blocks(Int8Blocks(self.codes[part], self.exponents[part]), dtype)
+
+    def write_rows(self, part: slice, values: Tensor, generator: torch.Generator | None = None) -> None:
+        """Set some rows, rounded to the nearest, or at random; `values` of float32 are used up."""
+        write_blocks_(Int8Blocks(self.codes[part], self.exponents[part]), values, generator)
+        increment_version(self)
+
+    def dequantized(self, dtype: torch.dtype | None = None) -> Tensor:
+        """All values, in its dtype by default: a tensor of the whole shape."""
+        return read_blocks(self.blocks, dtype or self.dtype)
+
+    @torch.no_grad()
+    def assign_(self, values: Tensor) -> Int8Weight:
+        """Set all of it, rounded to the nearest."""
+        if isinstance(values, Int8Weight):
+            self.codes.copy_(values.codes)
+            self.exponents.copy_(values.exponents)
+            increment_version(self)
+            return self
+        precise = at_least_float32(values.dtype)
+        values = values.expand(self.shape)
+        for part in tiles(len(self), self.shape[-1]):
+            self.write_rows(part, values[part].to(self.device, precise, copy=True))
+        return self
+
+    # ---- what torch asks
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"Int8Weight({tuple(self.shape)}, {self.dtype}, {self.device}, requires_grad={self.requires_grad})"
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return ["codes", "exponents"], (self.dtype, self.requires_grad)
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner: dict[str, Tensor], context: Any, size: Any, stride: Any) -> Int8Weight:
+        dtype, requires_grad = context
+        return cls(inner["codes"], inner["exponents"], dtype, requires_grad=requires_grad)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.linear:
+            return _linear(*args, **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return _dispatch(func, args, kwargs or {})
+
+
+def is_int8(tensor: Any) -> bool:
+    """Whether a tensor, or a parameter, is kept in 8 bits."""
+    return isinstance(tensor, Int8Weight)
+
+
+torch.serialization.add_safe_globals([Int8Weight])
+
+
+# ---- in a layer
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As `torch.nn.functional.linear`."""
+    if not isinstance(weight, Int8Weight):
+        raise TypeError("An int8 weight is what a linear layer multiplies with, and not what it gets.")
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    elif x.dtype != weight.dtype:
+        raise RuntimeError(
+            f"A linear layer of {weight.dtype}, whose weight is kept in 8 bits, got an input of {x.dtype}. Give it one "
+            "of its own dtype, or run it under autocast."
+        )
+    if not torch.is_grad_enabled():
+        return int8_linear(x, weight.blocks, bias)
+    return cast("Tensor", _Int8Linear.apply(x, weight, bias))
+
+
+class _Int8Linear(torch.autograd.Function):
+    """A linear layer whose weight's gradient is built as a whole: what other optimizers and full-rank weights need."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return int8_linear(x, weight.blocks, bias)
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        rows = delta.reshape(-1, delta.shape[-1])
+        grad_weight = (rows.mT @ x.reshape(-1, x.shape[-1])).to(weight.dtype) if needs_weight else None
+        grad_bias = rows.sum(dim=0) if needs_bias else None
+        return times_weight(delta, weight.blocks) if needs_x else None, grad_weight, grad_bias
+
+
+# ---- operations
+
+
+def _dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    packet = func.overloadpacket
+    first: Any = args[0] if args else None
+    if packet in (_aten.detach, _aten.alias):
+        return Int8Weight(first.codes, first.exponents, first.dtype)
+    if packet is _aten.clone:
+        return Int8Weight(first.codes.clone(), first.exponents.clone(), first.dtype)
+    if packet is _aten._to_copy and isinstance(first, Int8Weight):
+        return _to_copy(first, **kwargs)
+    if packet is _aten.copy_:
+        return _copy_(*args, **kwargs)
+    if packet in (_aten.view, _aten._unsafe_view, _aten.expand) and tuple(args[1]) == tuple(first.shape):
+        return Int8Weight(first.codes, first.exponents, first.dtype)
+    if packet is _aten.empty_like and kwargs.get("dtype") in (None, first.dtype):
+        return Int8Weight.empty(tuple(first.shape), first.dtype, kwargs.get("device") or first.device)
+    if packet in _NEW:
+        return func(torch.empty(0, dtype=first.dtype, device=first.device), *args[1:], **kwargs)
+    if packet in _LIKE:
+        like = torch.empty(1, dtype=first.dtype, device=first.device).expand(first.shape)
+        return func(like, *args[1:], **{**kwargs, "memory_format": torch.contiguous_format})
+    if func in _SETTERS and isinstance(first, Int8Weight):
+        for part in tiles(len(first), first.shape[-1]):
+            first.write_rows(part, func(first.codes[part].to(at_least_float32(first.dtype)), *args[1:], **kwargs))
+        return first
+    _refuse(func, args, kwargs)
+    plain = tree_map_only(Int8Weight, Int8Weight.dequantized, (args, kwargs))
+    return func(*plain[0], **plain[1])
+
+
+def _to_copy(
+    weight: Int8Weight, *, dtype: torch.dtype | None = None, device: Any = None, non_blocking: bool = False, **_: Any
+) -> Tensor:
+    dtype = dtype or weight.dtype
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        return weight.dequantized().to(device=device, dtype=dtype)
+    codes, exponents = (part.to(device=device, non_blocking=non_blocking, copy=True) for part in weight.blocks)
+    return Int8Weight(codes, exponents, dtype)
+
+
+def _copy_(into: Tensor, other: Tensor, non_blocking: bool = False) -> Tensor:
+    if isinstance(into, Int8Weight):
+        return into.assign_(other)
+    assert isinstance(other, Int8Weight)
+    if tuple(into.shape) != tuple(other.shape):
+        return into.copy_(other.dequantized())
+    for part in tiles(len(other), other.shape[-1]):
+        into[part] = other.rows(part, other.dtype).to(into.device)
+    return into
+
+
+def _refuse(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse what would change a weight, or look like a view of one."""
+    if func._schema.is_mutable:
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write and _has_int8(value):
+                raise TypeError(
+                    f"{func} would change an int8 weight in place, and what is smaller than a step of 8 bits would be "
+                    "lost. This package's optimizers update such weights; `weight.copy_(values)` sets one."
+                )
+        if _has_int8(kwargs.get("out")):
+            raise TypeError(f"{func} cannot write to an int8 weight: `weight.copy_(values)` sets one.")
+    elif any(argument.alias_info is not None for argument in func._schema.arguments):
+        raise TypeError(
+            f"{func} would give a view, and an int8 weight has none. `weight.dequantized()` has its values; "
+            "`torch.nn.functional.linear` multiplies with it."
+        )
+
+
+def _has_int8(value: Any) -> bool:
+    return any(map(is_int8, value)) if isinstance(value, (list, tuple)) else is_int8(value)
