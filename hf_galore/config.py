@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from .option import Key as Key
-from .option import Option, boolean, integer_from, one_of, or_auto, or_none, positive_float
+from .option import Option, boolean, integer_from, one_of, or_auto, or_none, positive_float, written
 from .synonyms import GALORE, GALORE_PHRASES, plain, synonym
+from .together import check_together
 
 ProjType = Literal["std", "reverse_std", "left", "right", "full"]
 PROJ_TYPES: tuple[ProjType, ...] = get_args(ProjType)
@@ -30,7 +31,7 @@ Exchange = Literal["low_rank", "dense"]
 EXCHANGES: tuple[Exchange, ...] = get_args(Exchange)
 EmbeddingBits = Literal[32, 8]
 EMBEDDING_BITS: tuple[EmbeddingBits, ...] = get_args(EmbeddingBits)
-Residual = Literal["none", "fira", "sign"]
+Residual = Literal["none", "fira", "sign", "muon"]
 RESIDUALS: tuple[Residual, ...] = get_args(Residual)
 Scaling = Literal["none", "channel", "tensor"]
 SCALINGS: tuple[Scaling, ...] = get_args(Scaling)
@@ -99,17 +100,12 @@ _DEFAULTS_ELSEWHERE = {
 
 def keys() -> tuple[Key, ...]:
     """All keys of `optim_args`, in words."""
-    written = {key: _written(value) for key, value in dataclasses.asdict(GaLoreConfig()).items()}
-    defaults = {**written, **_DEFAULTS_ELSEWHERE}
+    as_written = {key: written(value) for key, value in dataclasses.asdict(GaLoreConfig()).items()}
+    defaults = {**as_written, **_DEFAULTS_ELSEWHERE}
     return tuple(
         Key(name, option.values, defaults[name], _MEANINGS[name], is_set=name not in _DEFAULTS_ELSEWHERE)
         for name, option in _OPTIONS.items()
     )
-
-
-def _written(value: Any) -> str:
-    """A value as `optim_args` has it."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def nearest(name: str, known: list[str]) -> str:
@@ -203,7 +199,8 @@ class GaLoreConfig:
             other parameters follow in any case. Only the 8-bit optimizers' own rule, `adam`, has moments in 8 bits.
         residual: what becomes of the residual S = G − back(R), the part of a gradient that no basis has. `none`
             throws it away, as published; `fira` adds it, each channel scaled by what the rule made of that channel of
-            R, and limited in its growth; `sign` adds its sign. Needs the gradient itself: no `projected_backward`.
+            R, and limited in its growth; `sign` adds its sign; `muon`, of `rule=muon`, orthogonalises it together with
+            R's momentum. Needs the gradient itself: no `projected_backward`.
         residual_scale: multiplies what the residual adds, besides `scale`.
         scaling: what a target moves along. `none` stands for the direction, projected back; `channel` and `tensor` for
             the gradient itself, each channel of it, or the whole, scaled by what the rule made of R, in random
@@ -246,50 +243,7 @@ class GaLoreConfig:
     def __post_init__(self) -> None:
         for key, value in dataclasses.asdict(self).items():
             _check(key, value)
-        self._check_together()
-
-    def _check_together(self) -> None:
-        """Check that options go with each other: none of them may be without effect.
-
-        Raises:
-            ValueError: one is, or contradicts another.
-        """
-        if self.residual == "none" and self.residual_scale != 1.0:
-            raise ValueError(
-                f"GaLore's residual_scale={self.residual_scale:g} multiplies what a residual adds, and residual=none "
-                "adds nothing. Set residual to fira or sign, or leave residual_scale out."
-            )
-        if self.scaling != "none":
-            self._check_scaling()
-        option = f"residual={self.residual}" if self.scaling == "none" else f"scaling={self.scaling}"
-        for key, default in (("gradient_bits", 16), ("norm_probes", NORM_PROBES)):
-            if self.needs_gradient and getattr(self, key) != default:
-                raise ValueError(
-                    f"GaLore's {option} needs the gradient itself, so that no low-rank gradients are held, and "
-                    f"{key}={getattr(self, key)} would do nothing. Leave out the one or the other."
-                )
-        if self.needs_gradient and self.projected_backward:
-            raise ValueError(
-                f"GaLore's {option} needs the gradient itself, which projected_backward=true never builds. Leave "
-                "projected_backward out."
-            )
-
-    def _check_scaling(self) -> None:
-        """Check that nothing is said of bases where none is kept.
-
-        Raises:
-            ValueError: something is.
-        """
-        default = {field.name: field.default for field in dataclasses.fields(self)}
-        of_bases = ("residual", "refresh", "lazy_refresh", "moments", "proj_bits")
-        said = [f"{key}={_written(getattr(self, key))}" for key in of_bases if getattr(self, key) != default[key]]
-        if self.proj_type == "full":
-            said.append("proj_type=full")
-        if said:
-            raise ValueError(
-                f"GaLore's scaling={self.scaling} keeps no basis and moves along the gradient itself, so that "
-                f"{', '.join(said)} would do nothing. Leave out the one or the other."
-            )
+        check_together(self)
 
     @property
     def needs_gradient(self) -> bool:
@@ -327,7 +281,7 @@ class GaLoreConfig:
         """The string that `from_optim_args` reads this from; what has its default is left out."""
         default = type(self)()
         values = {key: value for key, value in dataclasses.asdict(self).items() if value != getattr(default, key)}
-        return ", ".join(f"{key}={_written(value)}" for key, value in values.items())
+        return ", ".join(f"{key}={written(value)}" for key, value in values.items())
 
     @classmethod
     def from_group(cls, group: Mapping[str, Any]) -> GaLoreConfig | None:

@@ -23,6 +23,11 @@ class Option:
     """In a table: each of them as it is written, or one that describes them all."""
 
 
+def written(value: Any) -> str:
+    """A value as `optim_args` has it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def integer_from(least: int) -> Option:
     """An integer of at least `least`."""
     # bool is an int in Python; `rank=True` is a mistake, not rank 1.

@@ -119,6 +119,11 @@ def check_sharded(name: str, param: Tensor, group: Group) -> None:
             f"GaLore projects matrices that FSDP2 shards, but no stacks and convolutions yet, and {name} has shape "
             f"{tuple(param.shape)}. Move it to a group without a rank, or name other optim_target_modules."
         )
+    if is_target(param, group) and group.get("residual") == "muon":
+        raise ValueError(
+            f"GaLore's residual=muon orthogonalises whole matrices, but {name} is sharded over processes. Take "
+            "residual=fira, or DistributedDataParallel, where each process has all of it."
+        )
     if is_target(param, group) and not METHODS[group["refresh"]].from_factors:
         others = ", ".join(method for method, row in METHODS.items() if row.from_factors)
         raise ValueError(

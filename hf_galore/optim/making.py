@@ -19,6 +19,7 @@ from .sharded_gradient import ShardedResidualTarget, ShardedScaledTarget
 from .target import Target
 from .trained import FullRank, Owner, Place, Trained
 from .turns import forget_phases
+from .whole_muon import WholeMuonTarget
 
 
 def make_all(owner: Owner, known: dict[int, Trained], rule: Rule) -> list[Trained]:
@@ -74,9 +75,12 @@ def _kinds_of_target(group: Group) -> tuple[type[Target], type[Target]]:
     Raises:
         ValueError: an option of the group has been changed to what it cannot be.
     """
-    config = GaLoreConfig(residual=group.get("residual", "none"), scaling=group.get("scaling", "none"))
+    chosen = {"residual": group.get("residual", "none"), "scaling": group.get("scaling", "none")}
+    config = GaLoreConfig(**chosen, rule=group.get("rule"))
     if config.scaling != "none":
         return ShardedScaledTarget, ScaledTarget
+    if config.residual == "muon":
+        return ShardedTarget, WholeMuonTarget  # `check_sharded` refuses the first
     if config.residual != "none":
         return ShardedResidualTarget, ResidualTarget
     return ShardedTarget, Target

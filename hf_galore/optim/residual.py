@@ -25,7 +25,7 @@ from ..lowrank.residual import (
     sign_of_,
     without_skipped,
 )
-from ..lowrank.rounding import add_whole_
+from ..lowrank.rounding import add_whole_, decay_unless
 from ..lowrank.scales import channel_norms, ratios, sign_part
 from .bases import NewBasis, State
 from .movement import Movement, WholeGradient
@@ -97,6 +97,25 @@ class TargetOfGradient(Target):
         # Reshaped or made without what is skipped it is a copy, which may be overwritten.
         finite = without_skipped(gradient, skip, spare=by.whole.spare)
         return WholeGradient(finite, spare=by.whole.spare or finite is not gradient)
+
+    def _add(self, term: Term, alpha: float, step: int, skip: Skip, *, spare: bool) -> None:
+        """W ← (1 − ηλ)W + alpha · term, in one rounding.
+
+        Args:
+            spare: whether the term's matrix may be overwritten.
+        """
+        group, (weight, is_view) = self.group, self._matrices()
+        decay = decay_of(group)
+        if self._is_precise:
+            if decay != 1:
+                weight.mul_(decay_unless(skip.flag, weight.dtype, decay))
+            term.add_to_(weight, alpha)
+        elif not self._rounds_stochastically(group):
+            add_whole_(weight, term.whole(spare=spare), alpha=alpha, decay=decay, skip=skip.flag)
+        else:
+            self._add_rounded(weight, group, term.rows, alpha, step, skip)
+        if not is_view:
+            self.weight.copy_(weight.view(self.weight.shape))
 
     # ---- of one of several processes that have a part of the weight each (`hf_galore.optim.sharded_gradient`) these
     # differ

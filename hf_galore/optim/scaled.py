@@ -17,7 +17,6 @@ from ..lowrank.products import Gradient
 from ..lowrank.projection import Bases, BasisShapes, Side, norm_of_each
 from ..lowrank.random_projection import random_projections
 from ..lowrank.residual import Term
-from ..lowrank.rounding import add_whole_, decay_unless
 from ..lowrank.scales import channel_norms, ratios
 from ..lowrank.seeds import basis_seed
 from .bases import BasisLayout, Before, NewBasis, OfStack, before_refresh, count_refresh, numbers_of
@@ -25,7 +24,6 @@ from .movement import Movement
 from .report import Stopwatch
 from .residual import TargetOfGradient
 from .skipped import uncount
-from .trained import decay_of
 
 
 class ScaledTarget(TargetOfGradient):
@@ -112,7 +110,6 @@ class ScaledTarget(TargetOfGradient):
     # ---- the update
 
     def _move(self, by: Movement, step: int, skip: Skip) -> None:
-        group, (weight, is_view), alpha = self.group, self._matrices(), self._alpha(by.factor)
         gradient, spare = self._whole_of(by, skip)
         side = self.side_of_scales
         own = channel_norms(gradient, side)
@@ -120,15 +117,4 @@ class ScaledTarget(TargetOfGradient):
         of_direction, of_low_rank = (self._low_rank_norms(matrix, side) for matrix in matrices)
         # R has the norm of G by chance.
         factors = ratios(of_direction, of_low_rank, self._whole_norms(own, side))
-        term = Term(gradient, self._limited(factors, own))
-        if self._is_precise:
-            if decay_of(group) != 1:
-                weight.mul_(decay_unless(skip.flag, weight.dtype, decay_of(group)))
-            term.add_to_(weight, alpha)
-        elif not self._rounds_stochastically(group):
-            update = term.whole(spare=spare)
-            add_whole_(weight, update, alpha=alpha, decay=decay_of(group), skip=skip.flag)
-        else:
-            self._add_rounded(weight, group, term.rows, alpha, step, skip)
-        if not is_view:
-            self.weight.copy_(weight.view(self.weight.shape))
+        self._add(Term(gradient, self._limited(factors, own)), self._alpha(by.factor), step, skip, spare=spare)

@@ -125,11 +125,23 @@ class Muon(Rule):
         self, gradient: Tensor, moments: Moments, group: Group, step: int, skip: Skip
     ) -> tuple[Tensor, float]:
         """N, and the learning rate."""
-        buffer, flag = moments["momentum_buffer"], skip.flag
-        ahead = look_ahead(gradient, buffer, group["momentum"], flag)
-        direction = orthogonalised(ahead, self._over).mul_(OF_ADAM * self._over.longer(gradient) ** 0.5)
-        direction.mul_(for_each(self._over.norm(gradient).ne(0).to(direction.dtype)))
+        direction = self.made_alike(self.ahead(gradient, moments, group, skip), self._over.norm(gradient))
+        flag = skip.flag
         return direction if flag is None else direction.mul_(1 - flag.to(direction.dtype)), float(group["lr"])
+
+    def ahead(self, gradient: Tensor, moments: Moments, group: Group, skip: Skip) -> Tensor:
+        """(1 − μ)R + μM, whose singular values `direction` makes alike; updates M."""
+        return look_ahead(gradient, moments["momentum_buffer"], group["momentum"], skip.flag)
+
+    def made_alike(self, matrix: Tensor, norm: Tensor) -> Tensor:
+        """0.2 √l · orth(X), and zero where the gradient is.
+
+        Args:
+            matrix: X, float32 or float64.
+            norm: of the gradient, or k of a stack.
+        """
+        direction = orthogonalised(matrix, self._over).mul_(OF_ADAM * self._over.longer(matrix) ** 0.5)
+        return direction.mul_(for_each(norm.ne(0).to(direction.dtype)))
 
     def rotate_(self, moments: Moments, group: Group, rotation: Rotation, step: int) -> None:
         """Carry the momentum, a mean of gradients, into the new basis."""

@@ -17,7 +17,7 @@ from hf_galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 from hf_galore.backward.gradient import UsedGradient
 from hf_galore.backward.linear import ProjectedLinear
 from hf_galore.lowrank.residual import Term
-from hf_galore.optim import residual, scaled
+from hf_galore.optim import residual, scaled, whole_muon
 from hf_galore.optim.optimizer import GaLoreOptimizer
 from hf_galore.recipes.checks import galore_config
 from tests.backward.test_layerwise import (
@@ -108,7 +108,7 @@ def test_no_two_gradients_are_alive_at_a_time(option: str, monkeypatch: pytest.M
         return counted
 
     # What comes last before the weight moves.
-    for module in (residual, scaled):
+    for module in (residual, scaled, whole_muon):
         monkeypatch.setattr(module, "Term", look(Term))
     for batch in torch.randn(3, 20, 16):
         net(batch).square().mean().backward()

@@ -133,6 +133,7 @@ CONTENDERS = {
         Contender("scaling=tensor", _galore(scaling="tensor")),
         Contender("rule=muon", _galore(rule="muon")),
         Contender("rule=muon, residual=fira", _galore(rule="muon", residual="fira")),
+        Contender("rule=muon, residual=muon", _galore(rule="muon", residual="muon")),
         Contender("LoRA", _adamw, adapters=True),
     )
 }

@@ -51,6 +51,7 @@ OWN_SCALES = {
     "Muon": (1 / 4, 1 / 2, 1, 2),
     "rule=muon": (1 / 4, 1 / 2, 1, 2),
     "rule=muon, residual=fira": (1 / 8, 1 / 4, 1 / 2, 1),
+    "rule=muon, residual=muon": (1 / 64, 1 / 32, 1 / 16, 1 / 8),
     "residual=sign, 1": (1 / 32, 1 / 16, 1 / 8, 1 / 4),
     "LoRA": (1 / 4, 1 / 2, 1, 2),
 }

@@ -93,6 +93,7 @@ def contenders(ranks: list[int], lr: float = 1e-4) -> Iterator[Contender]:
         yield ours(GaLoreAdamW8bit, rank, lr, layerwise=True, projected_backward=True)
         for layerwise in (False, True):
             yield ours(GaLoreAdamW, rank, lr, layerwise, layerwise, rule="muon")
+            yield ours(GaLoreAdamW, rank, lr, layerwise, False, rule="muon", residual="muon")
             yield ours(GaLoreAdamW, rank, lr, layerwise, False, residual="fira")
             yield ours(GaLoreAdamW, rank, lr, layerwise, False, scaling="channel")
     for layerwise in (False, True):
@@ -123,8 +124,10 @@ def ours(
     def operations(t: int, m: int, n: int) -> int:
         # R from δ and X, or the gradient and its projection; and the way back, which is G itself with scaling.
         low_rank = t * rank * (m + n) if projected_backward else t * m * n + rank * m * n
-        ways_back = {"fira": 2, None: 1}[options.get("residual")] if "scaling" not in options else 0
-        return low_rank + ways_back * rank * m * n + (of_muon(rank, max(m, n)) if options.get("rule") == "muon" else 0)
+        residual = options.get("residual")
+        ways_back = {"fira": 2, "muon": 2, None: 1}[residual] if "scaling" not in options else 0
+        alike = of_muon(min(m, n) if residual == "muon" else rank, max(m, n)) if options.get("rule") == "muon" else 0
+        return low_rank + ways_back * rank * m * n + alike
 
     name = cls.__name__ + "".join(f", {key}={value}" for key, value in options.items())
     name += ", layerwise" if layerwise else ""

@@ -19,6 +19,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "channel": {"scaling": "channel"},
     "tensor": {"scaling": "tensor"},
     "fira of muon": {"residual": "fira", "rule": "muon"},
+    "muon": {"residual": "muon", "rule": "muon"},
 }
 
 

@@ -28,6 +28,7 @@ from tests.support.helpers import train as train_model
 
 SHAPES = [(12, 10), (24, 40), (3, 16, 24), (8, 4, 3, 3)]
 OPTIONS: dict[str, Any] = {"rank": 4, "update_proj_gap": 3}
+WHOLE = {"rule": "muon", "residual": "muon"}
 AUTO = OPTIM_ARGS.replace("scale=0.5", "scale=auto")
 
 
@@ -86,6 +87,7 @@ def length(rank: int, shape: tuple[int, ...], **options: Any) -> float:
         ({"scaling": "channel"}, 1.2),
         # Its singular values end between 0.7 and 1.2, by where they were.
         ({"rule": "muon"}, 1.2),
+        (WHOLE, 1.05),
         # R has r² elements, few at the lowest rank; and of the other side r · min(m, n).
         ({"proj_type": "full"}, 1.2),
         ({"proj_type": "reverse_std"}, 1.05),

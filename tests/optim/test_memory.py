@@ -116,8 +116,16 @@ def test_what_the_options_add_and_save(llama: nn.Module, tmp_path: Path) -> None
     def memory(options: str) -> Memory:
         return trainers_optimizer(llama, "galore_adamw", tmp_path, f"rank={RANK}{options}").memory()
 
-    default, fira, sign, channel, muon = map(
-        memory, ["", ", residual=fira", ", residual=sign", ", scaling=channel", ", rule=muon"]
+    default, fira, sign, channel, muon, whole = map(
+        memory,
+        [
+            "",
+            ", residual=fira",
+            ", residual=sign",
+            ", scaling=channel",
+            ", rule=muon",
+            ", rule=muon, residual=muon",
+        ],
     )
     assert fira.moment_bytes + fira.basis_bytes == default.moment_bytes + default.basis_bytes + 4 * default.targets
     assert sign == default
@@ -125,6 +133,7 @@ def test_what_the_options_add_and_save(llama: nn.Module, tmp_path: Path) -> None
     low_rank = 24 * RANK * (4 * 2048 + 3 * 5461)  # elements of R
     assert default.moment_bytes - muon.moment_bytes == 4 * low_rank
     assert muon.basis_bytes == default.basis_bytes
+    assert whole == muon
 
 
 def test_float32_moments_take_what_the_formula_says(llama: nn.Module, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from tests.support.reference_residual import ReferenceResidual
 OPTIONS: dict[str, dict[str, Any]] = {
     "fira": {"residual": "fira", "residual_scale": 0.7},
     "sign": {"residual": "sign", "residual_scale": 0.1},
+    "muon": {"rule": "muon", "residual": "muon", "residual_scale": 0.3},
     "channel": {"scaling": "channel"},
     "tensor": {"scaling": "tensor"},
 }
@@ -45,7 +46,7 @@ def made(weight: nn.Parameter, option: str, **group: Any) -> GaLoreAdamW:
     return GaLoreAdamW([{"params": [weight], **group}], lr=0.01, weight_decay=0.1)
 
 
-SIDES = [("fira", side) for side in ("left", "right", "full")] + [("sign", side) for side in ("left", "right", "full")]
+SIDES = [(option, side) for option in ("fira", "sign", "muon") for side in ("left", "right", "full")]
 SIDES += [(option, side) for option in ("channel", "tensor") for side in ("left", "right")]
 
 
@@ -287,5 +288,5 @@ def test_an_option_that_is_changed_to_nothing_there_is_is_refused() -> None:
     optimizer = GaLoreAdamW([{"params": [param], "rank": 2, "residual": "fira"}], lr=1e-2)
     optimizer.param_groups[0]["residual"] = "bogus"
     param.grad = torch.ones(8, 12)
-    with pytest.raises(ValueError, match="residual has to be one of none, fira, sign, but was given 'bogus'"):
+    with pytest.raises(ValueError, match="residual has to be one of none, fira, sign, muon, but was given 'bogus'"):
         optimizer.step()

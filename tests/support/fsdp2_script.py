@@ -470,6 +470,7 @@ def refused(mesh: DeviceMesh, with_replicas: DeviceMesh) -> dict[str, str]:
         optimizer.close()
     asked = {
         "svd": Case(galore={"refresh": "svd"}),
+        "muon": Case(galore={"rule": "muon", "residual": "muon"}),
         "projected_backward": Case(options={"projected_backward": True}, replicas=True),
         "exchange": Case(options={"exchange": "low_rank"}),
     }

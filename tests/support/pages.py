@@ -175,6 +175,7 @@ def losses_by_rank() -> dict[str, dict[str, list[float]]]:
         "scaling=channel",
         "scaling=tensor",
         "rule=muon",
+        "rule=muon, residual=muon",
     ):
         for (contender, rank), best in sorted(best_of_ranks().items()):
             if contender == name:
@@ -196,6 +197,7 @@ _OPTIMIZERS = {
     "residual=sign, 1": "… `residual=sign`",
     "rule=muon": "… `rule=muon`",
     "rule=muon, residual=fira": "… `rule=muon, residual=fira`",
+    "rule=muon, residual=muon": "… `rule=muon, residual=muon`",
     "scaling=channel": "… `scaling=channel`",
     "scaling=tensor": "… `scaling=tensor`",
 }

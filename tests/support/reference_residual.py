@@ -1,9 +1,10 @@
-"""Fira, FRUGAL's residual and APOLLO written straight from their papers in float64: sharing no code with the package.
+"""Fira, FRUGAL's residual, APOLLO, and Muon with a residual, straight from their papers in float64: no code is shared.
 
-Each is AdamW on R, with its decay before the update; bases, and random projections, are handed in.
+All but the last are AdamW on R, with its decay before the update; bases, and random projections, are handed in.
 
 Sources: Fira (Chen et al., 2024, arXiv:2410.01623), equations 6 to 8; FRUGAL (Zmushko et al., 2024, arXiv:2411.07837),
-algorithm 1; APOLLO (Zhu et al., 2024, arXiv:2412.05270), algorithm 1 and section 4.2.
+algorithm 1; APOLLO (Zhu et al., 2024, arXiv:2412.05270), algorithm 1 and section 4.2; Muon (Jordan et al., 2024,
+https://kellerjordan.github.io/posts/muon/) with the factor of Moonlight (Liu et al., 2025, arXiv:2502.16982).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class ReferenceResidual:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        momentum: float = 0.95,
     ) -> None:
         self.W = weight.astype(np.float64)
         self.option, self.lr, self.scale, self.residual_scale = option, lr, scale, residual_scale
@@ -38,6 +40,8 @@ class ReferenceResidual:
         self.M: Matrix | float = 0.0
         self.V: Matrix | float = 0.0
         self.limited_norm: float | None = None
+        self.momentum = momentum
+        self.buffer: Matrix | float = 0.0
 
     def step(self, gradient: Matrix, left: Matrix | None, right: Matrix | None) -> None:
         """One update of W from its gradient, with the basis of either side that there is."""
@@ -48,6 +52,13 @@ class ReferenceResidual:
         beta1, beta2 = self.betas
         self.M = beta1 * self.M + (1 - beta1) * R
         self.V = beta2 * self.V + (1 - beta2) * R**2
+        if self.option == "muon":
+            M = self.momentum * self.buffer + (1 - self.momentum) * R
+            self.buffer, D = M, (1 - self.momentum) * R + self.momentum * M
+            X = self._back(D, P, Q) + self.residual_scale * (G - self._back(R, P, Q))
+            update = 0.2 * max(X.shape) ** 0.5 * self._newton_schulz(X)
+            self.W = (1 - self.lr * self.weight_decay) * self.W - self.lr * self.scale * update
+            return
         N = (self.M / (1 - beta1**self.t)) / (np.sqrt(self.V / (1 - beta2**self.t)) + self.eps)
         if self.option in ("channel", "tensor"):
             axis = None if self.option == "tensor" else (0 if Q is None else 1)
@@ -61,6 +72,15 @@ class ReferenceResidual:
                 S = np.sign(S)
             update = self._back(N, P, Q) + self.residual_scale * S
         self.W = (1 - self.lr * self.weight_decay) * self.W - self.lr * self.scale * update
+
+    @staticmethod
+    def _newton_schulz(matrix: Matrix) -> Matrix:
+        """Five steps of x ← ax + bx³ + cx⁵ on a matrix of norm 1."""
+        X: Matrix = matrix / np.linalg.norm(matrix)
+        for _ in range(5):
+            A = X @ X.T
+            X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+        return X
 
     @staticmethod
     def _back(matrix: Matrix, left: Matrix | None, right: Matrix | None) -> Matrix:
