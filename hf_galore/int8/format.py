@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..integrations import bitsandbytes as kernels
+from ..kernels import int8 as own
 from ..lowrank.projection import at_least_float32
 
 BLOCK = 32
@@ -64,6 +66,8 @@ def empty_blocks(shape: Sequence[int], device: torch.device | str | None = None)
 def read_blocks(blocks: Int8Blocks, dtype: torch.dtype) -> Tensor:
     """The values in a dtype: exact in float32, float64 and bfloat16; a new tensor, contiguous."""
     codes, exponents = blocks
+    if kernels.fused("read_int8", codes, dtype):
+        return own.read_int8(codes, exponents, dtype)
     size = codes.shape[-1]
     # The bits of a power of 2 in float32 are its exponent's. The inverse of 255 makes infinity.
     factors = (exponents.to(torch.int32) << _EXPONENT_AT).view(torch.float32)
