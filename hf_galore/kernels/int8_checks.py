@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from . import int8 as own
 
 # Whole blocks and others, several programs, one element.
-_SHAPES = ((70, 96), (33, 7), (2, 1))
+_SHAPES = ((40, 96), (33, 7), (2, 1))
 _BLOCK, _LARGEST = 32, 127
 
 

@@ -261,7 +261,7 @@ def _noise(seed, row, block, rows: tl.constexpr):
     return (tl.reshape(four, (rows, 32)) >> 8).to(tl.int32).to(tl.float32) * (1.0 / 2**24)
 
 
-@triton.jit(do_not_specialize=["num_blocks", "blocks_in_row"])
+@triton.jit(do_not_specialize=["num_blocks", "blocks_in_row", "exponents_stride"])
 def read_int8(
     values,
     codes,
@@ -280,7 +280,7 @@ def read_int8(
     tl.store(target, found.to(values.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_blocks", "blocks_in_row", "seed", "first_row"])
+@triton.jit(do_not_specialize=["num_blocks", "blocks_in_row", "exponents_stride", "seed", "first_row"])
 def add_int8(
     codes,
     exponents,
