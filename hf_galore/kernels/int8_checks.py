@@ -77,4 +77,5 @@ def _exact(codes: Tensor, exponents: Tensor) -> Tensor:
 def _is_smallest(codes: Tensor, exponents: Tensor) -> Tensor:
     """Whether a block's codes would be too large for the next smaller exponent."""
     sizes = pad(codes.double().abs(), (0, -codes.shape[1] % _BLOCK))
-    return (sizes.unflatten(1, (-1, _BLOCK)).amax(dim=-1) > _LARGEST // 2) | (exponents == 1)
+    by_block: Tensor = sizes.unflatten(1, (-1, _BLOCK))
+    return (by_block.amax(dim=-1) > _LARGEST // 2) | (exponents == 1)

@@ -256,7 +256,7 @@ def _noise(seed, row, block, rows: tl.constexpr):
     quad = block[:, None] * 8 + tl.arange(0, 8)[None, :]
     zero = quad * 0
     first, second, third, fourth = tl.philox(seed, quad, row[:, None] + zero, zero, zero)
-    four = tl.join(tl.join(first, second), tl.join(third, fourth))
+    four = tl.join(tl.join(first, third), tl.join(second, fourth))
     # 24 bits are a float32 exactly.
     return (tl.reshape(four, (rows, 32)) >> 8).to(tl.int32).to(tl.float32) * (1.0 / 2**24)
 
