@@ -39,22 +39,34 @@ def add_int8_(
             other numbers of the seed that it was made with.
     """
     for rows in tiles(len(weight), weight.shape[-1]):
-        part = update(rows)
-        if weight.dtype in kernels.DTYPES and kernels.fused("add_int8_", weight.codes, part.dtype):
-            own.add_int8_(
-                weight.codes[rows],
-                weight.exponents[rows],
-                part,
-                alpha=alpha,
-                decay=decay,
-                skip=skip,
-                seed=None if generator is None else generator.initial_seed(),
-                first_row=rows.start,
-            )
-            increment_version(weight)
-            continue
-        values = weight.rows(rows, at_least_float32(weight.dtype))
-        if decay != 1:
-            values.mul_(decay_unless(skip, weight.dtype, decay))
-        values.add_(part.to(values.dtype), alpha=alpha)
-        weight.write_rows(rows, values, generator)
+        # U without a name here: one that holds a tile until the next is there would double what tiles take.
+        _add_rows_(weight, rows, update(rows), alpha, decay, skip, generator)
+
+
+def _add_rows_(
+    weight: Int8Weight,
+    rows: slice,
+    update: Tensor,
+    alpha: float,
+    decay: float,
+    skip: Tensor | None,
+    generator: torch.Generator | None,
+) -> None:
+    if weight.dtype in kernels.DTYPES and kernels.fused("add_int8_", weight.codes, update.dtype):
+        own.add_int8_(
+            weight.codes[rows],
+            weight.exponents[rows],
+            update,
+            alpha=alpha,
+            decay=decay,
+            skip=skip,
+            seed=None if generator is None else generator.initial_seed(),
+            first_row=rows.start,
+        )
+        increment_version(weight)
+        return
+    values = weight.rows(rows, at_least_float32(weight.dtype))
+    if decay != 1:
+        values.mul_(decay_unless(skip, weight.dtype, decay))
+    values.add_(update, alpha=alpha)  # a kernel casts as it reads, and there is no copy in float32
+    weight.write_rows(rows, values, generator)

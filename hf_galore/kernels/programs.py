@@ -313,7 +313,7 @@ def add_int8(
     largest = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
     # The smallest with which the largest is no more than 127, which is 2^6 times a mantissa of 0x7E0000.
     exponent = (largest >> 23) - 6 + tl.where((largest & 0x7FFFFF) > 0x7E0000, 1, 0)
-    exponent = tl.minimum(tl.maximum(exponent, 1), 249)
+    exponent = tl.minimum(tl.maximum(exponent, 1), 248)  # 127 of a larger power of 2 are no float32
     scaled = values * ((254 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
     if is_random:
         down = tl.floor(scaled)
@@ -324,7 +324,9 @@ def add_int8(
     # Rounded down the largest may be what the next smaller exponent has too.
     halved = (tl.max(tl.abs(rounded), axis=1) <= 63) & (exponent > 1)
     rounded = tl.where(halved[:, None], 2 * rounded, rounded)
-    exponent = tl.where(largest < 0x7F800000, exponent - tl.where(halved, 1, 0), 255)
-    rounded = tl.minimum(tl.maximum(tl.where(rounded == rounded, rounded, 1.0), -127.0), 127.0)
+    # All of a block that is not finite is NaN: a code of 0 and an exponent of 255.
+    finite = largest < 0x7F800000
+    exponent = tl.where(finite, exponent - tl.where(halved, 1, 0), 255)
+    rounded = tl.where(finite[:, None], tl.minimum(tl.maximum(rounded, -127.0), 127.0), 0.0)
     tl.store(codes + row.to(tl.int64)[:, None] * codes_stride + column, rounded.to(tl.int8), mask=mask)
     tl.store(exponents + row.to(tl.int64) * exponents_stride + block, exponent.to(tl.uint8), mask=there)

@@ -211,14 +211,26 @@ def test_a_block_that_is_not_finite_is_so_alone_and_stays_so(bad: float, seed: i
     expected = added(blocks, update, seed=seed)
     update[1, 40] = bad
     found = added(blocks, update, seed=seed)
-    assert found.exponents[1, 1] == 255
-    assert not plain_read(found, torch.float32)[1, 40].isfinite()
-    others = torch.ones(3, 96, dtype=torch.bool)
-    others[1, 32:64] = False
-    assert torch.equal(found.codes[others], expected.codes[others])
-    later = added(found, torch.zeros(3, 96), seed=seed)
-    assert later.exponents[1, 1] == 255
-    assert not plain_read(later, torch.float32)[1, 40].isfinite()
+    expected.exponents[1, 1], expected.codes[1, 32:64] = 255, 0  # NaN, all of it
+    assert_same(found, expected)
+    assert plain_read(found, torch.float32)[1, 32:64].isnan().all()
+    assert_same(added(found, torch.zeros(3, 96), seed=seed), found)
+
+
+@pytest.mark.parametrize("seed", [None, SEED])
+def test_the_largest_and_the_smallest_floats(seed: int | None) -> None:
+    top, tiny = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
+    values = torch.zeros(6, 32)
+    values[0, :2], values[1, :2], values[2, 0] = top, -top, 127.4 * 2.0**121
+    values[3, 0], values[4, 1] = tiny, 0.51 * tiny
+    values[5, 0] = 64 * 2.0**121
+    found = added(empty_blocks((6, 32)), values, alpha=1.0, seed=seed)
+    expected = empty_blocks((6, 32))
+    write_blocks_(expected, values.clone())
+    assert found.exponents[:, 0].tolist() == expected.exponents[:, 0].tolist() == [248, 248, 248, 1, 1, 248]
+    assert plain_read(found, torch.float32).isfinite().all()
+    apart = (found.codes.int() - expected.codes.int()).abs()
+    assert apart.max() <= (0 if seed is None else 1)
 
 
 @pytest.mark.parametrize("dtype", kernels.DTYPES)
