@@ -29,6 +29,7 @@ from hf_galore.int8 import (
     to_blocks,
 )
 from hf_galore.int8.format import write_blocks_
+from hf_galore.kernels import int8 as own
 from hf_galore.kernels import where
 from hf_galore.optim import GaLoreAdamW8bit
 from tests.support.card import DEVICE, ON_CARD, SMALL, SMALL_RANK, llama, options_of, sized, tokens, wait, waiting
@@ -48,6 +49,7 @@ look: Serve = where._look
 def _served(monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
         monkeypatch.setattr(where, "_look", lambda tensor: True)
+        monkeypatch.setattr(own, "_ROWS", 1024)  # the interpreter takes as long for a program of few blocks
     elif not kernels.serves(torch.zeros(1, device=DEVICE)):
         pytest.skip(f"no Triton kernels for this {DEVICE.type}")
 
