@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..kernels import adam
 from ..kernels import blockwise as own
+from ..kernels.int8_checks import check_add_int8_, check_read_int8
 from ..kernels.where import triton_version
 from ..log import logger
 from ..lowrank.blockwise import (
@@ -319,4 +320,6 @@ OWN_CHECKS: Checks = {
     "adam_32bit_direction": functools.partial(
         _check_adam_32bit, _own_adam_32bit_direction, _OWN_SHAPES, only_direction=True
     ),
+    "read_int8": check_read_int8,
+    "add_int8_": check_add_int8_,
 }

@@ -223,3 +223,110 @@ def dequantize_4bit(values, codes, absmax, table, numel, num_codes, block: tl.co
     found = tl.load(table + places) * scale
     offsets = blocks[:, None] * block + tl.arange(0, block)[None, :]
     tl.store(values + offsets, found.to(values.dtype.element_ty), mask=offsets < numel)
+
+
+# ---- weights in 8 bits, MXINT8 (`hf_galore.int8.format`): a power of 2 for each 32 codes of a row
+
+
+@triton.jit
+def _places(num_blocks, blocks_in_row, columns, rows: tl.constexpr):
+    """The blocks of 32 that a program has of a matrix: their rows, places in these, columns, and which there are."""
+    numbers = tl.program_id(0) * rows + tl.arange(0, rows)
+    row, block = numbers // blocks_in_row, numbers % blocks_in_row
+    column = block[:, None] * 32 + tl.arange(0, 32)[None, :]
+    there = numbers < num_blocks
+    return row, block, column, there, there[:, None] & (column < columns)
+
+
+@triton.jit
+def _of_codes(codes, exponents, row, block, column, there, mask, codes_stride, exponents_stride):
+    """The values that codes stand for, float32. An exponent is that of a float32, whose other bits are 0."""
+    found = tl.load(codes + row.to(tl.int64)[:, None] * codes_stride + column, mask=mask, other=0)
+    exponent = tl.load(exponents + row.to(tl.int64) * exponents_stride + block, mask=there, other=1)
+    factor = (exponent.to(tl.int32) << 23).to(tl.float32, bitcast=True)
+    return found.to(tl.float32) * factor[:, None]
+
+
+@triton.jit
+def _noise(seed, row, block, rows: tl.constexpr):
+    """Random numbers from 0 to below 1, of a seed and of an element's own place: whoever else is computed with it.
+
+    Philox gives four numbers at a time, for four elements beside each other.
+    """
+    quad = block[:, None] * 8 + tl.arange(0, 8)[None, :]
+    zero = quad * 0
+    first, second, third, fourth = tl.philox(seed, quad, row[:, None] + zero, zero, zero)
+    four = tl.join(tl.join(first, third), tl.join(second, fourth))
+    # 24 bits are a float32 exactly.
+    return (tl.reshape(four, (rows, 32)) >> 8).to(tl.int32).to(tl.float32) * (1.0 / 2**24)
+
+
+@triton.jit(do_not_specialize=["num_blocks", "blocks_in_row", "exponents_stride"])
+def read_int8(
+    values,
+    codes,
+    exponents,
+    num_blocks,
+    blocks_in_row,
+    columns,
+    codes_stride,
+    exponents_stride,
+    rows: tl.constexpr,
+):
+    """What codes stand for, of `rows` blocks."""
+    row, block, column, there, mask = _places(num_blocks, blocks_in_row, columns, rows)
+    found = _of_codes(codes, exponents, row, block, column, there, mask, codes_stride, exponents_stride)
+    target = values + row.to(tl.int64)[:, None] * columns + column
+    tl.store(target, found.to(values.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_blocks", "blocks_in_row", "exponents_stride", "seed", "first_row"])
+def add_int8(
+    codes,
+    exponents,
+    update,
+    skip,
+    num_blocks,
+    blocks_in_row,
+    columns,
+    codes_stride,
+    exponents_stride,
+    update_stride,
+    update_step,
+    alpha,
+    decay,
+    seed: tl.int64,  # said, so that none is compiled for by its size
+    first_row: tl.int32,
+    is_random: tl.constexpr,
+    has_skip: tl.constexpr,
+    rows: tl.constexpr,
+):
+    """Decay and add, of `rows` blocks, and round once: to the nearest, or at random to one of the two beside."""
+    if has_skip:
+        num_blocks = tl.where(tl.load(skip) == 0, num_blocks, 0)
+    row, block, column, there, mask = _places(num_blocks, blocks_in_row, columns, rows)
+    before = _of_codes(codes, exponents, row, block, column, there, mask, codes_stride, exponents_stride)
+    new = tl.load(update + row.to(tl.int64)[:, None] * update_stride + column * update_step, mask=mask, other=0.0)
+    values = before * decay + new.to(tl.float32) * alpha
+
+    # As whole numbers, magnitudes are in the same order, and what is not finite is the largest.
+    largest = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
+    # The smallest with which the largest is no more than 127, which is 2^6 times a mantissa of 0x7E0000.
+    exponent = (largest >> 23) - 6 + tl.where((largest & 0x7FFFFF) > 0x7E0000, 1, 0)
+    exponent = tl.minimum(tl.maximum(exponent, 1), 248)  # 127 of a larger power of 2 are no float32
+    scaled = values * ((254 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
+    if is_random:
+        down = tl.floor(scaled)
+        up = _noise(seed, row + first_row, block, rows) < scaled - down
+        rounded = down + tl.where(up, 1.0, 0.0)
+    else:
+        rounded = (scaled + 12582912.0) - 12582912.0  # 1.5 · 2²³, beside which nothing is left of a fraction
+    # Rounded down the largest may be what the next smaller exponent has too.
+    halved = (tl.max(tl.abs(rounded), axis=1) <= 63) & (exponent > 1)
+    rounded = tl.where(halved[:, None], 2 * rounded, rounded)
+    # All of a block that is not finite is NaN: a code of 0 and an exponent of 255.
+    finite = largest < 0x7F800000
+    exponent = tl.where(finite, exponent - tl.where(halved, 1, 0), 255)
+    rounded = tl.where(finite[:, None], tl.minimum(tl.maximum(rounded, -127.0), 127.0), 0.0)
+    tl.store(codes + row.to(tl.int64)[:, None] * codes_stride + column, rounded.to(tl.int8), mask=mask)
+    tl.store(exponents + row.to(tl.int64) * exponents_stride + block, exponent.to(tl.uint8), mask=there)

@@ -6,10 +6,11 @@
 
 `bench`: what `hf-galore bench` prints, the recipe's steps and memory beside other optimizers'. Weights and tokens are
 random everywhere. `options`: a steady step of four layers with what the options add, by turns. `outside`: what of the
-card is taken beside what torch's allocator reserves. `card`: what it copies and multiplies, for comparison. `refresh`:
-new bases of one matrix, by the card's own clock, and what orthonormalises them. `launches`: kernels a layer in a steady
-step. `host`: the same step of narrow layers, so that the time is the host's. Both are of a Llama with Llama-2-7B's
-layers, 16 sequences of 256 tokens, activations checkpointed, rank 1024.
+card is taken beside what torch's allocator reserves. `card`: what it copies and multiplies, for comparison. `int8`:
+what is done with a weight in 8 bits, by our kernels and in plain torch, beside one in bfloat16. `refresh`: new bases of
+one matrix, by the card's own clock, and what orthonormalises them. `launches`: kernels a layer in a steady step.
+`host`: the same step of narrow layers, so that the time is the host's. Both are of a Llama with Llama-2-7B's layers, 16
+sequences of 256 tokens, activations checkpointed, rank 1024.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
+from unittest import mock
 
 import torch
 from rich.console import Console
@@ -30,10 +32,13 @@ from torch import nn
 from hf_galore.bench.jobs import Job
 from hf_galore.bench.session import begin, look_at, measure
 from hf_galore.cli.bench import show
+from hf_galore.int8 import Int8Weight, add_int8_, int8_linear, times_weight
+from hf_galore.kernels import where
 from hf_galore.lowrank.orthonormal import by_products, by_reflections, defect
 from hf_galore.lowrank.projection import Side, side_of
 from hf_galore.lowrank.quantize import dequantize_basis, quantize_basis
 from hf_galore.lowrank.refresh import new_bases
+from hf_galore.lowrank.rounding import add_rounded_
 from hf_galore.optim import GaLoreAdamW8bit
 from tests.support.card import (
     DEVICE,
@@ -53,6 +58,7 @@ TABLES = (
     "options",
     "outside",
     "card",
+    "int8",
     "refresh",
     "launches",
     "host",
@@ -209,6 +215,48 @@ def card(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def int8(args: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds for each matrix of a 7B layer: forward, the input's gradient, an update, and what all do: read."""
+    return {
+        f"{m} × {n}, {name}": beside_bfloat16(*both)
+        for m, n in MATRICES
+        for name, both in uses_of_a_weight(m, n).items()
+    }
+
+
+def uses_of_a_weight(m: int, n: int) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
+    """Each in bfloat16, and in 8 bits."""
+    weight = (0.02 * torch.randn(m, n, device=DEVICE)).bfloat16()
+    blocks = Int8Weight.from_float(weight)
+    x, delta = (torch.randn(ROWS * LENGTH, size, device=DEVICE).bfloat16() for size in (n, m))
+    update = torch.randn(m, n, device=DEVICE).bfloat16()
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    how: dict[str, Any] = {"alpha": -1e-6, "decay": 0.999, "skip": None, "generator": generator}
+    return {
+        "forward": (lambda: x @ weight.mT, lambda: int8_linear(x, blocks.blocks, None)),
+        "forward of a token": (lambda: x[:1] @ weight.mT, lambda: int8_linear(x[:1], blocks.blocks, None)),
+        "input's gradient": (lambda: delta @ weight, lambda: times_weight(delta, blocks.blocks)),
+        "update, rounded at random": (
+            lambda: add_rounded_(weight, update.__getitem__, **how),
+            lambda: add_int8_(blocks, update.__getitem__, **how),
+        ),
+        "read": (lambda: weight.clone(), lambda: blocks.dequantized()),
+    }
+
+
+def beside_bfloat16(in_bfloat16: Callable[[], object], in_8_bits: Callable[[], object]) -> dict[str, float]:
+    bfloat16, ours = milliseconds(in_bfloat16), milliseconds(in_8_bits)
+    with mock.patch.object(where, "_look", return_value=False):
+        plain = milliseconds(in_8_bits)
+    return {
+        "bf16 ms": bfloat16,
+        "int8 ms": ours,
+        "int8, plain torch ms": plain,
+        "× bf16": ours / bfloat16,
+        "plain × bf16": plain / bfloat16,
+    }
+
+
 def refresh(args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for shape in MATRICES:
@@ -327,7 +375,7 @@ def main() -> None:
     args = parser.parse_args()
     console = Console(width=150)
     figures: dict[str, Any] = {}
-    functions = {table.__name__: table for table in (bench, options, outside, card, refresh, launches, host)}
+    functions = {table.__name__: table for table in (bench, options, outside, card, int8, refresh, launches, host)}
     for name in (name for name in TABLES if name in args.only):
         if name != "bench":
             freed()
