@@ -14,7 +14,8 @@ Powers of 2 instead of any scales, because then
   good what powers of 2 lose.
 
 Source: OCP Microscaling Formats (MX) Specification v1.0 (2023), sections 5.3 and 6: MXINT8, blocks of 32, scales of
-E8M0. Its code −128 is not used, as there.
+E8M0. Its code −128 is not used, as there. Its elements are code / 64 and not whole numbers, so that its scales are 6
+greater than the exponents here.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ _BIAS = 127
 # Of a float32: where its exponent begins, its mantissa, and the largest mantissa m with 2^k · m ≤ 127 · 2^(k − 6).
 _EXPONENT_AT, _MANTISSA, _MANTISSA_OF_LARGEST = 23, 0x7FFFFF, 0x7E0000
 _NOT_FINITE = 255
-# Below it a power of 2 is no normal float32, and above it its inverse is none.
-_LEAST, _MOST = 1, 249
+# Below it a power of 2 is no normal float32; above it 127 of them are none, so that larger values become that.
+_LEAST, _MOST = 1, 248
 
 
 class Int8Blocks(NamedTuple):
@@ -45,7 +46,7 @@ class Int8Blocks(NamedTuple):
     codes: Tensor
     """int8, of the values' shape."""
     exponents: Tensor
-    """uint8, one for each 32 codes in a row: 127 stands for 1, 128 for 2; 255 where a value is not finite."""
+    """uint8, one for each 32 codes in a row: 127 stands for 1, 128 for 2; 255 of a block that is NaN."""
 
 
 def exponents_shape(shape: Sequence[int]) -> tuple[int, ...]:
@@ -65,7 +66,7 @@ def read_blocks(blocks: Int8Blocks, dtype: torch.dtype) -> Tensor:
     """The values in a dtype: exact in float32, float64 and bfloat16; a new tensor, contiguous."""
     codes, exponents = blocks
     size = codes.shape[-1]
-    # The bits of a power of 2 in float32 are its exponent's. The inverse of 255 makes infinity.
+    # The bits of a power of 2 in float32 are its exponent's. Those of 255 are infinity's, which times 0 is NaN.
     factors = (exponents.to(torch.int32) << _EXPONENT_AT).view(torch.float32)
     exact = torch.float32 if dtype == torch.float16 else dtype
     values = _by_block(codes.to(exact))
@@ -75,6 +76,8 @@ def read_blocks(blocks: Int8Blocks, dtype: torch.dtype) -> Tensor:
 
 def write_blocks_(blocks: Int8Blocks, values: Tensor, generator: torch.Generator | None = None) -> None:
     """Set values, each rounded to the nearest that its block has, or to one of the two beside it.
+
+    A block with a value that is not finite becomes NaN. Values beyond ±127 · 2^121 become that: float32 has 0.4 % more.
 
     Args:
         blocks: whose codes and exponents are set.
@@ -90,15 +93,16 @@ def write_blocks_(blocks: Int8Blocks, values: Tensor, generator: torch.Generator
         scaled.round_()
     else:
         noise = torch.rand(scaled.shape, dtype=scaled.dtype, device=scaled.device, generator=generator)
-        scaled.add_(noise).floor_()
+        # Not the floor of their sum, which is rounded: at random a whole number would become the next now and then.
+        low = scaled.floor()
+        scaled = low.add_(noise.lt_(scaled.sub_(low)))
     # Rounded down the largest may have become what the next smaller exponent has too: then that is the block's.
     halved = (torch.linalg.vector_norm(scaled, math.inf, dim=-1) <= LARGEST // 2) & (exponents > _LEAST)
     scaled.mul_(1 + halved.unsqueeze(-1).to(scaled.dtype))
     exponents = exponents - halved.to(exponents.dtype)
     finite = largest.isfinite()
     blocks.exponents.copy_(exponents.masked_fill_(~finite, _NOT_FINITE))
-    # A code of 0 would make NaN of what was infinite; either way the block is not finite.
-    scaled.nan_to_num_(1.0).clamp_(-LARGEST, LARGEST)
+    scaled.masked_fill_(~finite.unsqueeze(-1), 0.0).clamp_(-LARGEST, LARGEST)
     blocks.codes.copy_(scaled.flatten(-2)[..., : values.shape[-1]])
 
 
