@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..int8 import Int8Weight, is_int8
 from ..integrations import fully_shard
 from ..integrations.engines import check_no_accelerator as check_no_accelerator
 from ..integrations.engines import check_whole as check_whole
@@ -146,10 +147,10 @@ def check_stochastic_rounding(groups: Iterable[Group]) -> None:
     """Check that stochastic rounding is asked for where it can do something.
 
     Raises:
-        ValueError: no weight of the groups that ask for it is bfloat16.
+        ValueError: no weight of the groups that ask for it is bfloat16, or kept in 8 bits.
     """
     rounded = [param for group in groups if group.get("stochastic_rounding") for param in group["params"]]
-    if rounded and not any(param.dtype == torch.bfloat16 for param in rounded):
+    if rounded and not any(param.dtype == torch.bfloat16 or is_int8(param) for param in rounded):
         found = ", ".join(sorted({str(param.dtype) for param in rounded}))
         raise ValueError(
             f"stochastic_rounding is for bfloat16 weights, but these are {found}, which lose nothing that it could "
@@ -166,6 +167,8 @@ def say_if_decay_is_lost(groups: Iterable[Group]) -> None:
         if decay == 0 or group.get("stochastic_rounding"):
             continue
         for param in group["params"]:
+            if is_int8(param):
+                continue  # rounded at random
             half = torch.finfo(param.dtype).eps / 4  # of the larger numbers between two powers of 2
             weight = local_of(param.detach())
             if torch.finfo(param.dtype).bits >= 32 or decay >= half or not has_numbers(param) or not weight.numel():
@@ -238,13 +241,14 @@ def _check_apart(named: list[tuple[str, Tensor]]) -> None:
 
 def _extent(name: str, param: Tensor) -> _Extent | None:
     """Where a parameter lies; `None` where nobody can know: fakes, the meta device, sharded and wrapped tensors."""
-    if type(param) not in (nn.Parameter, Tensor) or hasattr(param, "fake_mode") or param.device.type == "meta":
+    held = param.codes if isinstance(param, Int8Weight) else param
+    if type(held) not in (nn.Parameter, Tensor) or hasattr(held, "fake_mode") or held.device.type == "meta":
         return None
-    if param.layout != torch.strided or param.numel() == 0:
+    if held.layout != torch.strided or held.numel() == 0:
         return None
-    start = param.data_ptr()
-    last = sum((size - 1) * stride for size, stride in zip(param.shape, param.stride(), strict=True))
-    return _Extent(start, start + (last + 1) * param.element_size(), name, param) if start else None
+    start = held.data_ptr()
+    last = sum((size - 1) * stride for size, stride in zip(held.shape, held.stride(), strict=True))
+    return _Extent(start, start + (last + 1) * held.element_size(), name, param) if start else None
 
 
 def _share_elements(first: _Extent, second: _Extent) -> bool:
