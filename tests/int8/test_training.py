@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -40,6 +40,8 @@ def maker(cls: Any = GaLoreAdamW, group: dict[str, Any] | None = None, **options
     def make(model: Net) -> Any:
         rank = 24 if model.square.in_features == 96 else 8
         entries = {"rank": rank, "update_proj_gap": 3, "proj_bits": 16, **(group or {})}
+        if "scaling" in entries:  # which keeps no basis
+            del entries["proj_bits"]
         return cls(
             model.parameters(),
             **{"lr": LR, "weight_decay": 0.1, **options},
@@ -329,30 +331,24 @@ def test_resumed_is_uninterrupted(cls: Any, group: dict[str, Any]) -> None:
     width = WIDTHS.get(cls, 40)
     options: dict[str, Any] = {"layerwise": True}
     whole = net(torch.bfloat16, width=width)
-    saved: dict[str, Any] = {}
-
-    def save(step: int, optimizer: torch.optim.Optimizer) -> None:
-        if step == 4:  # layerwise: between the last update of a step and the first of the next
-            saved["weights"] = snapshot(whole)
-            file = io.BytesIO()
-            torch.save(optimizer.state_dict(), file)
-            file.seek(0)
-            saved["optimizer"] = torch.load(file, weights_only=True)
+    first = train(whole, maker(cls, group, **options), steps=4)
+    weights = snapshot(whole)
+    assert all(type(value) is Tensor and value.dtype == torch.bfloat16 for value in weights.values())
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
 
     def make_resumed(model: Net) -> Any:
         torch.manual_seed(17)  # the seed of the rounding is in the checkpoint
         optimizer = maker(cls, group, **options)(model)
-        optimizer.load_state_dict(saved["optimizer"])
+        optimizer.load_state_dict(state)
         return optimizer
 
-    first = train(whole, maker(cls, group, **options), steps=4)
-    save(4, first)
-    assert all(value.dtype == torch.bfloat16 for value in saved["weights"].values())
-    saved["optimizer"] = copy.deepcopy(saved["optimizer"])
     uninterrupted = net(torch.bfloat16, width=width)
     train(uninterrupted, maker(cls, group, **options), steps=8)
     resumed = net(torch.bfloat16, width=width, seed=9)
-    resumed.load_state_dict(saved["weights"])
+    resumed.load_state_dict(weights)
     train(resumed, make_resumed, steps=4, start=4)
     assert_identical(snapshot(resumed), snapshot(uninterrupted))
     for name, param in resumed.named_parameters():
@@ -432,7 +428,7 @@ def test_its_options_are_single_parameters_too() -> None:
 
 
 @pytest.fixture
-def tiny(tmp_path: Any) -> Iterator[Any]:
+def tiny(tmp_path: Any) -> Any:
     from tests.support.helpers import make_trainer, tiny_llama
     from tests.support.int8 import in_8_bits
 
@@ -440,7 +436,7 @@ def tiny(tmp_path: Any) -> Iterator[Any]:
         model = in_8_bits(tiny_llama(), but=["lm_head"])
         return make_trainer(model, tmp_path, name, **overrides)
 
-    yield make
+    return make
 
 
 @pytest.mark.parametrize("name", ["galore_adamw", "galore_adamw_8bit", "galore_adafactor"])
