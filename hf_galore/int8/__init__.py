@@ -10,13 +10,14 @@ from .format import BLOCK, Int8Blocks, empty_blocks, read_blocks, to_blocks, wri
 from .layer import input_gradient
 from .products import int8_linear, times_weight
 from .update import add_int8_
-from .weight import Int8Weight, is_int8
+from .weight import Int8Weight, elements_of, is_int8
 
 __all__ = [
     "BLOCK",
     "Int8Blocks",
     "Int8Weight",
     "add_int8_",
+    "elements_of",
     "empty_blocks",
     "input_gradient",
     "int8_linear",

@@ -155,6 +155,11 @@ def is_int8(tensor: Any) -> bool:
     return isinstance(tensor, Int8Weight)
 
 
+def elements_of(tensor: Tensor) -> tuple[Tensor, ...]:
+    """What of a tensor has elements: itself, or its codes and exponents."""
+    return tuple(tensor.blocks) if isinstance(tensor, Int8Weight) else (tensor,)
+
+
 torch.serialization.add_safe_globals([Int8Weight])
 
 

@@ -12,7 +12,7 @@ from ..int8 import Int8Weight, is_int8
 from ..integrations import fully_shard
 from ..integrations.engines import check_no_accelerator as check_no_accelerator
 from ..integrations.engines import check_whole as check_whole
-from ..integrations.engines import holder_of, refusal
+from ..integrations.engines import holder_of, refusal, refusal_of_int8, will_shard
 from ..log import and_others, logger
 from ..lowrank.methods import METHODS
 from ..lowrank.nonfinite import has_numbers
@@ -72,6 +72,8 @@ def check_group(group: Group, own: Rule, name_of: Callable[[Tensor], str]) -> No
         engine = holder_of(param)
         if engine is not None:
             raise refusal(f"GaLore, with {name_of(param)} among its parameters,", engine)
+        if is_int8(param) and will_shard():
+            raise refusal_of_int8(f"The optimizer, with {name_of(param)} among its parameters,", "FSDP2, which shards")
         if is_sharded(param):
             check_sharded(name_of(param), param, group)
         rule.check_parameter(name_of(param), param)
