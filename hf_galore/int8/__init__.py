@@ -7,7 +7,7 @@ that as autograd sees it.
 from __future__ import annotations
 
 from .format import BLOCK, Int8Blocks, empty_blocks, read_blocks, to_blocks, write_blocks_
-from .layer import input_gradient
+from .layer import input_gradient, product
 from .products import int8_linear, times_weight
 from .update import add_int8_
 from .weight import Int8Weight, elements_of, is_int8
@@ -22,6 +22,7 @@ __all__ = [
     "input_gradient",
     "int8_linear",
     "is_int8",
+    "product",
     "read_blocks",
     "times_weight",
     "to_blocks",

@@ -134,10 +134,10 @@ def check_no_engine(asked: str, args: TrainingArguments, trainer: Trainer | None
 
 
 def check_int8_engine(trainer: Trainer) -> None:
-    """Refuse engines that shard, where the model has weights in 8 bits: before they ask for views of these.
+    """Refuse engines that shard or copy, where the model has weights in 8 bits: before they ask for views of these.
 
     Raises:
-        ValueError: FSDP or DeepSpeed is asked for; the message says where.
+        ValueError: FSDP or DeepSpeed is asked for; the message says where. Or the Trainer is to use DataParallel.
     """
     if trainer.model is None or not any(map(is_int8, trainer.model.parameters())):
         return
@@ -145,6 +145,9 @@ def check_int8_engine(trainer: Trainer) -> None:
         where = _engine_asked_for(engine, trainer.args, trainer)
         if where is not None:
             raise refusal_of_int8("The model", f"{engine.upper()}, which is asked for {where}")
+    copies = trainer.args.parallel_mode == ParallelMode.NOT_DISTRIBUTED  # of several GPUs
+    if copies and not getattr(trainer.model, "is_loaded_in_8bit", False):
+        raise refusal_of_int8("The model", "DataParallel, by which a Trainer of one process uses several GPUs")
 
 
 def _check_fsdp(asked: str, args: TrainingArguments, trainer: Trainer | None) -> None:

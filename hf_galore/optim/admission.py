@@ -86,6 +86,11 @@ def check_group(group: Group, own: Rule, name_of: Callable[[Tensor], str]) -> No
                 f"Only matrices, and stacks of them, can be projected, but {name_of(param)} has {param.ndim} "
                 f"dimension(s): {error} Or move it to a group without a rank."
             ) from None
+        if is_int8(param) and shape != tuple(param.shape):
+            raise ValueError(
+                f"{name_of(param)} is kept in 8 bits and projected as the matrix that it is, but view_as makes "
+                f"{shape} of it. Leave view_as out, or keep the weight in floats."
+            )
         if not is_projectable(shape, group["rank"]):
             too_small.append(name_of(param))
     if too_small:

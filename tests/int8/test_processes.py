@@ -81,6 +81,16 @@ def test_a_trainer_under_fsdp2_is_refused_before_it_shards(tmp_path: Path, monke
     checks.check_int8_engine(make_trainer(tiny_llama(), tmp_path, "galore_adamw"))
 
 
+def test_data_parallel_is_refused(tmp_path: Path) -> None:
+    from hf_galore.integrations import checks
+    from tests.support.helpers import make_trainer, tiny_llama
+
+    trainer = make_trainer(in_8_bits(tiny_llama()), tmp_path, "galore_adamw")
+    trainer.args._n_gpu = 2
+    with pytest.raises(ValueError, match=r"does not work under DataParallel.*Run on one GPU, or under DDP"):
+        checks.check_int8_engine(trainer)
+
+
 def test_what_lightning_does() -> None:
     """Move a module to a device that it is on, and its optimizer's state."""
     model: nn.Module = net()

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hf_galore.int8 import Int8Weight, add_int8_, is_int8, products, to_blocks
 from hf_galore.optim import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
@@ -116,6 +117,19 @@ def test_all_ways_agree_clipped(cls: Any) -> None:
     train(held, maker(cls, layerwise=True, hold_gradients=True), max_norm=0.05)
     train(projected, maker(cls, projected_backward=True), max_norm=0.05)
     assert_same(held, projected)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
+@pytest.mark.parametrize("way", WAYS)
+def test_checkpointing_changes_nothing(way: str, use_reentrant: bool) -> None:
+    def forward(model: Net, x: Tensor) -> Tensor:
+        out: Any = checkpoint(model, x.requires_grad_(), use_reentrant=use_reentrant)
+        return out
+
+    found, expected = net(), net()
+    train(found, maker(**WAYS[way]), steps=4, forward=forward)
+    train(expected, maker(**WAYS[way]), steps=4)
+    assert_same(found, expected)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -654,3 +654,33 @@ def test_moved_and_cast_under_an_optimizer() -> None:
         optimizer.step()
         optimizer.zero_grad()
         assert not torch.equal(made.weight.dequantized(), before)
+
+
+def test_a_view_of_it_is_not_projected() -> None:
+    group = {"params": [layer().weight], "rank": 4, "view_as": 2}
+    with pytest.raises(ValueError, match=r"is kept in 8 bits.*view_as makes \(2, 12, 70\).*Leave view_as out"):
+        GaLoreAdamW([group], lr=1e-2)
+
+
+@pytest.mark.parametrize("bias", [None, 0.5])
+def test_in_layers_whose_weight_is_transposed(bias: float | None) -> None:
+    """GPT-2's, under a projected backward: of a square weight another product would be as good to torch."""
+    from transformers.pytorch_utils import Conv1D
+
+    results = []
+    for int8 in (True, False):
+        torch.manual_seed(0)
+        made: Any = Conv1D(64, 64).double()
+        with torch.no_grad():
+            made.weight.copy_(Int8Weight.from_float(made.weight).dequantized())
+            made.bias.fill_(bias or 0.0)
+        if int8:
+            made.weight = nn.Parameter(Int8Weight.from_float(made.weight.detach()))
+        optimizer = GaLoreAdamW([{"params": [made.weight], "rank": 4}], lr=1e-2, module=made, projected_backward=True)
+        x = values(3, 64, torch.float64).requires_grad_()
+        out = made(x)
+        out.pow(3).sum().backward()
+        results.append([out.detach(), x.grad, made.bias.grad, optimizer.grad_norm()])
+        optimizer.close()
+    for one, other in zip(*results, strict=True):
+        assert_near(one, other)
