@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 
+from ..int8 import elements_of
 from .passes import in_segment
 from .processes import Processes
 from .shared_refresh import SharedRefresh, waits_for_gradients
@@ -84,7 +85,8 @@ class Exchange:
 
     def send_weights(self) -> None:
         """Give all processes the weights that the first has, as DistributedDataParallel does with those it reduces."""
-        works = [self.processes.send_(window.param.detach(), 0) for window in self._order]
+        parts = [part for window in self._order for part in elements_of(window.param.detach())]
+        works = [self.processes.send_(part, 0) for part in parts]
         for work in works:
             work.wait()
 

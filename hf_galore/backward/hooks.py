@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 class Source(Protocol):
     """What hooks need of an optimizer."""
 
+    param_groups: list[dict[str, Any]]
+
     def trained_parameters(self) -> list[Trained]:
         """What each of its parameters is."""
 
@@ -71,10 +73,11 @@ class BackwardHooks:
         self._mode = Mode(layerwise, projected_backward, hold_gradients)
         # Where the others' norms are those of what is held, estimates or R's: be consistent.
         self._mode.whole_norms = not projected_backward and exchange == "dense"
-        self._optimizer = weakref.ref(optimizer)
+        self._optimizer = ref = weakref.ref(optimizer)
         self._model = model
         self._handles: list[Any] = []  # each with a remove()
-        self._wrappers = Wrappers(model, self._handles, dense=exchange == "dense")
+        groups = lambda: [] if (optimizer := ref()) is None else optimizer.param_groups  # noqa: E731
+        self._wrappers = Wrappers(model, self._handles, dense=exchange == "dense", groups=groups)
         # A model outlives its trainers: hooks must not outlive theirs.
         self._finalizer = weakref.finalize(self, _remove, self._handles)
         self._windows: dict[int, Window] = {}  # of each hooked parameter, by its id

@@ -20,7 +20,7 @@ import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..int8 import Int8Weight, times_weight
+from ..int8 import Int8Weight, input_gradient, product
 from ..integrations.accelerate import forward_attribute
 from ..integrations.fully_shard import as_unit, was
 from .patched import Patched, patched_class, why_not_derivable
@@ -164,7 +164,7 @@ class _ProjectedLinearFunction(torch.autograd.Function):
                 grad_weight = (factors[0].mT @ factors[1]).to(weight.dtype)
         grad_x = None
         if needs_x and isinstance(weight, Int8Weight):
-            grad_x = times_weight(delta, weight.blocks)
+            grad_x = product(delta, weight) if how.is_transposed else input_gradient(delta, weight)
         elif needs_x and how.is_transposed:
             grad_x = (rows @ weight.to(rows.dtype).mT).view(x.shape)
         elif needs_x:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +46,28 @@ class Processes:
 
     def _globally(self, rank: int) -> int:
         return dist.get_global_rank(self.group, rank)
+
+
+# The entries of a group that random numbers follow from, which are to be the same in all processes.
+_SEEDS = ("rounding_seed", "gradient_seed", "basis_seed")
+
+
+def send_seeds(groups: Iterable[dict[str, Any]], processes: Processes) -> None:
+    """Give all processes the seeds of the first: each begins with torch's own, which programs set to different ones.
+
+    A weight that is rounded at random would be another in each of them.
+    """
+    entries = [(group, key) for group in groups for key in _SEEDS if key in group]
+    if not entries:
+        return
+    # Of 64 bits without a sign, which no dtype that all backends send has.
+    halves = [half for group, key in entries for half in (group[key] >> 32 & 0xFFFFFFFF, group[key] & 0xFFFFFFFF)]
+    device = next(param.device for group, _ in entries for param in group["params"])
+    sent = torch.tensor(halves, dtype=torch.int64, device=device)
+    processes.send_(sent, 0).wait()
+    high_and_low = sent.view(-1, 2).tolist()
+    for (group, key), (high, low) in zip(entries, high_and_low, strict=True):
+        group[key] = high << 32 | low
 
 
 class Part(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from ..integrations import ddp
 from ..integrations.accelerate import closes_window
 from .exchange import Exchange
 from .gradient import LowRankGradient, UsedGradient
-from .processes import Processes, world_size
+from .processes import Processes, send_seeds, world_size
 from .window import Window
 
 
@@ -27,12 +27,16 @@ class Wrappers:
         model: that the hooks are on.
         handles: where to put what undoes this, by `remove()`.
         dense: whether gradients are to be reduced and not low-rank ones.
+        groups: gives the optimizer's groups, whose seeds are to be the same in all processes.
     """
 
-    def __init__(self, model: nn.Module, handles: list[Any], *, dense: bool) -> None:
+    def __init__(
+        self, model: nn.Module, handles: list[Any], *, dense: bool, groups: Callable[[], list[dict[str, Any]]]
+    ) -> None:
         self._model = model
         self._handles = handles
         self._dense = dense
+        self._groups = groups
         self._known: weakref.WeakKeyDictionary[DistributedDataParallel, Exchange] = weakref.WeakKeyDictionary()
         self._left: set[int] = set()  # parameters that a wrapper reduces, by their ids
         self._own: set[int] = set()  # those that wrappers leave out for this, by their ids
@@ -90,6 +94,7 @@ class Wrappers:
             bucket_bytes=ddp.bucket_bytes(wrapper),
         )
         exchange.send_weights()
+        send_seeds(self._groups(), exchange.processes)
         self._known[wrapper] = exchange
         ref = weakref.ref(exchange)
         self._handles.append(ddp.set_left_out(wrapper, targets, inside.values(), lambda wrapper: _begin(ref, wrapper)))

@@ -18,8 +18,10 @@ from torch.autograd.graph import increment_version
 from torch.utils._pytree import tree_map_only
 
 from ..lowrank.projection import at_least_float32
+from .flat import FlatValues
 from .format import Int8Blocks, empty_blocks, read_blocks, write_blocks_
-from .products import int8_linear, tiles, times_weight
+from .layer import linear
+from .products import tiles
 
 _aten = torch.ops.aten
 # Set all elements, whatever they were.
@@ -30,6 +32,7 @@ _SETTERS = {
     _aten.normal_.default,
     _aten.uniform_.default,
 }
+_SHARDING = {_aten.split, _aten.split_with_sizes, _aten.chunk}
 _NEW = {_aten.new_zeros, _aten.new_empty, _aten.new_full, _aten.new_ones, _aten.new_empty_strided}
 _LIKE = {
     _aten.zeros_like,
@@ -123,21 +126,22 @@ class Int8Weight(Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Int8Weight({tuple(self.shape)}, {self.dtype}, {self.device}, requires_grad={self.requires_grad})"
 
-    def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return ["codes", "exponents"], (self.dtype, self.requires_grad)
-
-    @classmethod
-    def __tensor_unflatten__(cls, inner: dict[str, Tensor], context: Any, size: Any, stride: Any) -> Int8Weight:
-        dtype, requires_grad = context
-        return cls(inner["codes"], inner["exponents"], dtype, requires_grad=requires_grad)
+    # No `__tensor_flatten__`: of tensors that have it `Module.to` exchanges all that torch knows of a parameter, the
+    # hooks on it too, and a model is moved once more after a layerwise optimizer has been made.
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is Tensor.numpy:  # TRL's DPOTrainer takes a hash of a model so
+            return args[0].dequantized().numpy(*args[1:], **(kwargs or {}))
         kwargs = kwargs or {}
         if func is F.linear:
-            return _linear(*args, **kwargs)
+            return linear(*args, **kwargs)
+        if func == _SET_DATA:
+            return _set_data(*args)
+        if func is Tensor.share_memory_:  # torch would look for a storage
+            return _share_memory_(*args)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -153,46 +157,33 @@ def is_int8(tensor: Any) -> bool:
     return isinstance(tensor, Int8Weight)
 
 
+def elements_of(tensor: Tensor) -> tuple[Tensor, ...]:
+    """What of a tensor has elements: itself, or its codes and exponents."""
+    return tuple(tensor.blocks) if isinstance(tensor, Int8Weight) else (tensor,)
+
+
 torch.serialization.add_safe_globals([Int8Weight])
 
 
-# ---- in a layer
+_SET_DATA = cast("Any", Tensor.data).__set__
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As `torch.nn.functional.linear`."""
-    if not isinstance(weight, Int8Weight):
-        raise TypeError("An int8 weight is what a linear layer multiplies with, and not what it gets.")
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
-        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-    elif x.dtype != weight.dtype:
-        raise RuntimeError(
-            f"A linear layer of {weight.dtype}, whose weight is kept in 8 bits, got an input of {x.dtype}. Give it one "
-            "of its own dtype, or run it under autocast."
+def _share_memory_(weight: Int8Weight) -> Int8Weight:
+    for part in weight.blocks:
+        part.share_memory_()
+    return weight
+
+
+def _set_data(weight: Int8Weight, other: Tensor) -> None:
+    """As `weight.data = other`, by which `Module.to` moves and casts parameters."""
+    if not isinstance(other, Int8Weight):
+        raise TypeError(
+            f"The data of an int8 weight can be those of another, but were given a {type(other).__name__} of "
+            f"{other.dtype}. `weight.copy_(values)` sets its values."
         )
-    if not torch.is_grad_enabled():
-        return int8_linear(x, weight.blocks, bias)
-    return cast("Tensor", _Int8Linear.apply(x, weight, bias))
-
-
-class _Int8Linear(torch.autograd.Function):
-    """A linear layer whose weight's gradient is built as a whole: what other optimizers and full-rank weights need."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return int8_linear(x, weight.blocks, bias)
-
-    @staticmethod
-    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        rows = delta.reshape(-1, delta.shape[-1])
-        grad_weight = (rows.mT @ x.reshape(-1, x.shape[-1])).to(weight.dtype) if needs_weight else None
-        grad_bias = rows.sum(dim=0) if needs_bias else None
-        return times_weight(delta, weight.blocks) if needs_x else None, grad_weight, grad_bias
+    with torch._C.DisableTorchFunctionSubclass():
+        _SET_DATA(weight, other)
+    weight.codes, weight.exponents = other.codes, other.exponents
 
 
 # ---- operations
@@ -211,6 +202,8 @@ def _dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _copy_(*args, **kwargs)
     if packet in (_aten.view, _aten._unsafe_view, _aten.expand) and tuple(args[1]) == tuple(first.shape):
         return Int8Weight(first.codes, first.exponents, first.dtype)
+    if packet is _aten.view and tuple(args[1]) in ((-1,), (first.numel(),)):
+        return FlatValues.of(first.dequantized())
     if packet is _aten.empty_like and kwargs.get("dtype") in (None, first.dtype):
         return Int8Weight.empty(tuple(first.shape), first.dtype, kwargs.get("device") or first.device)
     if packet in _NEW:
@@ -250,15 +243,28 @@ def _copy_(into: Tensor, other: Tensor, non_blocking: bool = False) -> Tensor:
 
 def _refuse(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuse what would change a weight, or look like a view of one."""
+    if func.namespace == "c10d":
+        raise TypeError(
+            f"{func} sends tensors that have elements, and an int8 weight has none: send its `codes` and `exponents`. "
+            "DistributedDataParallel sends a model's weights by itself."
+        )
     if func._schema.is_mutable:
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write and _has_int8(value):
                 raise TypeError(
                     f"{func} would change an int8 weight in place, and what is smaller than a step of 8 bits would be "
-                    "lost. This package's optimizers update such weights; `weight.copy_(values)` sets one."
+                    "lost. hf_galore's optimizers train such weights, rounding at random (with a Trainer "
+                    'optim="galore_adamw_8bit_layerwise" and its kin, in a loop hf_galore.make_optimizer), and no '
+                    "others do; `weight.copy_(values)` sets one."
                 )
         if _has_int8(kwargs.get("out")):
             raise TypeError(f"{func} cannot write to an int8 weight: `weight.copy_(values)` sets one.")
+    elif func.overloadpacket in _SHARDING:
+        raise TypeError(
+            f"{func} would give views of an int8 weight, which has none. FSDP2 (fully_shard), DTensor and tensor "
+            "parallelism shard weights so, and int8 weights have to be whole: train them on one card, or under "
+            "DistributedDataParallel; or load the model without weight_bits=8."
+        )
     elif any(argument.alias_info is not None for argument in func._schema.arguments):
         raise TypeError(
             f"{func} would give a view, and an int8 weight has none. `weight.dequantized()` has its values; "

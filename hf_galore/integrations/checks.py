@@ -11,6 +11,7 @@ from transformers.trainer import Trainer
 from transformers.training_args import ParallelMode
 
 from ..config import GaLoreConfig
+from ..int8 import is_int8
 from ..log import logger
 from ..optim.admission import check_parameters
 from ..optim.build import KINDS
@@ -19,7 +20,7 @@ from ..optim.optimizer import GaLoreOptimizer
 from ..rules import RULES, without_own_name
 from .accelerate import compiles, unwrapped
 from .callback import galore_callback, galore_optimizer
-from .engines import instead, supports_fsdp2
+from .engines import instead, refusal_of_int8, supports_fsdp2
 from .fsdp import say_if_whole_gradients_accumulate
 from .holding import check_held
 from .llamafactory import own_optimizer_of
@@ -130,6 +131,23 @@ def check_no_engine(asked: str, args: TrainingArguments, trainer: Trainer | None
             f"{asked} does not work under tensor, context, expert or pipeline parallelism, where processes have parts "
             f"of a matrix, of a sequence or of the model. It is asked for by {found}. Leave that out, and {instead()}."
         )
+
+
+def check_int8_engine(trainer: Trainer) -> None:
+    """Refuse engines that shard or copy, where the model has weights in 8 bits: before they ask for views of these.
+
+    Raises:
+        ValueError: FSDP or DeepSpeed is asked for; the message says where. Or the Trainer is to use DataParallel.
+    """
+    if trainer.model is None or not any(map(is_int8, trainer.model.parameters())):
+        return
+    for engine in ("fsdp", "deepspeed"):
+        where = _engine_asked_for(engine, trainer.args, trainer)
+        if where is not None:
+            raise refusal_of_int8("The model", f"{engine.upper()}, which is asked for {where}")
+    copies = trainer.args.parallel_mode == ParallelMode.NOT_DISTRIBUTED  # of several GPUs
+    if copies and not getattr(trainer.model, "is_loaded_in_8bit", False):
+        raise refusal_of_int8("The model", "DataParallel, by which a Trainer of one process uses several GPUs")
 
 
 def _check_fsdp(asked: str, args: TrainingArguments, trainer: Trainer | None) -> None:

@@ -63,6 +63,14 @@ def refusal(asked: str, engine: str) -> ValueError:
     )
 
 
+def refusal_of_int8(asked: str, engine: str) -> ValueError:
+    """The error that says that weights in 8 bits are not sharded."""
+    return ValueError(
+        f"{asked} has weights in 8 bits, which have to be whole, and does not work under {engine}. Run on one GPU, or "
+        "under DDP; or load the model without weight_bits=8."
+    )
+
+
 def check_no_accelerator(asked: str) -> None:
     """Refuse the engines that accelerate hands an optimizer to, where an `Accelerator` for one has been made.
 

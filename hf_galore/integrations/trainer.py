@@ -27,6 +27,7 @@ from .callback import GaLoreCallback, galore_callback, galore_optimizer
 from .checks import (
     check_asked_for,
     check_can_hook,
+    check_int8_engine,
     check_no_adam_arguments,
     check_no_engine,
     check_optimizer,
@@ -191,6 +192,7 @@ def _inner_training_loop(
 
 def _prepare_for_training(self: Trainer, max_steps: Any, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
     """Replaces `Trainer._prepare_for_training`, after which there is an optimizer, wherever it comes from."""
+    check_int8_engine(self)
     _look_after(self)  # one that is there already: before its state is loaded
     given = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
     prepared = _originals["_prepare_for_training"](self, max_steps, train_dataloader, resume_from_checkpoint)

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..int8 import Int8Weight, is_int8
 from ..integrations import fully_shard
 from ..integrations.engines import check_no_accelerator as check_no_accelerator
 from ..integrations.engines import check_whole as check_whole
-from ..integrations.engines import holder_of, refusal
+from ..integrations.engines import holder_of, refusal, refusal_of_int8, will_shard
 from ..log import and_others, logger
 from ..lowrank.methods import METHODS
 from ..lowrank.nonfinite import has_numbers
@@ -71,6 +72,8 @@ def check_group(group: Group, own: Rule, name_of: Callable[[Tensor], str]) -> No
         engine = holder_of(param)
         if engine is not None:
             raise refusal(f"GaLore, with {name_of(param)} among its parameters,", engine)
+        if is_int8(param) and will_shard():
+            raise refusal_of_int8(f"The optimizer, with {name_of(param)} among its parameters,", "FSDP2, which shards")
         if is_sharded(param):
             check_sharded(name_of(param), param, group)
         rule.check_parameter(name_of(param), param)
@@ -83,6 +86,11 @@ def check_group(group: Group, own: Rule, name_of: Callable[[Tensor], str]) -> No
                 f"Only matrices, and stacks of them, can be projected, but {name_of(param)} has {param.ndim} "
                 f"dimension(s): {error} Or move it to a group without a rank."
             ) from None
+        if is_int8(param) and shape != tuple(param.shape):
+            raise ValueError(
+                f"{name_of(param)} is kept in 8 bits and projected as the matrix that it is, but view_as makes "
+                f"{shape} of it. Leave view_as out, or keep the weight in floats."
+            )
         if not is_projectable(shape, group["rank"]):
             too_small.append(name_of(param))
     if too_small:
@@ -151,10 +159,10 @@ def check_stochastic_rounding(groups: Iterable[Group]) -> None:
     """Check that stochastic rounding is asked for where it can do something.
 
     Raises:
-        ValueError: no weight of the groups that ask for it is bfloat16.
+        ValueError: no weight of the groups that ask for it is bfloat16, or kept in 8 bits.
     """
     rounded = [param for group in groups if group.get("stochastic_rounding") for param in group["params"]]
-    if rounded and not any(param.dtype == torch.bfloat16 for param in rounded):
+    if rounded and not any(param.dtype == torch.bfloat16 or is_int8(param) for param in rounded):
         found = ", ".join(sorted({str(param.dtype) for param in rounded}))
         raise ValueError(
             f"stochastic_rounding is for bfloat16 weights, but these are {found}, which lose nothing that it could "
@@ -171,6 +179,8 @@ def say_if_decay_is_lost(groups: Iterable[Group]) -> None:
         if decay == 0 or group.get("stochastic_rounding"):
             continue
         for param in group["params"]:
+            if is_int8(param):
+                continue  # rounded at random
             half = torch.finfo(param.dtype).eps / 4  # of the larger numbers between two powers of 2
             weight = local_of(param.detach())
             if torch.finfo(param.dtype).bits >= 32 or decay >= half or not has_numbers(param) or not weight.numel():
@@ -243,13 +253,14 @@ def _check_apart(named: list[tuple[str, Tensor]]) -> None:
 
 def _extent(name: str, param: Tensor) -> _Extent | None:
     """Where a parameter lies; `None` where nobody can know: fakes, the meta device, sharded and wrapped tensors."""
-    if type(param) not in (nn.Parameter, Tensor) or hasattr(param, "fake_mode") or param.device.type == "meta":
+    held = param.codes if isinstance(param, Int8Weight) else param
+    if type(held) not in (nn.Parameter, Tensor) or hasattr(held, "fake_mode") or held.device.type == "meta":
         return None
-    if param.layout != torch.strided or param.numel() == 0:
+    if held.layout != torch.strided or held.numel() == 0:
         return None
-    start = param.data_ptr()
-    last = sum((size - 1) * stride for size, stride in zip(param.shape, param.stride(), strict=True))
-    return _Extent(start, start + (last + 1) * param.element_size(), name, param) if start else None
+    start = held.data_ptr()
+    last = sum((size - 1) * stride for size, stride in zip(held.shape, held.stride(), strict=True))
+    return _Extent(start, start + (last + 1) * held.element_size(), name, param) if start else None
 
 
 def _share_elements(first: _Extent, second: _Extent) -> bool:

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..backward.gradient import StandIn
 from ..backward.passes import gone
-from ..backward.processes import Processes
+from ..backward.processes import Processes, send_seeds
 from ..backward.shared_refresh import SharedRefresh, waits_for_gradients
 from ..integrations import ddp
 from ..lowrank.projection import norm_of
@@ -125,6 +125,7 @@ class _Look:
         alike = ddp.reduces_next(wrapper) and ddp.why_not(wrapper) is None and not ddp.left_out(wrapper)
         if alike and (self._processes is None or self._processes.group is not wrapper.process_group):
             self._processes = Processes(wrapper.process_group)
+            send_seeds(optimizer.param_groups, self._processes)
         optimizer.processes = self._processes if alike else None
 
     def __reduce__(self) -> Any:
