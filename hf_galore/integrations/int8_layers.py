@@ -38,10 +38,11 @@ def kept_layers(model: nn.Module, modules_to_not_convert: Sequence[str] | None) 
             the output head.
 
     Raises:
-        ValueError: one of them is in no name of a layer, or is no pattern.
+        ValueError: one of them matches no layer.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    _check_patterns(modules_to_not_convert or (), [name for name, _ in model.named_modules()])
+    for pattern in modules_to_not_convert or ():
+        _check_pattern(pattern, model)
     heads, tied = _heads(model), _tied(model)
     in_float32 = getattr(model, "_keep_in_fp32_modules", None) or ()
     in_float32 = [*in_float32, *(getattr(model, "_keep_in_fp32_modules_strict", None) or ())]
@@ -60,13 +61,17 @@ def kept_layers(model: nn.Module, modules_to_not_convert: Sequence[str] | None) 
     return kept
 
 
-def _check_patterns(patterns: Sequence[str], names: Sequence[str]) -> None:
-    for pattern in patterns:
-        if all(should_convert_module(name, [pattern]) for name in names):
-            raise ValueError(
-                f"modules_to_not_convert has {pattern!r}, which matches no module of the model. Give the names of "
-                f"modules, such as {next((name for name in reversed(names) if name), 'lm_head')!r}, or leave it out."
-            )
+def _check_pattern(pattern: str, model: nn.Module) -> None:
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) or not any(isinstance(part, nn.Linear) for part in module.modules())
+    ]
+    if all(should_convert_module(name, [pattern]) for name in names):
+        raise ValueError(
+            f"modules_to_not_convert has {pattern!r}, which matches no layer of the model. Give a name in full or its "
+            f"end, the beginning of names in full, or a pattern of them. The model's last layer is {names[-1]!r}."
+        )
 
 
 def _heads(model: nn.Module) -> set[int]:

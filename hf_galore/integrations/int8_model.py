@@ -12,9 +12,9 @@ from .int8_quantizer import Int8Config, Int8Quantizer
 def quantize_weights_(model: nn.Module, modules_to_not_convert: list[str] | None = None) -> list[str]:
     """Put the weights of a model's linear layers into 8 bits (MXINT8), one after the other.
 
-    What `from_pretrained(..., quantization_config=Int8Config())` does for a model that is loaded, this does for one that
-    is there: made from a config, say. Each weight is on the device where it was; the float is freed as soon as nobody
-    else holds it, so make the optimizer afterwards.
+    What `from_pretrained(..., quantization_config=Int8Config())` does for a model that is loaded, this does for one
+    that is there: made from a config, say. Each weight stays on its device; the float is freed as soon as nobody else
+    holds it, so make the optimizer afterwards.
 
     Args:
         model: any module; weights of bfloat16 or float32. A transformers model is saved as an ordinary checkpoint then.

@@ -56,7 +56,8 @@ class Int8Config(QuantizationConfigMixin):  # type: ignore[misc, unused-ignore]
         unknown.pop("quant_method", None)
         if unknown:
             raise ValueError(
-                f"Int8Config has no {', '.join(sorted(unknown))}. It takes weight_bits, modules_to_not_convert and save."
+                f"Int8Config has no {', '.join(sorted(unknown))}. It takes weight_bits, modules_to_not_convert and "
+                "save."
             )
         if weight_bits != 8 or isinstance(weight_bits, bool):
             raise ValueError(f"weight_bits has to be 8, but is {weight_bits!r}. For 16, leave out the config.")
@@ -190,7 +191,9 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         if self.broken:
-            raise ValueError(f"Weights of {model.config.name_or_path} cannot be kept in 8 bits: {'; '.join(self.broken)}.")
+            raise ValueError(
+                f"Weights of {model.config.name_or_path} cannot be kept in 8 bits: {'; '.join(self.broken)}."
+            )
         _check_devices(getattr(model, "hf_device_map", None) or {})
         # Those that the checkpoint does not have were made just now, as floats.
         to_int8_(model, self.kept)
@@ -202,7 +205,7 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
         return self.attach(model)
 
     def attach(self, model: Any) -> Any:
-        """Let a model that has int8 weights say so as transformers' quantized models do, and be saved as its config says."""
+        """Let a model say that it is quantized as others of transformers do, and be saved as the config says."""
         model.hf_quantizer = self
         model.is_quantized = True
         model.quantization_method = METHOD
@@ -262,7 +265,11 @@ class _Deserialize(ConversionOps):  # type: ignore[misc, unused-ignore]
         codes, exponents = (parts.get(name.removeprefix(".")) for name in (CODES, EXPONENTS))
         if codes is None or exponents is None:
             raise ValueError(f"The checkpoint has not both codes and exponents of {full_layer_name}.")
-        return {full_layer_name: self.hf_quantizer.checked(full_layer_name, Int8Weight(codes, exponents, weight.dtype), weight)}
+        return {
+            full_layer_name: self.hf_quantizer.checked(
+                full_layer_name, Int8Weight(codes, exponents, weight.dtype), weight
+            )
+        }
 
 
 def _by(weight: Tensor) -> str:
@@ -278,8 +285,8 @@ def _check_devices(device_map: dict[str, Any]) -> None:
     if "disk" in places or ("cpu" in places and len(places) > 1):
         raise ValueError(
             "Part of a model with int8 weights is to be on the disk or in the host's memory, and the rest on a card "
-            f"(device_map puts it on {', '.join(sorted(places))}): that is not possible. Give a device_map of cards, or "
-            '{"": 0} for all of it on the first.'
+            f"(device_map puts it on {', '.join(sorted(places))}): that is not possible. Give a device_map of cards, "
+            'or {"": 0} for all of it on the first.'
         )
 
 

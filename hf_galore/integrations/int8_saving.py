@@ -28,14 +28,16 @@ class Unwritten(Tensor):
     """
 
     weight: Int8Weight
-    as_written: Tensor
-    """Without elements (on the meta device): of the size of the values."""
+    codes: Tensor
+    """Those of the weight: what is tied is seen by where its parts are."""
+    rest: Tensor
+    """Without elements (on the meta device): as many bytes as the values have more than the codes."""
 
     @staticmethod
     def __new__(cls, weight: Int8Weight) -> Unwritten:
         made = torch.Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype, device=weight.device)
-        made.weight = weight
-        made.as_written = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+        made.weight, made.codes = weight, weight.codes
+        made.rest = torch.empty(weight.numel() * (weight.dtype.itemsize - 1), dtype=torch.int8, device="meta")
         return made
 
     def values(self) -> Tensor:  # type: ignore[override]
@@ -48,18 +50,18 @@ class Unwritten(Tensor):
         return self.values()
 
     def untyped_storage(self) -> torch.UntypedStorage:
-        """What tells it from others: which are tied is seen by where they are."""
+        """That of the codes."""
         return self.weight.codes.untyped_storage()
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Unwritten({self.weight!r})"
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return ["as_written"], None
+        return ["codes", "rest"], None
 
     @classmethod
     def __tensor_unflatten__(cls, inner: dict[str, Tensor], context: Any, size: Any, stride: Any) -> Tensor:
-        return inner["as_written"]
+        raise NotImplementedError("It has parts to be counted by, of which it cannot be made.")
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
