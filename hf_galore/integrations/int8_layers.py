@@ -140,7 +140,7 @@ def all_finite(weight: Int8Weight) -> bool:
 def say_what_stays(model: nn.Module, kept: dict[str, str]) -> None:
     """Say how many weights are in 8 bits, and which matrices are not."""
     named = dict(model.named_modules())
-    codes = sum(module.weight.numel() for module in named.values() if is_int8(getattr(module, "weight", None)))
+    codes = sum(module.weight.numel() for module in named.values() if is_int8(module._parameters.get("weight")))
     total = sum(param.numel() for param in model.parameters())
     stays: dict[str, list[str]] = {}
     for name, module in named.items():
@@ -164,4 +164,4 @@ def say_what_stays(model: nn.Module, kept: dict[str, str]) -> None:
 
 def layers_in_int8(model: Any) -> list[str]:
     """The names of the layers of a model whose weight is kept in 8 bits."""
-    return [name for name, module in model.named_modules() if is_int8(getattr(module, "weight", None))]
+    return [name for name, module in model.named_modules() if is_int8(module._parameters.get("weight"))]

@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..int8 import Int8Weight, is_int8
 from .int8_layers import all_finite, is_plain_linear, kept_layers, say_what_stays, to_int8_
-from .int8_saving import CODES, EXPONENTS, bounded_shards, unbounded_shards, unwritten
+from .int8_saving import CODES, EXPONENTS, bounded_shards, take_int8_, unbounded_shards, unwritten
 
 METHOD = "hf_galore_int8"
 SAVES = ("float", "int8")
@@ -211,6 +211,7 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
         model.quantization_method = METHOD
         self._say_in_config(model)
         bounded_shards(model)
+        take_int8_(model)
         return model
 
     def _say_in_config(self, model: Any) -> None:
@@ -228,7 +229,7 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a config that was saved has its name
         for module in model.modules():
-            if is_int8(getattr(module, "weight", None)):
+            if is_int8(module._parameters.get("weight")):
                 weight = module.weight
                 module.weight = nn.Parameter(weight.dequantized(dtype), requires_grad=weight.requires_grad)
         unbounded_shards(model)

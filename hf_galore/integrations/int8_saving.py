@@ -10,7 +10,7 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..int8 import Int8Weight
@@ -92,6 +92,26 @@ def unwritten(state: dict[str, Any], save: str) -> dict[str, Any]:
             layer = name.removesuffix(".weight")
             written[layer + CODES], written[layer + EXPONENTS] = value.blocks
     return written
+
+
+def take_int8_(model: nn.Module) -> None:
+    """Let `load_state_dict` take codes and exponents, as a checkpoint has them that was saved so."""
+    if not any(hook.hook is _merge_parts for hook in model._load_state_dict_pre_hooks.values()):
+        model.register_load_state_dict_pre_hook(_merge_parts)
+
+
+def _merge_parts(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Put int8 weights in place of their parts. A checkpoint's files may have the two in different ones."""
+    for suffix in (CODES, EXPONENTS):
+        for name in [name for name in state if name.endswith(suffix)]:
+            whole = f"{name.removesuffix(suffix)}.weight"
+            weight = model.get_parameter(whole.removeprefix(prefix))
+            if not isinstance(weight, Int8Weight):
+                continue
+            part = weight.codes if suffix == CODES else weight.exponents
+            if part.shape == state[name].shape:
+                part.copy_(state.pop(name))
+                state[whole] = weight.detach()
 
 
 def bounded_shards(model: Any) -> None:

@@ -12,13 +12,13 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from hf_galore import Int8Config, quantize_weights_
 from hf_galore.int8 import Int8Weight, is_int8
 from hf_galore.integrations.int8_layers import layers_in_int8
-from tests.support.helpers import argument_values, assert_identical, logged, make_trainer, tiny_llama, train
+from tests.support.helpers import argument_values, assert_identical, logged, tiny_llama
 from tests.support.tokenizer import save_tokenizer
 
 STEPS, AT = 5, 3
@@ -73,7 +73,7 @@ def codes_of(model: Any) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("optim", OPTIMS)
 def test_a_resumed_run_is_the_uninterrupted_one(optim: str, folder: Path, tmp_path: Path) -> None:
-    """With random rounding: its numbers go on where they were. The weights of a checkpoint in bfloat16 are the codes."""
+    """With random rounding: its numbers go on where they were. A checkpoint in bfloat16 has all of the codes."""
     whole = sft(str(folder), tmp_path / "whole", optim, Int8Config())
     assert len(layers_in_int8(whole.model)) == 14
     whole.train()
@@ -146,15 +146,29 @@ def test_checkpoints_in_several_files_resume(folder: Path, tmp_path: Path, monke
     assert_identical(codes_of(resumed.model), codes_of(whole.model))
 
 
-def test_checkpoints_in_int8_are_not_resumed_into_something_else(folder: Path, tmp_path: Path) -> None:
-    """The Trainer loads a state dict with `strict=False`: names that it does not know are left out without an error."""
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=Int8Config(save="int8"))
-    whole = sft(model, tmp_path / "whole", OPTIMS[1])
+@pytest.mark.parametrize("shard", ["2GB", 16_500], ids=["one file", "several files"])
+def test_checkpoints_in_int8_resume(
+    shard: str | int, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Trainer loads them with `strict=False`: names that nobody knows would be left out without an error."""
+    monkeypatch.setattr("hf_galore.integrations.int8_saving.SHARD", shard)
+    whole = sft(str(folder), tmp_path / "whole", OPTIMS[1], Int8Config(save="int8"))
     whole.train()
     checkpoint = tmp_path / "whole" / f"checkpoint-{AT}"
-    resumed = sft(str(folder), tmp_path / "resumed", OPTIMS[1], Int8Config(save="int8"))
-    resumed.train(resume_from_checkpoint=str(checkpoint))
-    assert_identical(codes_of(resumed.model), codes_of(whole.model))
+    names = [set(load_file(file)) for file in checkpoint.glob("*.safetensors")]
+    if shard == 16_500:  # there is a weight whose parts are in two files
+        assert any(
+            f"{name.removesuffix('_codes')}_exponents" not in own
+            for own in names
+            for name in own
+            if name.endswith("_codes")
+        )
+    for config in (Int8Config(), Int8Config(save="int8")):
+        caplog.clear()
+        resumed = sft(str(folder), tmp_path / config.save, OPTIMS[1], config)
+        resumed.train(resume_from_checkpoint=str(checkpoint))
+        assert_identical(codes_of(resumed.model), codes_of(whole.model))
+        assert ("missing keys" in caplog.text) == (shard == 16_500)  # what it says of several files it takes from names
 
 
 def test_a_model_in_memory_trains_as_one_that_is_loaded(folder: Path, tmp_path: Path) -> None:
@@ -182,19 +196,41 @@ def test_another_optimizer_is_refused_at_its_first_step(folder: Path, tmp_path: 
 
 
 def test_adapters_train_over_int8_weights(folder: Path, tmp_path: Path) -> None:
+    """As they do over the same values in bfloat16."""
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=Int8Config())
     before = {name: value.clone() for name, value in codes_of(model).items()}
-    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights="gaussian"))
-    trainer = sft(
-        adapted, tmp_path, "adamw_torch", optim_target_modules=None, optim_args=None, gradient_checkpointing=True
-    )
-    trainer.train()
-    losses = logged(trainer, "loss")
-    assert losses[-1] < losses[0]
-    base = {name.replace(".base_layer", ""): value for name, value in codes_of(adapted.base_model.model).items()}
+    plain = AutoModelForCausalLM.from_pretrained(folder, quantization_config=Int8Config()).dequantize()
+    losses = []
+    for name, base in (("int8", model), ("plain", plain)):
+        torch.manual_seed(0)
+        adapted = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+        trainer = sft(
+            adapted,
+            tmp_path / name,
+            "adamw_torch",
+            optim_target_modules=None,
+            optim_args=None,
+            gradient_checkpointing=True,
+        )
+        trainer.train()
+        losses.append(logged(trainer, "loss"))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    base = {name.replace(".base_layer", ""): value for name, value in codes_of(model).items()}
     assert_identical({name: base[name] for name in before}, before)
-    saved = load_file(tmp_path / f"checkpoint-{STEPS}" / "adapter_model.safetensors")
+    saved = load_file(tmp_path / "int8" / f"checkpoint-{STEPS}" / "adapter_model.safetensors")
     assert all("lora_" in name for name in saved)
-    # Into weights of 8 bits they do not go as they are; into those of the dequantized model they do.
+
+
+def test_adapters_are_merged_into_a_dequantized_model(folder: Path) -> None:
+    """Into weights of 8 bits they do not go: what is smaller than a step of 8 bits would be lost."""
+    lora = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=Int8Config())
+    adapted = get_peft_model(model, lora)
+    ids = torch.arange(32).view(2, 16)
+    loss = adapted(ids, labels=ids).loss
     with pytest.raises(TypeError, match="int8 weight"):
         adapted.merge_and_unload()
+    model.dequantize()
+    merged = adapted.merge_and_unload()
+    assert not layers_in_int8(merged)
+    torch.testing.assert_close(merged(ids, labels=ids).loss, loss, rtol=2e-3, atol=0)
