@@ -192,6 +192,18 @@ def test_another_optimizer_is_refused_at_its_first_step(folder: Path, tmp_path: 
         trainer.train()
 
 
+def test_a_run_in_16_bits_goes_on_in_8_and_back(folder: Path, tmp_path: Path) -> None:
+    """Its groups have no seed for random rounding; the weights are rounded to the nearest once, or not at all."""
+    before = None
+    for index, config in enumerate((None, Int8Config(), None)):
+        trainer = sft(str(folder), tmp_path / str(index), OPTIMS[1], config, max_steps=index + 1)
+        trainer.train(resume_from_checkpoint=before)
+        before = str(tmp_path / str(index) / f"checkpoint-{index + 1}")
+        groups = torch.load(Path(before) / "optimizer.pt", weights_only=True)["param_groups"]
+        assert ("rounding_seed" in groups[0]) == (index > 0)
+    assert len(logged(trainer, "loss")) == 3
+
+
 # ---- adapters
 
 
