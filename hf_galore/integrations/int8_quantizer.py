@@ -128,17 +128,18 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
         rank = int(os.environ.get("LOCAL_RANK", -1))
         return {"": rank if 0 <= rank < torch.cuda.device_count() else torch.cuda.current_device()}
 
-    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype of the model.
+    def update_dtype(self, dtype: Any) -> Any:
+        """The dtype of the model, or those of its parts by their names.
 
         Raises:
             ValueError: float16, whose range is smaller than that of the weights.
         """
-        if dtype not in _DTYPES:
-            raise ValueError(
-                f"A model with int8 weights computes in bfloat16 or float32, and this one is to be {dtype}. Load it "
-                "with dtype=torch.bfloat16."
-            )
+        for one in dtype.values() if isinstance(dtype, dict) else (dtype,):
+            if (getattr(torch, one, one) if isinstance(one, str) else one) not in _DTYPES:
+                raise ValueError(
+                    f"A model with int8 weights computes in bfloat16 or float32, and this one is to be {one}. Load it "
+                    "with dtype=torch.bfloat16."
+                )
         return dtype
 
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
