@@ -130,6 +130,8 @@ class Int8Weight(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is Tensor.numpy:  # TRL's DPOTrainer takes a hash of a model so
+            return args[0].dequantized().numpy(*args[1:], **(kwargs or {}))
         kwargs = kwargs or {}
         if func is F.linear:
             return _linear(*args, **kwargs)
