@@ -188,7 +188,7 @@ def test_a_model_in_memory_trains_as_one_that_is_loaded(folder: Path, tmp_path: 
 def test_another_optimizer_is_refused_at_its_first_step(folder: Path, tmp_path: Path) -> None:
     """What is smaller than a step of 8 bits would be lost."""
     trainer = sft(str(folder), tmp_path, "adamw_torch", Int8Config(), optim_target_modules=None, optim_args=None)
-    with pytest.raises(TypeError, match=r"would change an int8 weight in place.*This package's optimizers update"):
+    with pytest.raises(TypeError, match=r"would change an int8 weight in place"):
         trainer.train()
 
 

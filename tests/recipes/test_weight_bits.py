@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hf_galore.cli.main import main
 from hf_galore.errors import UserError
 from hf_galore.int8 import Int8Weight
 from hf_galore.integrations.int8_layers import layers_in_int8
-from hf_galore.recipes import glue, pretrain, sft
+from hf_galore.recipes import dpo, glue, pretrain, sft
 from hf_galore.recipes.checks import check_model, say_if_widened
 from hf_galore.recipes.embedded_model import Embedded
 from hf_galore.recipes.run_record import RunFacts
@@ -25,7 +26,7 @@ from hf_galore.recipes.training import check_weights
 from hf_galore.recipes.weight_bits import check_weight_bits
 from tests.support.commands import ON_CPU, options, recipe_on_cpu, recorded_trainer, said_of_mistake
 from tests.support.devices import on
-from tests.support.helpers import tiny_llama
+from tests.support.helpers import logged, tiny_llama
 
 MATRICES = 14  # of the embedded model's two layers
 
@@ -105,6 +106,30 @@ def test_the_other_commands_take_it_too(settings: dict[str, Any], small: Embedde
     assert classifier.model.score.weight.dtype == torch.bfloat16
     assert not layers_in_int8(classifier.model.score)
     classifier.train()
+
+
+@pytest.mark.parametrize("beforehand", [False, True], ids=["a copy", "beforehand"])
+def test_dpo_has_its_reference_in_8_bits_too(settings: dict[str, Any], tmp_path: Path, beforehand: bool) -> None:
+    def turn(role: str, text: str) -> list[dict[str, str]]:
+        return [{"role": role, "content": text}]
+
+    data = tmp_path / "pairs"
+    data.mkdir()
+    row = {"prompt": turn("user", "a"), "chosen": turn("assistant", "good"), "rejected": turn("assistant", "no")}
+    (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(4)), "utf-8")
+    given = {
+        **settings,
+        "dataset_name": data,
+        "save_strategy": "no",
+        "precompute_ref_log_probs": beforehand,
+        "logging_steps": 1,
+    }
+    trainer = dpo.parse(options(given), "", "").make_trainer()
+    assert len(layers_in_int8(trainer.model)) == MATRICES
+    if not beforehand:
+        assert len(layers_in_int8(trainer.ref_model)) == MATRICES
+    trainer.train()
+    assert abs(logged(trainer, "loss")[0] - math.log(2)) < 1e-3  # the model is its reference still
 
 
 @pytest.mark.parametrize(
