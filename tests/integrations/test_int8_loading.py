@@ -162,9 +162,9 @@ def test_copied_moved_and_pickled_it_is_itself(folder: Path) -> None:
     other = copy.deepcopy(model)
     assert_same(values_of(other), values_of(model))
     weight, copied = (one.model.layers[0].mlp.up_proj.weight for one in (model, other))
-    assert isinstance(copied, nn.Parameter)
-    assert copied.requires_grad
     assert copied.codes.data_ptr() != weight.codes.data_ptr()
+    assert copied.requires_grad
+    assert isinstance(copied, nn.Parameter)
     assert other.save_pretrained.func.__self__ is other
 
     file = io.BytesIO()
