@@ -34,8 +34,8 @@ def kept_layers(model: nn.Module, modules_to_not_convert: Sequence[str] | None) 
 
     Args:
         model: the model; its weights may be on the meta device.
-        modules_to_not_convert: names, parts of names or patterns, as of transformers' quantization configs; `None` for
-            the output head.
+        modules_to_not_convert: names, ends of names or patterns, as of transformers' quantization configs; `None` for
+            none beside those that always stay.
 
     Raises:
         ValueError: one of them matches no layer.
@@ -50,9 +50,9 @@ def kept_layers(model: nn.Module, modules_to_not_convert: Sequence[str] | None) 
     for name, module in linears.items():
         if f"{name}.weight" in tied:
             kept[name] = "tied to another"
-        elif modules_to_not_convert is None and id(module) in heads:
+        elif id(module) in heads:  # whose weight TRL's loss takes apart by itself
             kept[name] = "output head"
-        elif modules_to_not_convert is not None and not should_convert_module(name, list(modules_to_not_convert)):
+        elif not should_convert_module(name, list(modules_to_not_convert or ())):
             kept[name] = "in modules_to_not_convert"
         elif any(part in name.split(".") for part in in_float32):
             kept[name] = "kept in float32"

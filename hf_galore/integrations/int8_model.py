@@ -18,7 +18,7 @@ def quantize_weights_(model: nn.Module, modules_to_not_convert: list[str] | None
 
     Args:
         model: any module; weights of bfloat16 or float32. A transformers model is saved as an ordinary checkpoint then.
-        modules_to_not_convert: names of layers that stay, as of `Int8Config`. `None` for the output head.
+        modules_to_not_convert: names of layers that stay, as of `Int8Config`, beside the output head.
 
     Returns:
         The names of the layers that were converted.

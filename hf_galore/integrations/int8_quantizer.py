@@ -34,9 +34,8 @@ class Int8Config(QuantizationConfigMixin):  # type: ignore[misc, unused-ignore]
 
     Args:
         weight_bits: 8.
-        modules_to_not_convert: names of layers, or parts of names, or patterns, as of transformers' other configs,
-            that stay as they are. `None` for the output head. With a list of your own the head is converted too,
-            unless it is in the list. Tied weights always stay.
+        modules_to_not_convert: layers that stay as they are, by names, their ends or patterns as of transformers'
+            other configs; `None` for none. The output head, embeddings and what is tied to them stay in any case.
         save: what `save_pretrained` writes: `"float"` an ordinary checkpoint, of which a plain `from_pretrained` and
             every other tool makes the same values; `"int8"` codes and exponents, half as large, for which
             `hf_galore` has to be imported.
