@@ -229,6 +229,22 @@ def test_what_is_reserved_on_a_card_before_loading_is_for_int8_weights(folder: P
     assert total == blocks + sum(param.nbytes for param in real.parameters() if not is_int8(param))
 
 
+@pytest.mark.parametrize(("rank", "place"), [(None, 1), ("0", 0), ("2", 2), ("7", 1)])
+def test_a_process_loads_onto_its_own_card(rank: str | None, place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not into the host's memory, which may be smaller. Where a launcher shows each process one card, onto that."""
+    quantizer = Int8Quantizer(Int8Config(), pre_quantized=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert quantizer.update_device_map(None) is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    assert quantizer.update_device_map(None) == {"": place}
+    assert quantizer.update_device_map("auto") == "auto"
+
+
 def test_saving_makes_floats_of_one_file_at_a_time(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
