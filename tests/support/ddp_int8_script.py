@@ -49,7 +49,8 @@ def ways() -> Iterator[tuple[str, Way]]:
     for words, options in hooked.items():
         yield words, Way(options)
         yield f"{words}, accumulated and clipped", Way(options, accumulation=2, max_norm=0.1)
-        yield f"{words}, wrapped first", Way(options, wrapped_first=True)
+    for words in ("plain", "layerwise"):
+        yield f"{words}, wrapped first", Way(hooked[words], wrapped_first=True)
     yield "8-bit", Way({"layerwise": True}, GaLoreAdamW8bit, dtype=torch.float32)
     yield "fira", Way({}, group={"residual": "fira"})
     yield "random", Way({"layerwise": True}, group={"refresh": "random"})
