@@ -123,13 +123,8 @@ class Int8Weight(Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Int8Weight({tuple(self.shape)}, {self.dtype}, {self.device}, requires_grad={self.requires_grad})"
 
-    def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return ["codes", "exponents"], (self.dtype, self.requires_grad)
-
-    @classmethod
-    def __tensor_unflatten__(cls, inner: dict[str, Tensor], context: Any, size: Any, stride: Any) -> Int8Weight:
-        dtype, requires_grad = context
-        return cls(inner["codes"], inner["exponents"], dtype, requires_grad=requires_grad)
+    # No `__tensor_flatten__`: of tensors that have it `Module.to` exchanges all that torch knows of a parameter, the
+    # hooks on it too, and a model is moved once more after a layerwise optimizer has been made.
 
     @classmethod
     def __torch_function__(
@@ -138,6 +133,8 @@ class Int8Weight(Tensor):
         kwargs = kwargs or {}
         if func is F.linear:
             return _linear(*args, **kwargs)
+        if func == _SET_DATA:
+            return _set_data(*args)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -154,6 +151,21 @@ def is_int8(tensor: Any) -> bool:
 
 
 torch.serialization.add_safe_globals([Int8Weight])
+
+
+_SET_DATA = cast("Any", Tensor.data).__set__
+
+
+def _set_data(weight: Int8Weight, other: Tensor) -> None:
+    """As `weight.data = other`, by which `Module.to` moves and casts parameters."""
+    if not isinstance(other, Int8Weight):
+        raise TypeError(
+            f"The data of an int8 weight can be those of another, but were given a {type(other).__name__} of "
+            f"{other.dtype}. `weight.copy_(values)` sets its values."
+        )
+    with torch._C.DisableTorchFunctionSubclass():
+        _SET_DATA(weight, other)
+    weight.codes, weight.exponents = other.codes, other.exponents
 
 
 # ---- in a layer
