@@ -37,5 +37,6 @@ def add_int8_(
         values = weight.rows(rows, precise)
         if decay != 1:
             values.mul_(factor)
-        values.add_(update(rows).to(precise), alpha=alpha)
+        values.add_(update(rows), alpha=alpha)  # a kernel casts as it reads, and there is no copy in float32
         weight.write_rows(rows, values, generator)
+        del values  # before the next tile is there
