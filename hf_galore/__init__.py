@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from .config import GaLoreConfig
     from .expandable_segments import use_expandable_segments
     from .integrations.callback import GaLoreCallback
+    from .integrations.int8_model import quantize_weights_
+    from .integrations.int8_quantizer import Int8Config
     from .integrations.trainer import register, unregister
     from .optim.build import make_optimizer
     from .optim.classes import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
@@ -26,10 +28,12 @@ __all__ = [
     "GaLoreAdamW8bit",
     "GaLoreCallback",
     "GaLoreConfig",
+    "Int8Config",
     "MemoryPlan",
     "make_optimizer",
     "measure",
     "plan",
+    "quantize_weights_",
     "register",
     "unregister",
     "use_expandable_segments",
@@ -41,9 +45,11 @@ _MODULES = {
     "GaLoreAdamW8bit": ".optim.classes",
     "GaLoreCallback": ".integrations.callback",
     "GaLoreConfig": ".config",
+    "Int8Config": ".integrations.int8_quantizer",
     "MemoryPlan": ".plan",
     "make_optimizer": ".optim.build",
     "measure": ".plan",
+    "quantize_weights_": ".integrations.int8_model",
     "register": ".integrations.trainer",
     "unregister": ".integrations.trainer",
     "use_expandable_segments": ".expandable_segments",

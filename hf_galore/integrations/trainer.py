@@ -34,6 +34,7 @@ from .checks import (
     why_not_loadable,
 )
 from .holding import check_arguments, hold_for_others
+from .int8_quantizer import register_int8, unregister_int8
 from .llamafactory import OWN_OPTIMIZERS, is_llamafactorys
 from .signatures import moved
 from .trl_head import restore_fused_head, use_fused_head
@@ -72,6 +73,7 @@ _registering = threading.Lock()
 def unregister() -> None:
     """Give transformers its own methods back. Does nothing where they are."""
     restore_fused_head()
+    unregister_int8()
     with _registering:
         while _originals:
             name, original = _originals.popitem()
@@ -326,3 +328,4 @@ def register() -> None:
             _originals[name] = inspect.getattr_static(Trainer, name)
             _let_through(replacement, _originals[name])
             setattr(Trainer, name, replacement)
+        register_int8()

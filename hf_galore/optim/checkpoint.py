@@ -62,7 +62,8 @@ def loading(optimizer: GaLoreOptimizer) -> Iterator[None]:
 
     def check(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
         copies.extend(_checked(optimizer, loaded))
-        return {**loaded, "state": {}}  # what torch would cast
+        groups = [_seeded(*pair) for pair in zip(optimizer.param_groups, loaded["param_groups"], strict=True)]
+        return {**loaded, "param_groups": groups, "state": {}}  # the state is what torch would cast
 
     def fill(_: torch.optim.Optimizer) -> None:
         optimizer.state = state
@@ -80,6 +81,11 @@ def loading(optimizer: GaLoreOptimizer) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _seeded(group: Mapping[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved group with the seed that weights in 8 bits need, which a run with others has not written."""
+    return {"rounding_seed": group["rounding_seed"], **saved} if "rounding_seed" in group else saved
 
 
 def _checked(optimizer: GaLoreOptimizer, saved: Mapping[str, Any]) -> Iterator[Copy]:

@@ -1,0 +1,51 @@
+"""Putting the weights of a model that is in memory into 8 bits."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .int8_layers import kept_layers, layers_in_int8, say_what_stays, to_int8_
+from .int8_quantizer import Int8Config, Int8Quantizer
+
+
+def quantize_weights_(model: nn.Module, modules_to_not_convert: list[str] | None = None) -> list[str]:
+    """Put the weights of a model's linear layers into 8 bits (MXINT8), one after the other.
+
+    What `from_pretrained(..., quantization_config=Int8Config())` does for a model that is loaded, this does for one
+    that is there: made from a config, say. Each weight stays on its device; the float is freed as soon as nobody else
+    holds it, so make the optimizer afterwards.
+
+    Args:
+        model: any module; weights of bfloat16 or float32. A transformers model is saved as an ordinary checkpoint then.
+        modules_to_not_convert: names of layers that stay, as of `Int8Config`. `None` for the output head.
+
+    Returns:
+        The names of the layers that were converted.
+
+    Raises:
+        ValueError: a weight is not finite or of another dtype, a name is of no module, nothing can be converted, or a
+            transformers model is quantized otherwise.
+        TypeError: `modules_to_not_convert` is no list of strings.
+    """
+    config = Int8Config(modules_to_not_convert=modules_to_not_convert)
+    other = getattr(model, "hf_quantizer", None)
+    if other is not None and not isinstance(other, Int8Quantizer):
+        raise ValueError(
+            f"The model's weights are quantized already, with {other.quantization_config.quant_method}. Load it "
+            "without that."
+        )
+    kept = kept_layers(model, config.modules_to_not_convert)
+    converted = to_int8_(model, kept)
+    if not converted and not layers_in_int8(model):
+        raise ValueError(
+            "The model has no linear layer whose weight could be kept in 8 bits. Those that stay: "
+            f"{', '.join(f'{name} ({why})' for name, why in kept.items()) or 'none'}."
+        )
+    say_what_stays(model, kept)
+    if isinstance(model, PreTrainedModel):
+        quantizer = other or Int8Quantizer(config, pre_quantized=False)
+        quantizer.kept = kept
+        quantizer.attach(model)
+        model.config._is_quantized = True
+    return converted

@@ -1,0 +1,125 @@
+"""Saving a model with int8 weights as an ordinary checkpoint, of which one file at a time is in the host's memory.
+
+transformers takes the tensors of a file out of the state dict, lets each be contiguous, and writes them: at that moment
+those here become floats. Before it they say how large they will be, by which transformers divides them into files.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from ..int8 import Int8Weight
+
+CODES, EXPONENTS = ".weight_codes", ".weight_exponents"
+"""What an int8 checkpoint adds to the name of a layer."""
+SHARD = "2GB"
+"""The largest file that `save_pretrained` writes, unless it is told another size."""
+
+
+class Unwritten(Tensor):
+    """An int8 weight that becomes a float, in the host's memory, when it is about to be written to a file.
+
+    Whatever else is done with it is done with its values.
+    """
+
+    weight: Int8Weight
+    codes: Tensor
+    """Those of the weight: what is tied is seen by where its parts are."""
+    rest: Tensor
+    """Without elements (on the meta device): as many bytes as the values have more than the codes."""
+
+    @staticmethod
+    def __new__(cls, weight: Int8Weight) -> Unwritten:
+        made = torch.Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype, device=weight.device)
+        made.weight, made.codes = weight, weight.codes
+        made.rest = torch.empty(weight.numel() * (weight.dtype.itemsize - 1), dtype=torch.int8, device="meta")
+        return made
+
+    def values(self) -> Tensor:  # type: ignore[override]
+        """The values, in the host's memory."""
+        codes, exponents = (part.cpu() for part in self.weight.blocks)
+        return Int8Weight(codes, exponents, self.weight.dtype).dequantized()
+
+    def contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+        """The values, in the host's memory."""
+        return self.values()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """That of the codes."""
+        return self.weight.codes.untyped_storage()
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"Unwritten({self.weight!r})"
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return ["codes", "rest"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner: dict[str, Tensor], context: Any, size: Any, stride: Any) -> Tensor:
+        raise NotImplementedError("It has parts to be counted by, of which it cannot be made.")
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return Unwritten(args[0].weight)
+        plain_args, plain_kwargs = tree_map_only(Unwritten, Unwritten.values, (args, kwargs or {}))
+        return func(*plain_args, **plain_kwargs)
+
+
+def unwritten(state: dict[str, Any], save: str) -> dict[str, Any]:
+    """A state dict as it is to be written.
+
+    Args:
+        state: of the model.
+        save: `"float"`, where int8 weights become floats as they are written, or `"int8"`, where each is two tensors.
+    """
+    written: dict[str, Any] = {}
+    for name, value in state.items():
+        if not isinstance(value, Int8Weight):
+            written[name] = value
+        elif save == "float":
+            written[name] = Unwritten(value)
+        else:
+            layer = name.removesuffix(".weight")
+            written[layer + CODES], written[layer + EXPONENTS] = value.blocks
+    return written
+
+
+def take_int8_(model: nn.Module) -> None:
+    """Let `load_state_dict` take codes and exponents, as a checkpoint has them that was saved so."""
+    if not any(hook.hook is _merge_parts for hook in model._load_state_dict_pre_hooks.values()):
+        model.register_load_state_dict_pre_hook(_merge_parts)
+
+
+def _merge_parts(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Put int8 weights in place of their parts. A checkpoint's files may have the two in different ones."""
+    for suffix in (CODES, EXPONENTS):
+        for name in [name for name in state if name.endswith(suffix)]:
+            whole = f"{name.removesuffix(suffix)}.weight"
+            weight = model.get_parameter(whole.removeprefix(prefix))
+            if not isinstance(weight, Int8Weight):
+                continue
+            part = weight.codes if suffix == CODES else weight.exponents
+            if part.shape == state[name].shape:
+                part.copy_(state.pop(name))
+                state[whole] = weight.detach()
+
+
+def bounded_shards(model: Any) -> None:
+    """Let `save_pretrained` write files of 2 GB by default, and not of 50: one at a time is in the host's memory."""
+    unbounded_shards(model)
+    model.save_pretrained = functools.partial(model.save_pretrained, max_shard_size=SHARD)
+
+
+def unbounded_shards(model: Any) -> None:
+    """Undo `bounded_shards`."""
+    vars(model).pop("save_pretrained", None)

@@ -1,0 +1,439 @@
+"""Models with int8 weights, as transformers loads and saves them: which values, how much memory, what is refused."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+from transformers.quantizers import auto
+from transformers.trainer_utils import validate_quantization_for_training
+
+import hf_galore
+from hf_galore import Int8Config, quantize_weights_
+from hf_galore.int8 import Int8Weight, is_int8
+from hf_galore.integrations import int8_quantizer, int8_saving
+from hf_galore.integrations.int8_layers import kept_layers, layers_in_int8
+from hf_galore.integrations.int8_quantizer import METHOD, Int8Quantizer
+from tests.support.helpers import tiny_llama
+
+IN_INT8 = 14  # matrices of two layers
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ordinary checkpoint in bfloat16, of several files."""
+    path = tmp_path_factory.mktemp("model")
+    tiny_llama().to(torch.bfloat16).save_pretrained(path, max_shard_size="64KB")
+    assert len(list(path.glob("*.safetensors"))) > 3
+    return path
+
+
+def load(path: Path, config: Int8Config | None = None, cls: Any = AutoModelForCausalLM, **options: Any) -> Any:
+    return cls.from_pretrained(path, **({} if config is None else {"quantization_config": config}), **options)
+
+
+def values_of(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict with the values of int8 weights."""
+    return {
+        name: value.dequantized() if isinstance(value, Int8Weight) else value
+        for name, value in model.state_dict().items()
+    }
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    different = [name for name, value in found.items() if not torch.equal(value, expected[name])]
+    assert not different
+
+
+def live_floats(kinds: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)) -> int:
+    """Bytes of all storages of floats that are reachable."""
+    found: dict[int, int] = {}
+    for one in gc.get_objects():
+        plain = isinstance(one, Tensor) and not isinstance(one, (Int8Weight, int8_saving.Unwritten))
+        if plain and one.dtype in kinds and not one.is_meta:
+            storage = one.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())
+
+
+# ---- which values
+
+
+def test_a_checkpoint_is_loaded_into_the_nearest_values_and_computes_as_they_do(folder: Path) -> None:
+    plain, model = load(folder), load(folder, Int8Config())
+    layers = layers_in_int8(model)
+    assert len(layers) == IN_INT8
+    expected = {
+        name: Int8Weight.from_float(value).dequantized() if name.removesuffix(".weight") in layers else value
+        for name, value in plain.state_dict().items()
+    }
+    assert_same(values_of(model), expected)
+    plain.load_state_dict(expected)
+    ids = torch.arange(32).view(2, 16)
+    torch.testing.assert_close(model(ids, labels=ids).loss, plain(ids, labels=ids).loss, rtol=1e-3, atol=0)
+    found, wanted = (one.generate(ids[:1], max_new_tokens=4, do_sample=False) for one in (model, plain))
+    assert found.tolist() == wanted.tolist()
+
+
+def test_in_memory_is_as_loaded_and_the_trainer_takes_both(folder: Path) -> None:
+    loaded, made = load(folder, Int8Config()), load(folder)
+    converted = quantize_weights_(made)
+    assert converted == layers_in_int8(loaded) == layers_in_int8(made)
+    assert_same(values_of(made), values_of(loaded))
+    for model in (loaded, made):
+        assert all(param.requires_grad for param in model.parameters())
+        validate_quantization_for_training(model)  # what Trainer.__init__ asks
+        assert model.hf_quantizer.is_serializable()
+        assert not model.hf_quantizer.is_compileable
+    assert quantize_weights_(made) == []  # all are
+
+
+@pytest.mark.parametrize("save", ["float", "int8"])
+def test_saved_and_loaded_again_the_codes_are_the_same(folder: Path, save: str, tmp_path: Path) -> None:
+    model = load(folder, Int8Config(save=save))
+    model.save_pretrained(tmp_path / "one")
+    config = json.loads((tmp_path / "one" / "config.json").read_text())
+    again = load(tmp_path / "one", Int8Config() if save == "float" else None)
+    assert len(layers_in_int8(again)) == IN_INT8
+    for name, value in again.state_dict().items():
+        other = model.state_dict()[name]
+        if is_int8(value):
+            assert torch.equal(value.codes, other.codes)
+            assert torch.equal(value.exponents, other.exponents)
+        else:
+            assert torch.equal(value, other)
+    if save == "float":
+        # As if there were no hf_galore.
+        assert "quantization_config" not in config
+        assert config["dtype"] == "bfloat16"
+        assert_same(load_file(tmp_path / "one" / "model.safetensors"), values_of(model))
+        plain = load(tmp_path / "one")
+        assert not layers_in_int8(plain)
+        assert_same(plain.state_dict(), values_of(model))
+    else:
+        assert config["quantization_config"] == {
+            "quant_method": METHOD,
+            "weight_bits": 8,
+            "save": "int8",
+            "modules_to_not_convert": None,
+        }
+        # Saved again it is the same, and as floats where that is asked for.
+        again.save_pretrained(tmp_path / "two")
+        assert_same(*(load_file(tmp_path / one / "model.safetensors") for one in ("two", "one")))
+        again.hf_quantizer.quantization_config.save = "float"
+        again.save_pretrained(tmp_path / "two")
+        assert_same(load(tmp_path / "two").state_dict(), values_of(model))
+
+
+def test_dequantized_it_is_an_ordinary_model(folder: Path, tmp_path: Path) -> None:
+    model = load(folder, Int8Config())
+    expected = values_of(model)
+    model.save_pretrained(tmp_path)  # after which the config has the dtype by its name
+    assert model.dequantize() is model
+    assert not layers_in_int8(model)
+    assert not getattr(model, "is_quantized", False)
+    assert "save_pretrained" not in vars(model)
+    assert_same(model.state_dict(), expected)
+    assert all(param.requires_grad for param in model.parameters())
+
+
+def test_copied_moved_and_pickled_it_is_itself(folder: Path) -> None:
+    model = load(folder, Int8Config())
+    other = copy.deepcopy(model)
+    assert_same(values_of(other), values_of(model))
+    weight, copied = (one.model.layers[0].mlp.up_proj.weight for one in (model, other))
+    assert isinstance(copied, nn.Parameter)
+    assert copied.requires_grad
+    assert copied.codes.data_ptr() != weight.codes.data_ptr()
+    assert other.save_pretrained.func.__self__ is other
+
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    with torch.no_grad():
+        copied.zero_()
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert_same(values_of(other), values_of(model))
+    assert other.to(torch.float32).model.layers[0].mlp.up_proj.weight.dtype == torch.float32
+    assert len(layers_in_int8(other)) == IN_INT8
+    assert_same(values_of(other.to(torch.bfloat16)), values_of(model))
+
+
+def test_ordinary_weights_are_loaded_into_int8_parameters(folder: Path) -> None:
+    """As the Trainer does with a checkpoint, and with the best of them at the end."""
+    model = load(folder, Int8Config())
+    state = {name: value.clone() for name, value in values_of(model).items()}
+    codes = model.model.layers[1].self_attn.q_proj.weight.codes.clone()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight.zero_()
+    model.load_state_dict(state)
+    assert torch.equal(model.model.layers[1].self_attn.q_proj.weight.codes, codes)
+
+
+# ---- how much memory
+
+
+def test_a_checkpoint_is_never_whole_in_floats(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At no time is there more than what stays float, and one weight."""
+    gc.collect()
+    before, peak, seen = live_floats(), [0], []
+    convert = Int8Quantizer.convert
+
+    def counting(self: Int8Quantizer, name: str, value: Tensor, layer_weight: Tensor) -> Tensor:
+        made = convert(self, name, value, layer_weight)
+        peak[0] = max(peak[0], live_floats() - before)
+        seen.append(name)
+        return made
+
+    monkeypatch.setattr(Int8Quantizer, "convert", counting)
+    model = load(folder, Int8Config())
+    assert len(seen) == IN_INT8
+    stays = sum(param.nbytes for param in model.parameters() if not is_int8(param))
+    largest = max(param.nbytes for param in model.parameters() if is_int8(param))
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
+    whole = sum(2 * param.numel() for param in model.parameters())
+    assert peak[0] <= stays + buffers + largest < whole / 2
+
+
+def test_what_is_reserved_on_a_card_before_loading_is_for_int8_weights(folder: Path) -> None:
+    """`caching_allocator_warmup`: 33/32 of a byte an element."""
+    with torch.device("meta"):
+        model = tiny_llama().to(torch.bfloat16)
+    quantizer = Int8Quantizer(Int8Config(), pre_quantized=False)
+    quantizer._process_model_before_weight_loading(model)
+    total = sum(
+        quantizer.param_element_size(model, name, param) * param.numel() for name, param in model.named_parameters()
+    )
+    real = load(folder, Int8Config())
+    blocks = sum(part.nbytes for param in real.parameters() if is_int8(param) for part in param.blocks)
+    assert total == blocks + sum(param.nbytes for param in real.parameters() if not is_int8(param))
+
+
+def test_saving_makes_floats_of_one_file_at_a_time(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(folder, Int8Config())
+    gc.collect()
+    before, peak = live_floats(), [0]
+    values = int8_saving.Unwritten.values
+
+    def counting(self: int8_saving.Unwritten) -> Tensor:
+        made = values(self)
+        peak[0] = max(peak[0], live_floats() - before)
+        return made
+
+    monkeypatch.setattr(int8_saving.Unwritten, "values", counting)
+    model.save_pretrained(tmp_path, max_shard_size="80KB")
+    files = list(tmp_path.glob("*.safetensors"))
+    assert len(files) > 2
+    assert all(file.stat().st_size < 85_000 for file in files)
+    # And the last tensor of the file before, which transformers has a name for still.
+    assert 0 < peak[0] <= 80_000 + max(2 * param.numel() for param in model.parameters())
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(2 * param.numel() for param in model.parameters())
+    assert_same(load(tmp_path).state_dict(), values_of(model))
+
+
+@pytest.mark.parametrize("loaded", [True, False], ids=["loaded", "in memory"])
+def test_files_are_small_without_being_told(
+    folder: Path, tmp_path: Path, loaded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers' own default is 50 GB: one file, all of it floats in the host's memory."""
+    monkeypatch.setattr(int8_saving, "SHARD", "64KB")
+    model = load(folder, Int8Config() if loaded else None)
+    if not loaded:
+        quantize_weights_(model)
+    model.save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    model.save_pretrained(tmp_path, max_shard_size="1GB")
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+
+
+# ---- which layers
+
+
+def test_heads_embeddings_and_tied_weights_stay_and_a_line_says_so(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "hf_galore"):
+        model = load(folder, Int8Config())
+    (said,) = [message for message in caplog.messages if "kept in 8 bits" in message]
+    assert "embeddings: model.embed_tokens; output head: lm_head" in said
+    assert not is_int8(model.lm_head.weight)
+
+    model = load(folder, Int8Config(modules_to_not_convert=[]))
+    assert is_int8(model.lm_head.weight)
+    model = load(folder, Int8Config(modules_to_not_convert=["lm_head", "down_proj", "model.layers.0"]))
+    assert layers_in_int8(model) == [
+        *(f"model.layers.1.self_attn.{name}_proj" for name in "qkvo"),
+        *(f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up")),
+    ]
+    tied = tiny_llama(tie_word_embeddings=True)
+    assert "lm_head" not in quantize_weights_(tied, [])
+    assert kept_layers(tied, []) == {"lm_head": "tied to another"}
+    with torch.no_grad():
+        tied.lm_head.weight.zero_()
+    assert not tied.model.embed_tokens.weight.any()
+
+
+def test_a_head_that_the_checkpoint_lacks_is_made_and_stays(folder: Path) -> None:
+    model = load(folder, Int8Config(), AutoModelForSequenceClassification, num_labels=3)
+    assert len(layers_in_int8(model)) == IN_INT8
+    assert not is_int8(model.score.weight)
+    assert bool(model.score.weight.isfinite().all())
+
+
+def test_a_layer_that_the_checkpoint_lacks_is_made_in_8_bits(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    state = {name: value.contiguous() for name, value in load(folder).state_dict().items()}
+    name = "model.layers.1.mlp.up_proj.weight"
+    del state[name]
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model = load(tmp_path, Int8Config())
+    assert len(layers_in_int8(model)) == IN_INT8
+    made = model.get_parameter(name).dequantized()
+    assert 0.01 < float(made.std()) < 0.03  # by the config's initializer_range, 0.02
+
+
+def test_stacks_of_experts_and_conv1d_stay(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    size = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    experts = MixtralForCausalLM(
+        MixtralConfig(**size, intermediate_size=64, num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1)
+    ).to(torch.bfloat16)
+    experts.save_pretrained(tmp_path)
+    with caplog.at_level(logging.INFO, "hf_galore"):
+        model = load(tmp_path, Int8Config())
+        assert layers_in_int8(model) == [f"model.layers.0.self_attn.{name}_proj" for name in "qkvo"]
+        # Experts are merged as they are read, and divided as they are saved.
+        model.save_pretrained(tmp_path / "saved")
+        assert_same(load(tmp_path / "saved").state_dict(), values_of(model))
+        old, new = (safe_open(path / "model.safetensors", "pt") for path in (tmp_path, tmp_path / "saved"))
+        assert set(old.keys()) == set(new.keys())
+        gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=16))
+        with pytest.raises(
+            ValueError, match=r"no linear layer whose weight could be kept.*lm_head \(tied to another\)"
+        ):
+            quantize_weights_(gpt2)
+    assert "stacks of matrices (experts, convolutions): model.layers.0.mlp.experts" in caplog.text
+
+
+def test_a_plain_module_keeps_its_layers_with_a_computation_of_their_own() -> None:
+    class Halved(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight.mT / 2
+
+    model = nn.Sequential(nn.Linear(32, 8), Halved(8, 8), nn.Embedding(4, 8))
+    assert quantize_weights_(model) == ["0"]
+    assert not hasattr(model, "hf_quantizer")
+    assert is_int8(model[0].weight)
+    assert not is_int8(model[1].weight)
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(folder: Path, tmp_path: Path, value: float) -> None:
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    state = {name: one.contiguous() for name, one in load(folder).state_dict().items()}
+    state["model.layers.1.mlp.up_proj.weight"][3, 40] = value
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight has values that are not finite"):
+        load(tmp_path, Int8Config())
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight has values that are not finite"):
+        quantize_weights_(load(tmp_path))
+
+
+def test_a_weight_of_another_shape_is_named(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"down_proj\.weight is 64×256 in the checkpoint and 64×224 in the model"):
+        load(folder, Int8Config(), intermediate_size=224)
+
+
+def test_float16_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"torch\.float16\. Load it with dtype=torch\.bfloat16"):
+        load(folder, Int8Config(), dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"q_proj\.weight is of torch\.float16; bfloat16 and float32 can be"):
+        quantize_weights_(tiny_llama().to(torch.float16))
+
+
+@pytest.mark.parametrize("places", [{"model": 0, "lm_head": "disk"}, {"model": 0, "lm_head": "cpu"}])
+def test_a_model_that_is_partly_elsewhere_is_refused(folder: Path, places: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"device_map puts it on 0, (cpu|disk)\): that is not possible\. Give a"):
+        load(folder, Int8Config(), device_map=places)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "said"),
+    [
+        ({"weight_bits": 4}, ValueError, r"weight_bits has to be 8, but is 4\. For 16, leave out the config\."),
+        ({"weight_bits": "8"}, ValueError, r"weight_bits has to be 8, but is '8'"),
+        ({"save": "bf16"}, ValueError, r"save has to be one of 'float', 'int8', but is 'bf16'"),
+        ({"modules_to_not_convert": "lm_head"}, TypeError, r"has to be a list of names of layers, but is 'lm_head'"),
+        ({"skip": 1}, ValueError, r"has no skip\. It takes weight_bits, modules_to_not_convert and save"),
+    ],
+    ids=["weight_bits", "type", "save", "modules_to_not_convert", "unknown"],
+)
+def test_mistakes_in_the_config_are_said(given: dict[str, Any], error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        Int8Config(**given)
+
+
+@pytest.mark.parametrize("name", ["c_attn", "layers.0"])
+def test_a_name_that_is_of_no_layer_is_refused(folder: Path, name: str) -> None:
+    """transformers takes the names of blocks in full."""
+    with pytest.raises(ValueError, match=rf"modules_to_not_convert has '{name}', which matches no layer of the model"):
+        load(folder, Int8Config(modules_to_not_convert=["lm_head", "embed_tokens", name]))
+
+
+def test_a_model_that_is_quantized_otherwise_is_refused() -> None:
+    model: Any = tiny_llama()
+    model.hf_quantizer = type("Other", (), {"quantization_config": type("Config", (), {"quant_method": "bnb"})})()
+    with pytest.raises(ValueError, match=r"quantized already, with bnb\. Load it without that"):
+        quantize_weights_(model)
+
+
+# ---- registering
+
+
+def test_the_method_is_there_while_hf_galore_is_registered() -> None:
+    hf_galore.register()
+    assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] is Int8Config
+    assert auto.AUTO_QUANTIZER_MAPPING[METHOD] is Int8Quantizer
+    try:
+        hf_galore.unregister()
+        assert METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING
+        assert METHOD not in auto.AUTO_QUANTIZER_MAPPING
+    finally:
+        hf_galore.register()
+        hf_galore.register()
+        int8_quantizer.register_int8()
+    assert auto.AUTO_QUANTIZER_MAPPING[METHOD] is Int8Quantizer
+
+
+def test_what_transformers_does_unasked_is_as_it_was_when_this_was_written(folder: Path) -> None:
+    """Private names that loading and saving rest on."""
+    model = load(folder, Int8Config())
+    assert isinstance(model._weight_conversions, list)
+    assert isinstance(model, LlamaForCausalLM)
+    assert hasattr(model, "_keep_in_fp32_modules")
+    assert hasattr(model, "_keep_in_fp32_modules_strict")
