@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from .convert import quantize_weights_
 from .format import BLOCK, Int8Blocks, empty_blocks, read_blocks, to_blocks, write_blocks_
 from .products import int8_linear, times_weight
 from .update import add_int8_
@@ -19,7 +18,6 @@ __all__ = [
     "empty_blocks",
     "int8_linear",
     "is_int8",
-    "quantize_weights_",
     "read_blocks",
     "times_weight",
     "to_blocks",

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel, TrainingArguments
 from transformers.utils import is_peft_available
 
-from ..int8 import quantize_weights_
 from . import trainer_parts
+from .int8_model import quantize_weights_
+from .int8_quantizer import METHOD
 from .older import loss_asks_for_triton, loss_kernels, loss_of_all_labels, masks_ask_themselves, told_of_padding
 from .signatures import moved
 from .trl_dpo import without_reference_numbers
@@ -36,9 +37,6 @@ _MASKS: dict[str, str] = {
 }
 _EVALUATION: dict[str, str] = {"nested_numpify": "(tensors)"}
 _LOSS: dict[str, str] = {"_use_triton": "(device)", "_addmm_fp32": "(acc, a, b)"}
-INT8 = "hf_galore_int8"
-"""The `quant_method` of weights that are kept in 8 bits while they train (`hf_galore.int8`)."""
-
 _KERNELS = ("_forward_kernel", "_backward_kernel")
 
 
@@ -129,7 +127,7 @@ def _from_config(
     """Instead of `PreTrainedModel.from_pretrained`: a model of that shape, with no weights behind it."""
     config = config or AutoConfig.from_pretrained(name)
     quantization = _options_of(quantization_config or getattr(config, "quantization_config", None))
-    if quantization is not None and quantization.get("quant_method") != INT8:
+    if quantization is not None and quantization.get("quant_method") != METHOD:
         raise ValueError(
             "A model with quantized weights (load_in_4bit, load_in_8bit) cannot be planned, unless they are in 8 bits "
             "and train (weight_bits: 8)."

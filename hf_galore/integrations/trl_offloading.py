@@ -1,7 +1,8 @@
 """What a plan puts in the place of TRL's `OffloadActivations`: activations on the host, in memory that is not a card's.
 
 TRL copies what autograd saves to pinned memory of the host on a stream of its own, and back in the backward pass. Here
-the same decisions are taken, and nothing is copied: what has left the card is not there, and comes back as a new tensor.
+the same decisions are taken, and nothing is copied: what has left the card is not there, and comes back as a new
+tensor.
 
 Source: TRL 1.16, `trl/models/activation_offloading.py` (`OffloadActivations`, with streams and pinned memory).
 """
