@@ -132,6 +132,11 @@ def to_int8_(model: nn.Module, kept: dict[str, str]) -> list[str]:
     return converted
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values of a tensor are finite, of which an int8 weight makes no floats for that."""
+    return all_finite(tensor) if isinstance(tensor, Int8Weight) else bool(torch.isfinite(tensor).all())
+
+
 def all_finite(weight: Int8Weight) -> bool:
     """Whether all values of a weight are finite."""
     return bool((weight.exponents != NOT_FINITE).all())  # a plan, which has no numbers, takes this for true

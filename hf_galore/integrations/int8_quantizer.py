@@ -63,7 +63,7 @@ class Int8Config(QuantizationConfigMixin):  # type: ignore[misc, unused-ignore]
             raise ValueError(f"weight_bits has to be 8, but is {weight_bits!r}. For 16, leave out the config.")
         if save not in SAVES:
             raise ValueError(f"save has to be one of {', '.join(map(repr, SAVES))}, but is {save!r}.")
-        names = modules_to_not_convert
+        names: Any = modules_to_not_convert
         if names is not None and not (isinstance(names, (list, tuple)) and all(isinstance(one, str) for one in names)):
             raise TypeError(f"modules_to_not_convert has to be a list of names of layers, but is {names!r}.")
         self.quant_method = METHOD
@@ -257,6 +257,10 @@ class _Deserialize(ConversionOps):  # type: ignore[misc, unused-ignore]
 
     def __init__(self, hf_quantizer: Int8Quantizer) -> None:
         self.hf_quantizer = hf_quantizer
+
+    def __deepcopy__(self, memo: Any) -> _Deserialize:
+        """Itself: transformers copies it for each weight, and what is broken is noted by one quantizer."""
+        return self
 
     def convert(
         self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str = "", **_: Any

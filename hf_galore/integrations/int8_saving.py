@@ -40,7 +40,7 @@ class Unwritten(Tensor):
         made.rest = torch.empty(weight.numel() * (weight.dtype.itemsize - 1), dtype=torch.int8, device="meta")
         return made
 
-    def values(self) -> Tensor:  # type: ignore[override]
+    def values(self) -> Tensor:
         """The values, in the host's memory."""
         codes, exponents = (part.cpu() for part in self.weight.blocks)
         return Int8Weight(codes, exponents, self.weight.dtype).dequantized()
@@ -96,7 +96,7 @@ def unwritten(state: dict[str, Any], save: str) -> dict[str, Any]:
 
 def take_int8_(model: nn.Module) -> None:
     """Let `load_state_dict` take codes and exponents, as a checkpoint has them that was saved so."""
-    if not any(hook.hook is _merge_parts for hook in model._load_state_dict_pre_hooks.values()):
+    if not any(getattr(hook, "hook", None) is _merge_parts for hook in model._load_state_dict_pre_hooks.values()):
         model.register_load_state_dict_pre_hook(_merge_parts)
 
 

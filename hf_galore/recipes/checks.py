@@ -121,6 +121,13 @@ def say_if_widened(
         return
     if training_args.device.type == "cpu" or model_args.load_in_4bit or model_args.load_in_8bit:
         return
+    if getattr(model_args, "weight_bits", 16) == 8:
+        logger.info(
+            "%s computes in float32, TRL's choice where no dtype is given. With dtype: bfloat16 it is faster, and all "
+            "but the weights in 8 bits takes half of the memory.",
+            model_args.model_name_or_path,
+        )
+        return
     weights = _weights_of(config)
     logger.info(
         "%s is loaded in float32, TRL's choice where no dtype is given, although it was saved in %s%s. With dtype: "

@@ -10,7 +10,6 @@ from trl import (
     DatasetMixtureConfig,
     DPOConfig,
     DPOTrainer,
-    ModelConfig,
     ScriptArguments,
 )
 
@@ -22,9 +21,10 @@ from .parser import parse_into
 from .rows import message_problem, numbered_rows
 from .run_record import RecordedTrainer
 from .trl_recipe import Checked, TrlRecipe, check_without_data, load_splits, load_trainer
+from .weight_bits import ModelArguments
 
-DATACLASSES = (ScriptArguments, DPOConfig, ModelConfig, DatasetMixtureConfig, OutputArguments)
-"""Their fields are the keys of a recipe, as of `trl dpo`, but for the last one's."""
+DATACLASSES = (ScriptArguments, DPOConfig, ModelArguments, DatasetMixtureConfig, OutputArguments)
+"""Their fields are the keys of a recipe, as of `trl dpo`, but for the last one's and `weight_bits`."""
 
 _NEEDS = (
     "DPO needs 'chosen' and 'rejected', an answer that is preferred to another, and 'prompt' where they do not begin "

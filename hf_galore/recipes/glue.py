@@ -17,7 +17,7 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer import TRAINER_STATE_NAME
-from trl import ModelConfig, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config
 
 from ..errors import UserError
 from ..integrations.devices import keep_to_one_gpu
@@ -29,8 +29,9 @@ from .output_folder import OutputArguments, check_unused
 from .parser import parse_into
 from .run_record import RecordedTrainer, RunFacts
 from .templates import check_tokenizer_files
+from .weight_bits import ModelArguments, check_weight_bits, quantization_of
 
-DATACLASSES = (GlueArguments, TrainingArguments, ModelConfig, OutputArguments)
+DATACLASSES = (GlueArguments, TrainingArguments, ModelArguments, OutputArguments)
 """Their fields are the keys of a recipe."""
 
 
@@ -163,6 +164,7 @@ def check(parsed: Arguments) -> Checked:
     config = check_model(model_args)
     keep_to_one_gpu(training)
     say_if_widened(model_args, training, config)
+    check_weight_bits(model_args, training, config.dtype if model_args.dtype in (None, "auto") else model_args.dtype)
     check_training(
         training,
         parsed.output,
@@ -228,12 +230,13 @@ def make_glue_trainer(
     keep_to_one_gpu(training)
     set_seed(training.seed)
     names = dict(enumerate(labels or ()))
+    quantization = quantization_of(model_args)
     model = AutoModelForSequenceClassification.from_pretrained(
         model_name,
         revision=model_args.model_revision,
         dtype=model_args.dtype,
         attn_implementation=model_args.attn_implementation,
-        quantization_config=get_quantization_config(model_args),
+        **({} if quantization is None else {"quantization_config": quantization}),
         ignore_mismatched_sizes=True,  # a head for other classes gives way to a new one
         num_labels=len(labels or ("score",)),
         **({"id2label": names, "label2id": {name: number for number, name in names.items()}} if names else {}),

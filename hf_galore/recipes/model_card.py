@@ -17,13 +17,14 @@ TAG = "galore"
 _BEFORE = "### Framework versions"  # a heading in the cards of TRL and of transformers
 
 
-def add_galore(path: Path, args: TrainingArguments, plan: MemoryPlan | None) -> None:
+def add_galore(path: Path, args: TrainingArguments, plan: MemoryPlan | None, *, int8: bool = False) -> None:
     """Add a section and a tag to the model card in a file; a card of another optimizer stays as it is.
 
     Args:
         path: the card that the Trainer has just written.
         args: those of the training.
         plan: of its memory, if one was made.
+        int8: whether the weights were kept in 8 bits.
     """
     optim = optim_name(args)
     if optim not in KINDS:
@@ -32,11 +33,11 @@ def add_galore(path: Path, args: TrainingArguments, plan: MemoryPlan | None) -> 
     tags = list(card.data.tags or [])
     card.data.tags = [*tags, *({TAG} - set(tags))]
     head, found, tail = card.text.partition(_BEFORE)
-    card.text = f"{head.rstrip()}\n\n{_section(optim, args, plan)}\n\n{found}{tail}"
+    card.text = f"{head.rstrip()}\n\n{_section(optim, args, plan, int8)}\n\n{found}{tail}"
     card.save(path)
 
 
-def _section(optim: str, args: TrainingArguments, plan: MemoryPlan | None) -> str:
+def _section(optim: str, args: TrainingArguments, plan: MemoryPlan | None, int8: bool) -> str:
     config = GaLoreConfig.from_optim_args(args.optim_args)
     scale = config.scale if isinstance(config.scale, str) else f"{config.scale:g}"
     lines = [
@@ -51,6 +52,7 @@ def _section(optim: str, args: TrainingArguments, plan: MemoryPlan | None) -> st
         f"| `optim_args` | `{_in_a_cell(args.optim_args or 'the defaults')}` |",
         f"| rank, gap, scale | {config.rank}, {config.update_proj_gap}, {scale} |",
         f"| `learning_rate` | {args.learning_rate:g} |",
+        *(["| `weight_bits` | 8: while they were trained, the weights of linear layers were MXINT8 |"] if int8 else []),
     ]
     if plan is not None:
         parts = ", ".join(f"{kind} {in_gib(size)}" for kind, size in plan.breakdown.items() if size >= GIB / 1000)

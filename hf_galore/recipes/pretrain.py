@@ -15,6 +15,7 @@ from trl import ScriptArguments, SFTConfig, SFTTrainer
 from ..config import nearest
 from ..errors import UserError
 from ..integrations.devices import keep_to_one_gpu
+from ..integrations.int8_model import quantize_weights_
 from ..log import logger
 from .checks import check_arguments, check_training
 from .folders import configs_folder, known_models
@@ -24,6 +25,7 @@ from .run_record import RecordedTrainer
 from .stream_position import keep_position
 from .templates import check_tokenizer_files
 from .text_data import load_text
+from .weight_bits import CHOICES, HELP, check_weight_bits
 
 
 @dataclasses.dataclass
@@ -50,6 +52,7 @@ class PretrainArguments:
     max_eval_tokens: int | None = dataclasses.field(
         default=None, metadata={"help": "Evaluate on no more than this many of the held-out tokens."}
     )
+    weight_bits: int = dataclasses.field(default=16, metadata={"help": HELP, "choices": CHOICES})
     held_out: float = dataclasses.field(
         default=0.01,
         metadata={"help": "Part of the documents that is held out, where the data have no split dataset_test_split."},
@@ -151,6 +154,7 @@ def check(parsed: Arguments) -> Checked:
     check_arguments(training)
     if script.dataset_streaming and training.max_steps <= 0:
         raise UserError("dataset_streaming: nobody knows how long a stream is. Set max_steps.")
+    check_weight_bits(model_args, training, model_args.dtype)
     config = load_config(model_args)
     keep_to_one_gpu(training)
     check_training(
@@ -207,6 +211,8 @@ def make_pretraining_trainer(
         dtype=getattr(torch, model_args.dtype),
         **({} if attention is None else {"attn_implementation": attention}),
     )
+    if model_args.weight_bits == 8:
+        quantize_weights_(model)
     return PretrainingTrainer(
         model=model, args=training, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
     )

@@ -27,6 +27,8 @@ _DATA = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "packing", "seed", "data_seed"),
     *("dataset_name", "dataset_config", "dataset_train_split", "datasets", "train_file", "processes"),
 )
+# With others of these the weights that the checkpoint has are not trained as they were.
+_WEIGHTS = ("weight_bits",)
 # The schedule is made anew of these, and asked for the rate at the step that the run is at.
 _SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps", "num_train_epochs")
 # With others of these the checkpoint's weights are not loaded, and training begins with the model's own.
@@ -106,6 +108,7 @@ def check_settings(checkpoint: Path, settings: dict[str, Any]) -> dict[str, Any]
     for keys, consequence in (
         (_KEPT, "A resumed run keeps what its checkpoint has: the new value has no effect."),
         (_DATA, "A resumed run skips as many batches as it has had, which are others now: it repeats or omits some."),
+        (_WEIGHTS, "A resumed run takes the weights of its checkpoint, and rounds them to the nearest of 8 bits."),
         (_SCHEDULE, "The learning rate goes on by the new schedule, and may jump here."),
     ):
         changed = [key for key in keys if before.get(key) != settings.get(key) and _counts(key, before, settings)]
@@ -117,6 +120,8 @@ def check_settings(checkpoint: Path, settings: dict[str, Any]) -> dict[str, Any]
 
 def _counts(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Whether a setting had a part in what the run did: the length has none where the rate does not fall."""
+    if key in _WEIGHTS and (key not in before or now.get(key) != 8):
+        return False  # 8 bits become 16 without rounding
     both = (before, now)
     if key in ("max_steps", "num_train_epochs") and all("constant" in str(one["lr_scheduler_type"]) for one in both):
         return False

@@ -16,6 +16,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
+from ..integrations.int8_layers import layers_in_int8
 from ..integrations.trainer import optim_name, register
 from ..integrations.trainer_parts import TrainerParts
 from ..plan.planner import GIB, MemoryPlan
@@ -178,7 +179,12 @@ class RecordedTrainer(TrainerParts, Trainer):  # type: ignore[misc, unused-ignor
         """Write the model card, with a section on how GaLore was used."""
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            add_galore(Path(self.args.output_dir) / "README.md", self.args, self.memory_plan)
+            add_galore(
+                Path(self.args.output_dir) / "README.md",
+                self.args,
+                self.memory_plan,
+                int8=bool(layers_in_int8(self.model)),
+            )
 
 
 class StepClock(TrainerCallback):  # type: ignore[misc, unused-ignore]

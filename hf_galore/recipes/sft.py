@@ -8,7 +8,6 @@ from typing import Any
 
 from trl import (
     DatasetMixtureConfig,
-    ModelConfig,
     ScriptArguments,
     SFTConfig,
     SFTTrainer,
@@ -24,9 +23,10 @@ from .rows import prepare_rows
 from .run_record import RecordedTrainer
 from .templates import check_conversations, template_of
 from .trl_recipe import Checked, TrlRecipe, check_without_data, load_splits, load_trainer
+from .weight_bits import ModelArguments
 
-DATACLASSES = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, OutputArguments)
-"""Their fields are the keys of a recipe, as of `trl sft`, but for the last one's."""
+DATACLASSES = (ScriptArguments, SFTConfig, ModelArguments, DatasetMixtureConfig, OutputArguments)
+"""Their fields are the keys of a recipe, as of `trl sft`, but for the last one's and `weight_bits`."""
 
 
 class Arguments(TrlRecipe[SFTConfig]):

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from ..errors import UserError
 from ..integrations.devices import say_global_batch
+from ..integrations.int8_layers import is_finite
 from ..integrations.trainer import KINDS, optim_name
 from ..log import logger
 from ..plan.planner import MemoryPlan, in_gib
@@ -221,7 +222,7 @@ def check_weights(trainer: RecordedTrainer) -> None:
         UserError: weights are NaN or infinite; the message says which, and what to do.
     """
     named = list(trainer.model.named_parameters())
-    broken = [name for name, weight in named if not bool(torch.isfinite(weight.detach()).all())]
+    broken = [name for name, weight in named if not is_finite(weight.detach())]
     losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     first = next((step for step, loss in losses if not math.isfinite(loss)), None)
     advice = "Give a lower learning_rate, or a lower scale in optim_args, or clip with max_grad_norm."

@@ -14,7 +14,6 @@ from trl import (
     ScriptArguments,
     get_dataset,
     get_peft_config,
-    get_quantization_config,
 )
 
 from ..errors import UserError
@@ -25,6 +24,7 @@ from .data_loading import load_named, reading
 from .output_folder import OutputArguments
 from .run_record import RecordedTrainer
 from .templates import load_processing_class
+from .weight_bits import check_weight_bits, quantization_of
 
 Config = TypeVar("Config", bound=TrainingArguments)
 _Trainer = TypeVar("_Trainer", bound=RecordedTrainer)
@@ -106,6 +106,7 @@ def check_without_data(parsed: TrlRecipe[Any]) -> Any:
     say_if_widened(model, training, config, given=given)
     dtype = given.get("dtype", model.dtype) or "float32"  # TRL's choice
     say_if_emulated(training, dtype)
+    check_weight_bits(model, training, dtype)
     check_training(
         training,
         parsed.output,
@@ -169,7 +170,7 @@ def load_trainer(
         train_dataset=loaded.train,
         eval_dataset=loaded.evaluated,
         processing_class=loaded.processing_class,
-        quantization_config=get_quantization_config(model_args),
+        quantization_config=quantization_of(model_args),
         peft_config=get_peft_config(model_args),
     )
 

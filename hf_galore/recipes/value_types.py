@@ -21,7 +21,7 @@ def problem_with(value: Any, hint: Any, choices: Sequence[str] | None) -> str | 
         choices: what the value has to be one of, where the parser restricts it.
     """
     if choices is not None and value is not None:
-        if isinstance(value, str) and value in choices:
+        if isinstance(value, str if hint is not int else (str, int)) and str(value) in choices:
             return None
         hint_no = " A bare no is false in YAML; write 'no'." if value is False and "no" in choices else ""
         near = _meant(value, choices) if isinstance(value, str) else ""

@@ -158,7 +158,7 @@ def test_dequantized_it_is_an_ordinary_model(folder: Path, tmp_path: Path) -> No
 
 
 def test_copied_moved_and_pickled_it_is_itself(folder: Path) -> None:
-    model = load(folder, Int8Config())
+    model: Any = load(folder, Int8Config())
     other = copy.deepcopy(model)
     assert_same(values_of(other), values_of(model))
     weight, copied = (one.model.layers[0].mlp.up_proj.weight for one in (model, other))
@@ -362,6 +362,14 @@ def test_weights_that_are_not_finite_are_named(folder: Path, tmp_path: Path, val
         load(tmp_path, Int8Config())
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight has values that are not finite"):
         quantize_weights_(load(tmp_path))
+
+
+def test_an_int8_checkpoint_is_checked_as_well(folder: Path, tmp_path: Path) -> None:
+    model = load(folder, Int8Config(save="int8"))
+    model.model.layers[0].self_attn.k_proj.weight.exponents[0, 0] = 255
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.k_proj\.weight has values that are not finite"):
+        load(tmp_path)
 
 
 def test_a_weight_of_another_shape_is_named(folder: Path) -> None:

@@ -200,7 +200,7 @@ def test_a_run_in_16_bits_goes_on_in_8_and_back(folder: Path, tmp_path: Path) ->
         trainer.train(resume_from_checkpoint=before)
         before = str(tmp_path / str(index) / f"checkpoint-{index + 1}")
         groups = torch.load(Path(before) / "optimizer.pt", weights_only=True)["param_groups"]
-        assert ("rounding_seed" in groups[0]) == (index > 0)
+        assert any("rounding_seed" in group for group in groups) == (index > 0)
     assert len(logged(trainer, "loss")) == 3
 
 
