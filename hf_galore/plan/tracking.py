@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..backward.gradient import StandIn, in_backward
 from ..int8 import Int8Weight
+from .accumulation import ADD, ADD_IN_PLACE, adds_in_place, uses_by_one
 
 WRAPPERS = (StandIn, Int8Weight)
 """Tensors that have no storage of their own, and answer operations with operations on what they hold."""
@@ -106,6 +107,7 @@ class StorageTracker(TorchDispatchMode):
             register_module_forward_pre_hook(self._enter_module),
             register_module_forward_hook(self._leave_module, always_call=True),  # checkpoints leave by an exception
         ]
+        uses_by_one()
         super().__enter__()
         return self
 
@@ -145,6 +147,8 @@ class StorageTracker(TorchDispatchMode):
         elif self._in_backward and not running:
             self._after_backward()
         self._in_backward = running
+        if running and func is ADD and adds_in_place(args, kwargs or {}):
+            func = ADD_IN_PLACE
         out = self._call(func, args, kwargs or {})
         for leaf in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(leaf, Tensor):
