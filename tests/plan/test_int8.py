@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM, PreTrainedModel
 
 from hf_galore import Int8Config, quantize_weights_
 from hf_galore.int8 import BLOCK, products
@@ -21,6 +21,12 @@ from tests.support.planning import OPTIM_ARGS, llama, sft
 def _many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of which a plan leaves out those in the middle."""
     monkeypatch.setattr(products, "TILE_ELEMENTS", 2**11)
+
+
+@pytest.fixture(autouse=True)
+def _without_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written becomes float in the host's memory, a file at a time: on a CPU that counts, and on a card not."""
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", lambda *args, **kwargs: None)
 
 
 def int8_llama() -> LlamaForCausalLM:
