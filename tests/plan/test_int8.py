@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausa
 from hf_galore import Int8Config, quantize_weights_
 from hf_galore.int8 import BLOCK, products
 from hf_galore.plan.planner import plan
+from hf_galore.plan.processes import check_no_int8
 from hf_galore.plan.tracking import GRANULE, StorageTracker
 from tests.plan.test_planner import SETTINGS, assert_plan_is_measured
 from tests.support.planning import OPTIM_ARGS, llama, sft
@@ -110,3 +111,11 @@ def test_a_weight_is_seen_by_what_it_holds() -> None:
         assert tracker.live_bytes == 2 * (weight.codes.nbytes + weight.exponents.nbytes)
         del copied
         assert tracker.breakdown() == {"parameters": weight.codes.nbytes + weight.exponents.nbytes}
+
+
+def test_a_plan_of_shards_is_refused_by_name() -> None:
+    model = llama().to(torch.bfloat16)
+    check_no_int8(model)
+    quantize_weights_(model)
+    with pytest.raises(ValueError, match=r"FSDP2 does not shard weights in 8 bits, and those of model\.layers.*are"):
+        check_no_int8(model)
