@@ -43,11 +43,12 @@ def int8_linear(x: Tensor, weight: Int8Blocks, bias: Tensor | None) -> Tensor:
     rows = x.reshape(-1, n)
     out = x.new_empty((len(rows), m))
     for part in tiles(m, n):
-        tile = read_blocks(Int8Blocks(weight.codes[part], weight.exponents[part]), x.dtype)
+        # Without a name: one that holds a tile until the next is there would double what tiles take.
+        blocks = Int8Blocks(weight.codes[part], weight.exponents[part])
         if bias is None:
-            torch.mm(rows, tile.mT, out=out[:, part])
+            torch.mm(rows, read_blocks(blocks, x.dtype).mT, out=out[:, part])
         else:
-            torch.addmm(bias[part], rows, tile.mT, out=out[:, part])
+            torch.addmm(bias[part], rows, read_blocks(blocks, x.dtype).mT, out=out[:, part])
     return out.view(*x.shape[:-1], m)
 
 
@@ -63,6 +64,6 @@ def times_weight(delta: Tensor, weight: Int8Blocks) -> Tensor:
     out = delta.new_empty((len(rows), n))
     for part in tiles(n, m, BLOCK):
         blocks = slice(part.start // BLOCK, -(-part.stop // BLOCK))
-        tile = read_blocks(Int8Blocks(weight.codes[:, part], weight.exponents[:, blocks]), delta.dtype)
-        torch.mm(rows, tile, out=out[:, part])
+        tile = Int8Blocks(weight.codes[:, part], weight.exponents[:, blocks])
+        torch.mm(rows, read_blocks(tile, delta.dtype), out=out[:, part])
     return out.view(*delta.shape[:-1], n)

@@ -22,9 +22,12 @@ from transformers import AutoConfig, PreTrainedModel, TrainingArguments
 from transformers.utils import is_peft_available
 
 from . import trainer_parts
+from .int8_model import quantize_weights_
+from .int8_quantizer import METHOD
 from .older import loss_asks_for_triton, loss_kernels, loss_of_all_labels, masks_ask_themselves, told_of_padding
 from .signatures import moved
 from .trl_dpo import without_reference_numbers
+from .trl_offloading import moved_offloading, offloading
 
 # What is replaced, and what the replacements call, with the signatures that they were written for.
 _MASKS: dict[str, str] = {
@@ -62,6 +65,7 @@ def without_numbers(
             *((transformers.masking_utils, name, replacement) for name, replacement in masks.items()),
             *loss_of_all_labels(),
             *without_reference_numbers(),
+            *offloading(),
             (transformers.trainer_pt_utils, "nested_numpify", _numpify),
             (TrainingArguments, "n_gpu", _at_most_one(TrainingArguments.n_gpu)),
         ):
@@ -106,7 +110,7 @@ def moved_stand_ins() -> list[str]:
         (GlobalOptimManager, ("_instance",)),
     ):
         found += [f"{owner.__name__}.{name} is gone" for name in names if not hasattr(owner, name)]
-    return found
+    return found + moved_offloading()
 
 
 def _from_config(
@@ -122,8 +126,12 @@ def _from_config(
 ) -> PreTrainedModel:
     """Instead of `PreTrainedModel.from_pretrained`: a model of that shape, with no weights behind it."""
     config = config or AutoConfig.from_pretrained(name)
-    if quantization_config is not None or getattr(config, "quantization_config", None) is not None:
-        raise ValueError("A model with quantized weights (load_in_4bit, load_in_8bit) cannot be planned.")
+    quantization = _options_of(quantization_config or getattr(config, "quantization_config", None))
+    if quantization is not None and quantization.get("quant_method") != METHOD:
+        raise ValueError(
+            "A model with quantized weights (load_in_4bit, load_in_8bit) cannot be planned, unless they are in 8 bits "
+            "and train (weight_bits: 8)."
+        )
     if dtype is None or dtype == "auto":
         dtype = config.dtype or torch.float32
     if attn_implementation is not None and attn_implementation.startswith(("flash_attention", "kernels")):
@@ -133,8 +141,17 @@ def _from_config(
         dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype,
         **({} if attn_implementation is None else {"attn_implementation": attn_implementation}),
     )
+    if quantization is not None:  # there is no moment when more than one of its weights is not in 8 bits
+        quantize_weights_(model, quantization.get("modules_to_not_convert"))
     model.eval()
     return model
+
+
+def _options_of(quantization_config: Any) -> dict[str, Any] | None:
+    """A quantization config as a mapping, as a checkpoint's config.json has it; `None` where there is none."""
+    if quantization_config is None or isinstance(quantization_config, dict):
+        return quantization_config
+    return {**vars(quantization_config), "quant_method": str(quantization_config.quant_method)}
 
 
 def _as_saved(self: PreTrainedModel, *args: Any, state_dict: Any = None, **kwargs: Any) -> None:

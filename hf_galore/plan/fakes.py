@@ -26,12 +26,14 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
-from ..backward.gradient import StandIn
+from ..int8 import Int8Weight, products, update, weight
+from ..int8.products import tiles
 from ..integrations.stand_ins import without_numbers
 from ..kernels import where as kernel_choice
 from ..lowrank import nonfinite, quantize, refresh
 from ..rules import adam_8bit
 from .shape_cache import ShapeCache
+from .tracking import WRAPPERS
 
 Target = Literal["cuda", "cpu"]
 
@@ -99,6 +101,9 @@ def fake_training(target: Target) -> Iterator[Fakes]:
             (nonfinite, "_look", lambda norm: None if target == "cuda" else False),
             (nonfinite, "host_knows", lambda tensor: target == "cpu"),
             (refresh, "usual", lambda device: "products" if target == "cuda" else "reflections"),
+            # Weights in 8 bits have no numbers that they would have to be rounded from.
+            (Int8Weight, "from_float", classmethod(_without_values)),
+            *((module, "tiles", _outer_tiles) for module in (products, update, weight)),
             # A card's kernels are ours, but for systems that Triton is not made for.
             (kernel_choice, "_look", lambda tensor: target == "cuda" and sys.platform != "win32"),
         ):
@@ -122,7 +127,7 @@ class _Answers(TorchDispatchMode):
         self._fakes = fakes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(kind, StandIn) for kind in types):
+        if any(issubclass(kind, WRAPPERS) for kind in types):
             return NotImplemented  # theirs to answer, with operations on what they hold
         return self._fakes.call(func, args, kwargs or {})
 
@@ -195,6 +200,21 @@ def _apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True
             if buffer is not None:
                 module._buffers[name] = fn(buffer)
     return self
+
+
+# ---- weights in 8 bits
+
+
+def _without_values(cls: type[Int8Weight], values: Tensor, dtype: torch.dtype | None = None) -> Int8Weight:
+    """Instead of `Int8Weight.from_float`: one of that shape."""
+    m, n = values.shape
+    return cls.empty((m, n), dtype or values.dtype, values.device)
+
+
+def _outer_tiles(size: int, other: int, multiple: int = 1) -> Iterator[slice]:
+    """Instead of `tiles`: those in between come and go as the second does, and are three of four operations."""
+    every = list(tiles(size, other, multiple))
+    yield from every if len(every) <= 3 else (*every[:2], every[-1])
 
 
 # ---- kernels

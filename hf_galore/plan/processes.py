@@ -10,9 +10,11 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from torch import nn
 from transformers import Trainer
 
 from ..expandable_segments import in_use as expandable_in_use
+from ..int8 import is_int8
 from ..integrations.accelerate import unwrapped
 from ..integrations.fsdp_units import fsdp_units
 from ..integrations.target_summary import grouped
@@ -118,9 +120,12 @@ def rank_plan(
         exchange: what DDP reduces of targets; by default R where the backward pass gives it, else G.
 
     Raises:
-        ValueError: the model is to be sharded, and something is projected that is not when it is.
+        ValueError: the model is to be sharded, and something is projected that is not when it is, or its weights are in
+            8 bits.
     """
     optimizer, model, args = unwrapped(trainer.optimizer), trainer.model, trainer.args
+    if sharded:
+        check_no_int8(model)
     hooks = getattr(optimizer, "hooks", None)
     hooked = hooks is not None
     if exchange is None:
@@ -145,6 +150,20 @@ def rank_plan(
     upcast = any(parameter.itemsize != parameter.wire_itemsize for parameter in parameters)
     sent = sent_bytes(payload, processes)
     return RankPlan(devices, name, upcast, memory, payload, sent, where_all_refresh)
+
+
+def check_no_int8(model: nn.Module) -> None:
+    """Check that no weight of a model is in 8 bits, which FSDP2 does not shard.
+
+    Raises:
+        ValueError: some are.
+    """
+    in_8_bits = [name for name, param in model.named_parameters() if is_int8(param)]
+    if in_8_bits:
+        raise ValueError(
+            f"FSDP2 does not shard weights in 8 bits, and those of {grouped(in_8_bits)} are. Plan for DDP, without "
+            "sharded, or leave out weight_bits."
+        )
 
 
 def _check_matrices(parameters: Iterable[Parameter]) -> None:

@@ -19,6 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..backward.gradient import StandIn, in_backward
+from ..int8 import Int8Weight
+from .accumulation import ADD, ADD_IN_PLACE, adds_in_place, uses_by_one
+
+WRAPPERS = (StandIn, Int8Weight)
+"""Tensors that have no storage of their own, and answer operations with operations on what they hold."""
 
 # CUDA's allocator hands out multiples of this many bytes.
 GRANULE = 512
@@ -102,6 +107,7 @@ class StorageTracker(TorchDispatchMode):
             register_module_forward_pre_hook(self._enter_module),
             register_module_forward_hook(self._leave_module, always_call=True),  # checkpoints leave by an exception
         ]
+        uses_by_one()
         super().__enter__()
         return self
 
@@ -133,7 +139,7 @@ class StorageTracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _DEVICE:  # asked half of the time, and nothing is allocated
             return args[0].device
-        if any(issubclass(kind, StandIn) for kind in types):
+        if any(issubclass(kind, WRAPPERS) for kind in types):
             return NotImplemented  # it answers with operations on what it holds, which are seen
         running = in_backward()
         if running and not self._in_backward:
@@ -141,6 +147,8 @@ class StorageTracker(TorchDispatchMode):
         elif self._in_backward and not running:
             self._after_backward()
         self._in_backward = running
+        if running and func is ADD and adds_in_place(args, kwargs or {}):
+            func = ADD_IN_PLACE
         out = self._call(func, args, kwargs or {})
         for leaf in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(leaf, Tensor):
@@ -150,12 +158,13 @@ class StorageTracker(TorchDispatchMode):
     def label(self, tensors: Iterable[Tensor], label: str) -> None:
         """Say what the storages of `tensors` are, seen before or not; overrides what was said before."""
         for tensor in tensors:
-            storage = self._see(tensor, "")
-            if storage is not None:
-                storage.label = label
+            for inner in tensor.blocks if isinstance(tensor, Int8Weight) else (tensor,):
+                storage = self._see(inner, "")
+                if storage is not None:
+                    storage.label = label
 
     def _see(self, tensor: Tensor, operation: Any) -> _Storage | None:
-        if isinstance(tensor, StandIn):
+        if isinstance(tensor, WRAPPERS):
             return None
         if tensor.device != self._device:
             return None

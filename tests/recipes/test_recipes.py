@@ -291,6 +291,7 @@ PARAMETERS = {
     "mistralai/Mistral-7B-v0.3": 7_248_023_552,
     "Qwen/Qwen3-30B-A3B-Base": 30_532_122_624,
     "Qwen/Qwen3-8B-Base": 8_190_735_360,
+    "Qwen/Qwen3-14B-Base": 14_768_307_200,
     **dict.fromkeys(("Qwen/Qwen3-4B", "Qwen/Qwen3-4B-Base"), 4_022_468_096),
     **dict.fromkeys(("Qwen/Qwen3-1.7B", "Qwen/Qwen3-1.7B-Base"), 1_720_574_976),
     **dict.fromkeys(("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B-Base"), 596_049_920),
