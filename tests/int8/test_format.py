@@ -34,7 +34,7 @@ def reference(values: Tensor) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int
 
 
 def values_of(codes: npt.NDArray[np.int64], exponents: npt.NDArray[np.int64]) -> Matrix:
-    steps = np.repeat(2.0 ** (exponents - 127), 32, axis=1)[:, : codes.shape[1]]
+    steps = np.repeat(2.0 ** (exponents - 127).astype(np.float64), 32, axis=1)[:, : codes.shape[1]]
     found: Matrix = codes * steps
     return found
 

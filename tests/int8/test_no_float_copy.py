@@ -6,7 +6,7 @@ Every operation of whole steps is looked at, those of backward passes and of int
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_galore.backward.stand_in import StandIn
 from hf_galore.int8 import BLOCK, Int8Weight, is_int8, products
-from hf_galore.optim import GaLoreAdamW
-from tests.support.int8 import Net, in_8_bits, net, train
+from hf_galore.optim import GaLoreAdamW, GaLoreOptimizer
+from tests.support.int8 import Net, as_int8, in_8_bits, net, train, weight_of
 
 # Of which no tile of another weight has as many elements.
 WIDTH = 72
@@ -33,7 +33,7 @@ class FloatCopies(TorchDispatchMode):
         weights: the int8 weights. No activation and no low-rank gradient may have as many elements as one.
     """
 
-    def __init__(self, weights: list[Tensor]) -> None:
+    def __init__(self, weights: Sequence[Tensor]) -> None:
         super().__init__()
         self.found: list[str] = []
         self.operations = 0
@@ -58,10 +58,8 @@ def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "TILE_ELEMENTS", 1100)
 
 
-def int8_targets(model: Net) -> list[Tensor]:
-    weights = model.targets()
-    assert all(map(is_int8, weights))
-    return weights
+def int8_targets(model: Net) -> list[Int8Weight]:
+    return [as_int8(weight) for weight in model.targets()]
 
 
 def make(**options: Any) -> Callable[[Net], Any]:
@@ -77,7 +75,7 @@ def make(**options: Any) -> Callable[[Net], Any]:
 
 def checkpointed(use_reentrant: bool) -> Callable[[Net, Tensor], Tensor]:
     def forward(model: Net, x: Tensor) -> Tensor:
-        out: Any = checkpoint(model, x.requires_grad_(), use_reentrant=use_reentrant)
+        out: Tensor = checkpoint(model, x.requires_grad_(), use_reentrant=use_reentrant)
         return out
 
     return forward
@@ -85,7 +83,8 @@ def checkpointed(use_reentrant: bool) -> Callable[[Net, Tensor], Tensor]:
 
 def autocast(model: Net, x: Tensor) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16):
-        return model(x).to(x.dtype)
+        out: Tensor = model(x).to(x.dtype)
+    return out
 
 
 STEPS: dict[str, dict[str, Any]] = {
@@ -111,8 +110,9 @@ def test_no_float_tensor_is_as_large_as_a_weight(words: str, dtype: torch.dtype)
         optimizer = train(model, make(**options), steps=7, **STEPS[words])
     assert copies.found == []
     assert copies.operations > 1000
+    assert isinstance(optimizer, GaLoreOptimizer)
     assert optimizer.refresh_figures()["refreshes"] >= 6
-    for weight, old in zip(model.targets(), before, strict=True):
+    for weight, old in zip(int8_targets(model), before, strict=True):
         assert (weight.dequantized() != old).double().mean() > 0.2
 
 
@@ -148,7 +148,7 @@ def test_a_gradient_that_is_built_is_seen() -> None:
         train(model, make(projected_backward=False), steps=1)
     assert len([operation for operation in copies.found if "aten.mm" in operation]) >= 3
     with FloatCopies(int8_targets(model)) as copies:
-        _ = model.up.weight.dequantized()
+        _ = weight_of(model.up).dequantized()
         _ = model.up.weight.norm()
     assert len(copies.found) > 2
 

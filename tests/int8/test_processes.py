@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from torch import distributed, nn
+from torch import distributed
 
 from hf_galore.optim import GaLoreAdamW
 from tests.integrations.test_engines import two_processes
-from tests.support.int8 import in_8_bits, net
+from tests.support.int8 import in_8_bits, net, weight_of
 from tests.support.warm import launch, module, ran
 
 
@@ -93,8 +92,8 @@ def test_data_parallel_is_refused(tmp_path: Path) -> None:
 
 def test_what_lightning_does() -> None:
     """Move a module to a device that it is on, and its optimizer's state."""
-    model: nn.Module = net()
-    weight: Any = model.up.weight
+    model = net()
+    weight = weight_of(model.up)
     optimizer = GaLoreAdamW([{"params": [weight], "rank": 4}], lr=1e-2, module=model, layerwise=True)
     model.to("cpu")
     assert model.up.weight is weight

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_galore.int8 import Int8Weight, products
 from hf_galore.optim import GaLoreAdamW, GaLoreOptimizer
+from tests.support.int8 import as_int8, weight_of
 
 M, N = 24, 70
 OUTER = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
@@ -36,13 +37,6 @@ def layer(dtype: torch.dtype = torch.float32, *, bias: bool = True, seed: int = 
     made = nn.Linear(N, M, bias=bias)
     made.weight = nn.Parameter(Int8Weight.from_float(made.weight.detach()))
     return made.to(dtype)
-
-
-def weight_of(module: nn.Module) -> Int8Weight:
-    weight = module.weight
-    assert isinstance(weight, Int8Weight)
-    assert isinstance(weight, nn.Parameter)
-    return weight
 
 
 def twin(made: nn.Linear) -> nn.Linear:
@@ -83,7 +77,8 @@ def values(rows: int = M, columns: int = N, dtype: torch.dtype = torch.float32, 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 def test_forward_and_backward(bias: bool, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     made = layer(dtype, bias=bias)
-    found, expected = [], []
+    found: list[Any] = []
+    expected: list[Any] = []
     for module, results in ((made, found), (twin(made), expected)):
         x = values(1, N)[0].expand(*shape, N).clone().to(dtype).requires_grad_()
         out = module(x)
@@ -191,7 +186,7 @@ def test_gradients_that_are_differentiated_under_an_optimizer() -> None:
 def test_autograd_grad_and_hooks() -> None:
     made = layer(torch.float64)
     x = values(3, N, torch.float64)
-    expected = torch.autograd.grad(twin(made)(x).sum(), twin(made).weight, allow_unused=True)
+    expected: Any = torch.autograd.grad(twin(made)(x).sum(), twin(made).weight, allow_unused=True)
     (found,) = torch.autograd.grad(made(x).sum(), made.weight)
     assert type(found) is Tensor
     assert expected == (None,)  # of another twin; the next line is the comparison
@@ -199,7 +194,7 @@ def test_autograd_grad_and_hooks() -> None:
     assert_near(found, torch.autograd.grad(other(x).sum(), other.weight)[0])
     seen: list[Tensor] = []
     made.weight.register_hook(lambda gradient: gradient * 2)
-    made.weight.register_post_accumulate_grad_hook(lambda param: seen.append(param.grad))  # type: ignore[arg-type]
+    made.weight.register_post_accumulate_grad_hook(lambda param: seen.append(param.grad))
     made(x).sum().backward()
     assert_near(seen[0], 2 * found)
 
@@ -222,6 +217,7 @@ def test_functional_calls() -> None:
 def test_compiled() -> None:
     """What torch.compile traces reads the weight anew each time."""
     made = layer(torch.float64)
+    weight = weight_of(made)
     x = values(3, N, torch.float64)
     for backend in ("eager", "aot_eager"):
         compiled: Any = torch.compile(made, backend=backend)
@@ -231,9 +227,11 @@ def test_compiled() -> None:
             assert_near(compiled(x), other(x))
             compiled(x).square().sum().backward()
             other(x).square().sum().backward()
-            assert_near(made.weight.grad, other.weight.grad)
+            assert weight.grad is not None
+            assert other.weight.grad is not None
+            assert_near(weight.grad, other.weight.grad)
             with torch.no_grad():
-                made.weight.copy_(values(dtype=torch.float64, seed=7) * made.weight.grad.abs().max())
+                weight.copy_(values(dtype=torch.float64, seed=7) * weight.grad.abs().max())
         torch.compiler.reset()
 
 
@@ -245,13 +243,13 @@ def test_state_dicts_both_ways() -> None:
     floats = nn.Linear(N, M, dtype=torch.bfloat16)
     floats.load_state_dict(made.state_dict())
     assert type(floats.weight) is nn.Parameter
-    assert torch.equal(floats.weight, made.weight.dequantized())
+    assert torch.equal(floats.weight, weight_of(made).dequantized())
     other.load_state_dict(floats.state_dict())  # an ordinary bfloat16 checkpoint is exact
     assert_same_weight(weight_of(other), made.weight)
     third = layer(torch.bfloat16, seed=2)
     third.load_state_dict(made.state_dict())
     assert_same_weight(weight_of(third), made.weight)
-    assert weight_of(third).codes.data_ptr() != made.weight.codes.data_ptr()
+    assert weight_of(third).codes.data_ptr() != weight_of(made).codes.data_ptr()
     rounded = layer(torch.float32)
     rounded.load_state_dict({"weight": values(), "bias": torch.zeros(M)})
     assert_same_weight(weight_of(rounded), Int8Weight.from_float(values()))
@@ -303,7 +301,8 @@ def test_copies_of_a_layer(way: str) -> None:
 def test_cast(dtype: torch.dtype) -> None:
     """The parameter stays the one that it is, as a float one does, and what is hooked on it; it is in 8 bits."""
     made = layer(torch.float32)
-    weight, before = made.weight, made.weight.dequantized()
+    weight = weight_of(made)
+    before = weight.dequantized()
     calls: list[int] = []
     weight.register_post_accumulate_grad_hook(lambda _: calls.append(1))
     made(values(2, N)).sum().backward()
@@ -350,7 +349,7 @@ def test_data() -> None:
     made = layer(torch.bfloat16)
     with torch.no_grad():
         made.weight.data.zero_()
-    assert (made.weight.dequantized() == 0).all()
+    assert (weight_of(made).dequantized() == 0).all()
     other = Int8Weight.from_float(values())
     made.weight.data = other
     assert_same_weight(made.weight, other)
@@ -378,11 +377,11 @@ def test_copy() -> None:
             made.weight.copy_(given)
             assert_same_weight(made.weight.detach(), Int8Weight.from_float(given, torch.bfloat16))
         made.weight.copy_(torch.tensor(2.5))
-        assert (made.weight.dequantized() == 2.5).all()
+        assert (weight_of(made).dequantized() == 2.5).all()
         floats = torch.empty(M, N)
         made.weight.copy_(values())
         floats.copy_(made.weight)
-        assert torch.equal(floats, made.weight.dequantized(torch.float32))
+        assert torch.equal(floats, weight_of(made).dequantized(torch.float32))
     with pytest.raises(RuntimeError, match="leaf Variable"):
         made.weight.copy_(values())
     with torch.no_grad(), pytest.raises(RuntimeError, match="expand"):
@@ -416,7 +415,7 @@ def test_initialised(name: str) -> None:
     torch.manual_seed(0)
     function, deviation = INITS[name]
     function(made.weight)
-    found = made.weight.dequantized(torch.float32)
+    found = weight_of(made).dequantized(torch.float32)
     assert made.weight.requires_grad
     if deviation == 0.0:
         assert found.std() == 0
@@ -435,7 +434,7 @@ def test_initialised_as_layers_are() -> None:
         made.weight.zero_()
     made.reset_parameters()
     bound = N**-0.5
-    assert 0.9 * bound < made.weight.dequantized().abs().max() < 1.01 * bound
+    assert 0.9 * bound < weight_of(made).dequantized().abs().max() < 1.01 * bound
 
 
 # ---- read
@@ -462,7 +461,7 @@ READS: dict[str, Callable[[Tensor], Any]] = {
 
 @pytest.mark.parametrize("name", READS)
 def test_read_like_its_values(name: str) -> None:
-    weight = layer(torch.float64).weight
+    weight = weight_of(layer(torch.float64))
     found, expected = READS[name](weight.detach()), READS[name](weight.dequantized())
     assert type(found) is Tensor
     assert torch.equal(found, expected)
@@ -470,7 +469,7 @@ def test_read_like_its_values(name: str) -> None:
 
 def test_what_is_like_it_has_floats() -> None:
     """Whatever optimizers make like a weight; `empty_like` has codes, for `to_empty`."""
-    weight = layer(torch.bfloat16).weight.detach()
+    weight = as_int8(layer(torch.bfloat16).weight.detach())
     for made in (torch.zeros_like(weight), torch.ones_like(weight), torch.rand_like(weight), weight.new_zeros(M, N)):
         assert type(made) is Tensor
         assert made.shape == (M, N)
@@ -478,8 +477,8 @@ def test_what_is_like_it_has_floats() -> None:
         assert made.is_contiguous()
     assert torch.zeros_like(weight, dtype=torch.float32).dtype == torch.float32
     assert isinstance(torch.empty_like(weight), Int8Weight)
-    assert weight.detach().codes.data_ptr() == weight.codes.data_ptr()
-    assert weight.clone().codes.data_ptr() != weight.codes.data_ptr()
+    assert as_int8(weight.detach()).codes.data_ptr() == weight.codes.data_ptr()
+    assert as_int8(weight.clone()).codes.data_ptr() != weight.codes.data_ptr()
     assert weight.contiguous().dtype == torch.bfloat16
 
 
@@ -489,7 +488,7 @@ def test_clipping_and_norms_of_gradients() -> None:
     for module in (made, other):
         module(values(3, N, torch.float64)).square().sum().backward()
     norms = [nn.utils.clip_grad_norm_(module.parameters(), 0.1) for module in (made, other)]
-    assert_near(*norms)
+    assert_near(norms[0], norms[1])
     for one, two in zip(made.parameters(), other.parameters(), strict=True):
         assert one.grad is not None
         assert two.grad is not None
@@ -533,7 +532,7 @@ CHANGES: dict[str, Callable[[Tensor], Any]] = {
     "masked_fill_": lambda w: w.masked_fill_(torch.ones(M, N, dtype=torch.bool), 0.0),
     "index_copy_": lambda w: w.index_copy_(0, torch.tensor([0]), torch.ones(1, N)),
     "resize_": lambda w: w.resize_(3),
-    "set_": lambda w: w.set_(torch.zeros(1)),
+    "set_": lambda w: w.set_(torch.zeros(1)),  # type: ignore[call-overload]
     "bernoulli_": lambda w: w.bernoulli_(),
     "lerp_": lambda w: w.lerp_(torch.ones(M, N), 0.5),
 }
@@ -637,7 +636,7 @@ def test_stochastic_rounding_may_be_asked_for(dtype: torch.dtype) -> None:
 
 def test_two_of_the_same_codes_are_refused() -> None:
     made = layer()
-    other = nn.Parameter(Int8Weight(made.weight.codes, made.weight.exponents, torch.float32))
+    other = nn.Parameter(Int8Weight(*weight_of(made).blocks, torch.float32))
     with pytest.raises(ValueError, match="two parameters in the same memory"):
         GaLoreAdamW([{"params": [made.weight, other], "rank": 4}], lr=1e-2)
 
@@ -649,11 +648,11 @@ def test_moved_and_cast_under_an_optimizer() -> None:
     )
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         made.to(dtype)
-        before = made.weight.dequantized()
+        before = weight_of(made).dequantized()
         made(values(3, N, dtype)).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-        assert not torch.equal(made.weight.dequantized(), before)
+        assert not torch.equal(weight_of(made).dequantized(), before)
 
 
 def test_a_view_of_it_is_not_projected() -> None:

@@ -97,7 +97,8 @@ class Block(nn.Module):
         self.up, self.down, self.norm = nn.Linear(64, 256), nn.Linear(256, 64), nn.LayerNorm(64)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.nn.functional.silu(self.up(self.norm(x))))
+        out: Tensor = x + self.down(torch.nn.functional.silu(self.up(self.norm(x))))
+        return out
 
 
 def live_bytes(kind: Any, *, checkpointed: bool, streams: bool) -> tuple[list[Any], Tensor]:

@@ -22,7 +22,7 @@ class Copied(torch.autograd.Function):
         return x * 1
 
     @staticmethod
-    def backward(ctx: Any, delta: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, delta: Tensor) -> Tensor:
         return torch.empty_like(delta).copy_(delta)
 
 
@@ -74,7 +74,7 @@ def test_what_python_adds_is_left_alone() -> None:
             return x * 1
 
         @staticmethod
-        def backward(ctx: Any, delta: Tensor) -> Tensor:  # type: ignore[override]
+        def backward(ctx: Any, delta: Tensor) -> Tensor:
             first, second = delta * 2, delta * 3
             both = first + second
             return both + first + second

@@ -9,7 +9,7 @@ import torch
 from accelerate.state import GradientState
 from torch import Tensor, nn
 
-from hf_galore.int8 import Int8Weight, is_int8
+from hf_galore.int8 import Int8Weight
 from hf_galore.optim import GaLoreOptimizer
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -26,6 +26,20 @@ def in_8_bits(model: Model, but: Collection[str] = ()) -> Model:
             trains = module.weight.requires_grad
             module.weight = nn.Parameter(Int8Weight.from_float(module.weight.detach()), requires_grad=trains)
     return model
+
+
+def as_int8(tensor: Tensor) -> Int8Weight:
+    """The tensor, which is an int8 weight."""
+    assert isinstance(tensor, Int8Weight)
+    return tensor
+
+
+def weight_of(layer: nn.Module) -> Int8Weight:
+    """The weight of a layer, a parameter in 8 bits."""
+    weight = layer.weight
+    assert isinstance(weight, Int8Weight)
+    assert isinstance(weight, nn.Parameter)
+    return weight
 
 
 class Net(nn.Module):
@@ -124,8 +138,8 @@ def codes_apart(found: nn.Module, expected: nn.Module) -> float:
     apart = total = 0
     others = dict(expected.named_parameters())
     for name, param in found.named_parameters():
-        if is_int8(param):
-            apart += int((param.dequantized() != others[name].dequantized()).sum())
+        if isinstance(param, Int8Weight):
+            apart += int((param.dequantized() != as_int8(others[name]).dequantized()).sum())
             total += param.numel()
     assert total
     return apart / total
