@@ -83,7 +83,7 @@ _MEANINGS = {
     "gradient_bits": "of low-rank gradients that are held",
     "norm_probes": "columns for the true norm; 0: R's",
     "rule": "if not optim's rule",
-    "residual": "what becomes of G outside the basis",
+    "residual": "what becomes of the rest of G",
     "residual_scale": "multiplies the residual's update",
     "scaling": "G itself, scaled; no basis kept",
     "stochastic_rounding": "of bfloat16 weights",
