@@ -104,7 +104,7 @@ class Int8Weight(Tensor):
         increment_version(self)
 
     def dequantized(self, dtype: torch.dtype | None = None) -> Tensor:
-        """All values, in its dtype by default: a tensor of the whole shape."""
+        """All values, in its dtype by default: a tensor of the whole shape, through which no gradient comes back."""
         return read_blocks(self.blocks, dtype or self.dtype)
 
     @torch.no_grad()
@@ -142,6 +142,11 @@ class Int8Weight(Tensor):
             return _set_data(*args)
         if func is Tensor.share_memory_:  # torch would look for a storage
             return _share_memory_(*args)
+        if func is Tensor.storage:  # safetensors asks for it
+            raise TypeError(
+                "An int8 weight has no storage of its own, which safetensors writes. Save a transformers model by "
+                "save_pretrained, any state dict by torch.save, or the values, which `weight.dequantized()` has."
+            )
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -255,7 +260,8 @@ def _refuse(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                     f"{func} would change an int8 weight in place, and what is smaller than a step of 8 bits would be "
                     "lost. hf_galore's optimizers train such weights, rounding at random (with a Trainer "
                     'optim="galore_adamw_8bit_layerwise" and its kin, in a loop hf_galore.make_optimizer), and no '
-                    "others do; `weight.copy_(values)` sets one."
+                    "others do; `weight.copy_(values)` sets one. An average of weights begins with "
+                    "`weight.dequantized(torch.float32)`, a tensor that can be changed."
                 )
         if _has_int8(kwargs.get("out")):
             raise TypeError(f"{func} cannot write to an int8 weight: `weight.copy_(values)` sets one.")
@@ -267,8 +273,9 @@ def _refuse(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         )
     elif any(argument.alias_info is not None for argument in func._schema.arguments):
         raise TypeError(
-            f"{func} would give a view, and an int8 weight has none. `weight.dequantized()` has its values; "
-            "`torch.nn.functional.linear` multiplies with it."
+            f"{func} would give a view, and an int8 weight has none. `weight.dequantized()` has its values, through "
+            "which it gets no gradient; `torch.nn.functional.linear` multiplies with it, and has one. A layer whose "
+            "weight a model takes apart can stay as it is: name it in modules_to_not_convert."
         )
 
 

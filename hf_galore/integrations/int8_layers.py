@@ -13,6 +13,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..int8 import Int8Weight, is_int8
 from ..log import and_others, logger
+from ..optim.live import say_if_left_behind
 from .weights import head_modules
 
 NOT_FINITE = 255
@@ -110,7 +111,7 @@ def to_int8_(model: nn.Module, kept: dict[str, str]) -> list[str]:
     Raises:
         ValueError: a weight is not finite, or of a dtype that cannot be; those before it are converted.
     """
-    converted = []
+    converted, exchanged = [], []
     for name, module in model.named_modules():
         if name in kept or not is_plain_linear(module) or is_int8(module.weight):
             continue
@@ -126,9 +127,11 @@ def to_int8_(model: nn.Module, kept: dict[str, str]) -> list[str]:
         new = nn.Parameter(made, requires_grad=weight.requires_grad)
         if getattr(weight, "_is_hf_initialized", False):
             new._is_hf_initialized = True  # type: ignore[attr-defined]
+        exchanged.append(id(weight))
         module.weight = new
         del weight
         converted.append(name)
+    say_if_left_behind(exchanged)
     return converted
 
 

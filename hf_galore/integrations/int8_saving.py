@@ -6,7 +6,7 @@ those here become floats. Before it they say how large they will be, by which tr
 
 from __future__ import annotations
 
-import functools
+import weakref
 from typing import Any
 
 import torch
@@ -101,11 +101,15 @@ def take_int8_(model: nn.Module) -> None:
 
 
 def _merge_parts(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Put int8 weights in place of their parts. A checkpoint's files may have the two in different ones."""
+    """Put int8 weights in place of their parts. A checkpoint's files may have the two in different ones.
+
+    Parts of layers that the model does not have stay: `load_state_dict` names them.
+    """
+    own = {f"{prefix}{name}": param for name, param in model.named_parameters(remove_duplicate=False)}
     for suffix in (CODES, EXPONENTS):
         for name in [name for name in state if name.endswith(suffix)]:
             whole = f"{name.removesuffix(suffix)}.weight"
-            weight = model.get_parameter(whole.removeprefix(prefix))
+            weight = own.get(whole)
             if not isinstance(weight, Int8Weight):
                 continue
             part = weight.codes if suffix == CODES else weight.exponents
@@ -114,10 +118,29 @@ def _merge_parts(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) 
                 state[whole] = weight.detach()
 
 
+class _BoundedSaving:
+    """A model's `save_pretrained`, with files of another size by default.
+
+    It does not keep the model alive, of which it is an attribute: `del model` frees it without waiting for Python's
+    garbage collector. Copied or pickled with the model it is the copy's.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = weakref.ref(model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model = self._model()
+        if model is None:
+            raise RuntimeError("The model whose save_pretrained this was is gone.")
+        return type(model).save_pretrained(model, *args, **{"max_shard_size": SHARD, **kwargs})
+
+    def __reduce__(self) -> Any:
+        return _BoundedSaving, (self._model(),)
+
+
 def bounded_shards(model: Any) -> None:
     """Let `save_pretrained` write files of 2 GB by default, and not of 50: one at a time is in the host's memory."""
-    unbounded_shards(model)
-    model.save_pretrained = functools.partial(model.save_pretrained, max_shard_size=SHARD)
+    model.save_pretrained = _BoundedSaving(model)
 
 
 def unbounded_shards(model: Any) -> None:

@@ -20,7 +20,7 @@ from ..config import GaLoreConfig
 from ..lowrank import nonfinite
 from ..lowrank.orthonormal import warm_up
 from ..rules import RULES, options_of, own_rule, without_own_name
-from . import admission, checkpoint
+from . import admission, checkpoint, live
 from .gradients import clip_, norm_of_gradients, norms_for_step
 from .groups import GaLoreOptions as GaLoreOptions
 from .groups import check_group_keys, check_held_options, check_options, split_groups, with_seeds
@@ -73,6 +73,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         for device in {target.param.device for target in self.targets() if nonfinite.has_numbers(target.param)}:
             warm_up(device)
         self._hooks = hooks_for(self, model, options, waits=self._waits)
+        live.note(self)
 
     def _init_unsaved(self, rule: str, model: nn.Module | None) -> None:
         """Set what is not in `state_dict()`."""

@@ -8,10 +8,12 @@ import io
 import pickle
 from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -601,6 +603,27 @@ def test_bitsandbytes_is_refused() -> None:
     made(torch.ones(2, 256)).sum().backward()
     with pytest.raises(TypeError, match="hf_galore's optimizers"):
         optimizer.step()
+
+
+def test_files_of_safetensors_are_refused(tmp_path: Path) -> None:
+    """It looks for a storage, and would say of a pointer that it is invalid."""
+    made = layer()
+    for save in (lambda file: save_model(made, file), lambda file: save_file(made.state_dict(), file)):
+        with pytest.raises(TypeError, match=r"no storage of its own.*save_pretrained, any state dict by torch.save"):
+            save(tmp_path / "model.safetensors")
+
+
+def test_refusals_say_what_to_do_instead() -> None:
+    """Of the two ways to multiply only one trains the weight."""
+    weight = layer().weight
+    with pytest.raises(TypeError, match=r"gets no gradient; `torch.nn.functional.linear` .* modules_to_not_convert"):
+        torch.zeros(3, N) @ weight.T
+    assert not weight.dequantized().requires_grad
+    average = weight.dequantized(torch.float32)
+    with pytest.raises(TypeError, match=r"An average of weights begins with `weight.dequantized\(torch.float32\)`"):
+        weight.detach().float().lerp_(average, 0.1)
+    average.lerp_(weight.detach().float(), 0.1)
+    torch.testing.assert_close(average, weight.dequantized(torch.float32))
 
 
 def test_parametrizations_are_refused() -> None:

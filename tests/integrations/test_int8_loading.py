@@ -7,6 +7,8 @@ import gc
 import io
 import json
 import logging
+import pickle
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +159,53 @@ def test_dequantized_it_is_an_ordinary_model(folder: Path, tmp_path: Path) -> No
     assert all(param.requires_grad for param in model.parameters())
 
 
-def test_copied_moved_and_pickled_it_is_itself(folder: Path) -> None:
+def test_it_is_freed_where_nobody_has_it() -> None:
+    """As other models are, whose memory a card has back at once."""
+    gc.collect()
+    gc.disable()
+    try:
+        model = tiny_llama()
+        quantize_weights_(model)
+        alive = weakref.ref(model)
+        del model
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("way", ["quantized", "dequantized"])
+def test_an_optimizer_that_was_made_before_is_named(way: str, caplog: pytest.LogCaptureFixture) -> None:
+    """It would train weights that the model no longer has."""
+    model: Any = tiny_llama()
+    if way == "dequantized":
+        quantize_weights_(model)
+    optimizer = hf_galore.make_optimizer(model, optim_args="rank=4")
+    count = len(quantize_weights_(model)) if way == "quantized" else len(layers_in_int8(model))
+    if way == "dequantized":
+        model.dequantize()
+    assert f"GaLoreAdamW was made before {count} weight(s) of the model were exchanged" in caplog.text
+    caplog.clear()
+    del optimizer
+    other = tiny_llama()
+    hf_galore.make_optimizer(other, optim_args="rank=4")
+    quantize_weights_(model) if way == "dequantized" else model.dequantize()
+    assert "exchanged" not in caplog.text
+
+
+def test_parts_of_layers_that_are_not_there_are_named() -> None:
+    model: Any = tiny_llama()
+    quantize_weights_(model)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    state = {
+        f"model.layers.77.mlp.up_proj{end}": part
+        for end, part in zip((int8_saving.CODES, int8_saving.EXPONENTS), weight.blocks, strict=True)
+    }
+    assert set(model.load_state_dict(dict(state), strict=False).unexpected_keys) == set(state)
+    with pytest.raises(RuntimeError, match=r"Unexpected key\(s\) in state_dict.*layers.77.mlp.up_proj.weight_codes"):
+        model.load_state_dict(dict(state))
+
+
+def test_copied_moved_and_pickled_it_is_itself(folder: Path, tmp_path: Path) -> None:
     model: Any = load(folder, Int8Config())
     other = copy.deepcopy(model)
     assert_same(values_of(other), values_of(model))
@@ -165,7 +213,14 @@ def test_copied_moved_and_pickled_it_is_itself(folder: Path) -> None:
     assert copied.codes.data_ptr() != weight.codes.data_ptr()
     assert copied.requires_grad
     assert isinstance(copied, nn.Parameter)
-    assert other.save_pretrained.func.__self__ is other
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        other.model.norm.weight.fill_(7.0)
+    for one in (other, pickle.loads(pickle.dumps(other))):  # each saves itself
+        one.save_pretrained(tmp_path)
+        assert_same(load(tmp_path).state_dict(), values_of(other))
+    with torch.no_grad():
+        other.model.norm.weight.copy_(model.model.norm.weight)
 
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
