@@ -105,7 +105,7 @@ def _merge_parts(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) 
 
     Parts of layers that the model does not have stay: `load_state_dict` names them.
     """
-    own = {f"{prefix}{name}": param for name, param in model.named_parameters(remove_duplicate=False)}
+    own: dict[str, Any] = {f"{prefix}{name}": param for name, param in model.named_parameters(remove_duplicate=False)}
     for suffix in (CODES, EXPONENTS):
         for name in [name for name in state if name.endswith(suffix)]:
             whole = f"{name.removesuffix(suffix)}.weight"

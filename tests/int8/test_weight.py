@@ -615,7 +615,7 @@ def test_files_of_safetensors_are_refused(tmp_path: Path) -> None:
 
 def test_refusals_say_what_to_do_instead() -> None:
     """Of the two ways to multiply only one trains the weight."""
-    weight = layer().weight
+    weight = weight_of(layer())
     with pytest.raises(TypeError, match=r"gets no gradient; `torch.nn.functional.linear` .* modules_to_not_convert"):
         torch.zeros(3, N) @ weight.T
     assert not weight.dequantized().requires_grad
