@@ -105,7 +105,8 @@ def _merge_parts(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) 
 
     Parts of layers that the model does not have stay: `load_state_dict` names them.
     """
-    own: dict[str, Any] = {f"{prefix}{name}": param for name, param in model.named_parameters(remove_duplicate=False)}
+    named = model.named_parameters(remove_duplicate=False)
+    own: dict[str, Tensor] = {f"{prefix}{name}": param for name, param in named}
     for suffix in (CODES, EXPONENTS):
         for name in [name for name in state if name.endswith(suffix)]:
             whole = f"{name.removesuffix(suffix)}.weight"
