@@ -64,9 +64,11 @@ class UsedGradient(StandIn):
     Args:
         like: the parameter.
         name: of the parameter.
+        instead: what keeps gradients for the step, in words.
     """
 
     parameter: str
+    instead: str
     norm_of_whole: Tensor | None
     """The norm of the gradient that was used."""
     was_zeroed: bool
@@ -74,8 +76,8 @@ class UsedGradient(StandIn):
     addend: Tensor | None
     """The gradient that has come then."""
 
-    def __init__(self, like: Tensor, name: str) -> None:
-        self.parameter = name
+    def __init__(self, like: Tensor, name: str, instead: str = HOLD) -> None:
+        self.parameter, self.instead = name, instead
         self.start(None)
 
     def start(self, norm: Tensor | None) -> None:
@@ -110,12 +112,12 @@ class UsedGradient(StandIn):
             raise RuntimeError(
                 f"A second gradient arrived for {used.parameter}, which this step's backward pass has already updated: "
                 "backward ran twice before optimizer.step(), or a reentrant checkpoint and something else use the "
-                f"weight. Make the optimizer with {HOLD}, or call backward once a step."
+                f"weight. Make the optimizer with {used.instead}, or call backward once a step."
             )
         raise RuntimeError(
             f"{used.parameter}.grad is gone: a layerwise optimizer has updated the weight with it during the backward "
             f"pass, so {operation.__name__} comes too late. To clip, unscale, change or look at gradients make the "
-            f"optimizer with {HOLD}, which keeps them for step(), and clip by optimizer.clip_grad_norm_."
+            f"optimizer with {used.instead}, which keeps them for step(), and clip by optimizer.clip_grad_norm_."
         )
 
 

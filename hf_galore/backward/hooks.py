@@ -18,13 +18,13 @@ from ..lowrank.products import FactoredGradient, GroupedGradient
 from ..lowrank.projection import Bases
 from .attached import GradientHook, detach_all, gradient_hooks_on
 from .expert_modules import patch_experts, why_not_watched
-from .gradient import HOLD, LowRankGradient
+from .gradient import LowRankGradient
 from .linear import patch_linear, why_not_patchable
 from .mode import Mode
 from .notices import Notices, is_compiled
 from .passes import PassCounter, Passes
 from .patched import Patched
-from .whole_window import check_may_hold, window_for
+from .whole_window import check_may_hold, instead_of_using, window_for
 from .window import Window
 from .wrapped import Wrappers
 
@@ -130,6 +130,7 @@ class BackwardHooks:
         optimizer, model, me = self._optimizer(), self._model, weakref.ref(self)
         if optimizer is None:
             return
+        self._mode.instead = instead_of_using(optimizer.trained_parameters())
         for trained in self._lacking(optimizer.trained_parameters()):
             handle = trained.param.register_post_accumulate_grad_hook(GradientHook(me))
             self._handles.append(handle)
@@ -229,7 +230,7 @@ class BackwardHooks:
                 raise RuntimeError(
                     f"The gradient of {window.trained.name} was dropped or replaced before step(), but the backward "
                     "pass had updated the weight with it already. To look at gradients before they are used, make the "
-                    f"layerwise optimizer with {HOLD}."
+                    f"layerwise optimizer with {self._mode.instead}."
                 )
         self.look()
 

@@ -28,6 +28,8 @@ class Mode:
     whole_norms: bool = True
     """Whether the norm of a gradient that was built is G's, and not R's."""
     said_dropped: bool = False
+    instead: str = HOLD
+    """What keeps gradients until `step()`, in words."""
     touched: dict[int, Window] = dataclasses.field(default_factory=dict)
     """The windows that the present step's backward passes have come to, in that order, by their parameters' ids."""
 
@@ -50,5 +52,5 @@ class Mode:
                 "them already (%s for one), and these stay. To be able to drop them make the optimizer with %s. This "
                 "is said once.",
                 name,
-                HOLD,
+                self.instead,
             )

@@ -16,7 +16,7 @@ from ..lowrank.products import FactoredGradient, GroupedGradient
 from ..lowrank.projection import Bases, norm_of
 from .mode import Mode
 from .processes import world_size
-from .stand_in import LowRankTensor
+from .stand_in import HOLD, LowRankTensor
 from .window import Window
 
 if TYPE_CHECKING:
@@ -57,6 +57,11 @@ def check_may_hold(parameters: Iterable[Trained], why: str, otherwise: str) -> N
             f"layerwise would keep those of all layers, which it is there not to do. {otherwise}, or make the "
             f"optimizer with {PLAIN}; or leave out {found.needs_gradient}."
         )
+
+
+def instead_of_using(parameters: Iterable[Trained]) -> str:
+    """What keeps the gradients of a layerwise optimizer for its step, in words."""
+    return PLAIN if any(trained.needs_gradient for trained in parameters) else HOLD
 
 
 class WholeWindow(Window):

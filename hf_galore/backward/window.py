@@ -320,7 +320,7 @@ class Window:
         param, used = self.param, self._used
         self._updated = True
         if used is None or used.device != param.device or used.dtype != param.dtype or used.shape != param.shape:
-            used = self._used = UsedGradient(param, self.trained.name)
+            used = self._used = UsedGradient(param, self.trained.name, self._mode.instead)
         used.start(self._norm)
         param.grad = used
 

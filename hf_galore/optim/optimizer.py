@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..backward.gradient import LowRankGradient, UsedGradient
 from ..backward.hooks import BackwardHooks
 from ..backward.processes import Processes
+from ..backward.whole_window import instead_of_using
 from ..config import GaLoreConfig
 from ..lowrank import nonfinite
 from ..lowrank.orthonormal import warm_up
@@ -276,7 +277,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         if self._hooks is not None and self._hooks.has_updated:
             raise RuntimeError(
                 "The gradients cannot be clipped: weights were already updated during the backward pass. Make the "
-                "optimizer with hold_gradients=True."
+                f"optimizer with {instead_of_using(self.trained_parameters())}."
             )
         norm = self.grad_norm()
         if norm is not None:

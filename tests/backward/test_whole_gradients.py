@@ -222,12 +222,16 @@ def test_a_weight_of_several_reentrant_checkpoints_is_refused() -> None:
     del optimizer
 
 
-def test_a_second_backward_is_refused() -> None:
+def test_a_second_backward_and_clipping_are_refused() -> None:
+    """And what they advise is not what is refused next."""
     optimizer = made(net := Net(), "fira", layerwise=True)
     loss_of(net, batches(1)[0]).backward()
-    with pytest.raises(RuntimeError, match="second gradient arrived"):
+    with pytest.raises(RuntimeError, match=r"second gradient arrived .* Make the optimizer with layerwise=False"):
         loss_of(net, batches(1)[0]).backward()
-    del optimizer
+    with pytest.raises(RuntimeError, match=r"cannot be clipped.* Make the optimizer with layerwise=False"):
+        optimizer.clip_grad_norm_(1.0)
+    with pytest.raises(RuntimeError, match=r"comes too late.* make the optimizer with layerwise=False"):
+        nn.utils.clip_grad_norm_([net.up.weight], 1e-9)
 
 
 def test_options_that_change_under_hooks_are_refused() -> None:
