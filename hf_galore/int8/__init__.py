@@ -6,7 +6,7 @@ that as autograd sees it.
 
 from __future__ import annotations
 
-from .format import BLOCK, Int8Blocks, empty_blocks, read_blocks, to_blocks, write_blocks_
+from .format import BLOCK, NOT_FINITE, Int8Blocks, empty_blocks, read_blocks, to_blocks, write_blocks_
 from .layer import input_gradient, product
 from .products import int8_linear, times_weight
 from .update import add_int8_
@@ -14,6 +14,7 @@ from .weight import Int8Weight, elements_of, is_int8
 
 __all__ = [
     "BLOCK",
+    "NOT_FINITE",
     "Int8Blocks",
     "Int8Weight",
     "add_int8_",

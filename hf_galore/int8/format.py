@@ -37,7 +37,8 @@ LARGEST = 127
 _BIAS = 127
 # Of a float32: where its exponent begins, its mantissa, and the largest mantissa m with 2^k · m ≤ 127 · 2^(k − 6).
 _EXPONENT_AT, _MANTISSA, _MANTISSA_OF_LARGEST = 23, 0x7FFFFF, 0x7E0000
-_NOT_FINITE = 255
+NOT_FINITE = 255
+"""The exponent of a block that is NaN."""
 # Below it a power of 2 is no normal float32; above it 127 of them are none, so that larger values become that.
 _LEAST, _MOST = 1, 248
 
@@ -105,7 +106,7 @@ def write_blocks_(blocks: Int8Blocks, values: Tensor, generator: torch.Generator
     scaled.mul_(1 + halved.unsqueeze(-1).to(scaled.dtype))
     exponents = exponents - halved.to(exponents.dtype)
     finite = largest.isfinite()
-    blocks.exponents.copy_(exponents.masked_fill_(~finite, _NOT_FINITE))
+    blocks.exponents.copy_(exponents.masked_fill_(~finite, NOT_FINITE))
     scaled.masked_fill_(~finite.unsqueeze(-1), 0.0).clamp_(-LARGEST, LARGEST)
     blocks.codes.copy_(scaled.flatten(-2)[..., : values.shape[-1]])
 

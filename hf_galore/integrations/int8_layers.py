@@ -11,13 +11,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from ..int8 import Int8Weight, is_int8
+from ..int8 import NOT_FINITE, Int8Weight, is_int8
 from ..log import and_others, logger
 from ..optim.live import say_if_left_behind
 from .weights import head_modules
-
-NOT_FINITE = 255
-"""The exponent of values that are not finite."""
 
 
 def is_plain_linear(module: nn.Module) -> bool:

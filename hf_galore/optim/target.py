@@ -236,7 +236,7 @@ class Target(Projecting):
         elif skip.known is False or is_identity(weight.dtype, decay):
             # Where only the device knows that the update is skipped, N is zero, and the decay alone changes nothing.
             add_projected_back_(weight, direction, bases, alpha, decay=decay)
-        elif weight.dtype not in (torch.float32, torch.float64):
+        elif not self._is_precise:
             self._add_rounded(weight, group, functools.partial(projected_back, direction, bases), alpha, step, skip)
         else:
             weight.mul_(decay_unless(skip.flag, weight.dtype, decay))

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..backward.gradient import StandIn, in_backward
-from ..int8 import Int8Weight
+from ..int8 import Int8Weight, elements_of
 from .accumulation import ADD, ADD_IN_PLACE, adds_in_place, uses_by_one
 
 WRAPPERS = (StandIn, Int8Weight)
@@ -158,7 +158,7 @@ class StorageTracker(TorchDispatchMode):
     def label(self, tensors: Iterable[Tensor], label: str) -> None:
         """Say what the storages of `tensors` are, seen before or not; overrides what was said before."""
         for tensor in tensors:
-            for inner in tensor.blocks if isinstance(tensor, Int8Weight) else (tensor,):
+            for inner in elements_of(tensor):
                 storage = self._see(inner, "")
                 if storage is not None:
                     storage.label = label

@@ -7,7 +7,6 @@ the first process's are to be everybody's.
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,10 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_galore.int8 import is_int8
 from hf_galore.optim import GaLoreAdamW, GaLoreAdamW8bit
+from tests.support.ddp_loops_script import PROCESSES, RANK, assert_same_everywhere
 from tests.support.int8 import Net, batch, net, snapshot
 
-PROCESSES = int(os.environ.get("WORLD_SIZE", "0"))
-RANK = int(os.environ.get("RANK", "0"))
 STEPS = 5
 
 
@@ -99,13 +97,6 @@ def train(way: Way) -> dict[str, Tensor]:
         optimizer.zero_grad()
     optimizer.close()
     return snapshot(model)
-
-
-def assert_same_everywhere(weights: dict[str, Tensor], words: str) -> None:
-    flat = torch.cat([weight.flatten().double() for weight in weights.values()])
-    of_all = [torch.empty_like(flat) for _ in range(PROCESSES)]
-    distributed.all_gather(of_all, flat)
-    assert all(torch.equal(flat, other) for other in of_all), words
 
 
 def main(output: Path) -> None:

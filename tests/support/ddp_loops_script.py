@@ -157,7 +157,7 @@ def train(way: Way, disturbed: float = 0.0) -> dict[str, Tensor]:
 
 def assert_same_everywhere(weights: dict[str, Tensor], words: str) -> None:
     """All processes have the same weights, to the bit."""
-    flat = torch.cat([weight.flatten() for weight in weights.values()])
+    flat = torch.cat([weight.flatten().double() for weight in weights.values()])  # exact
     of_all = [torch.empty_like(flat) for _ in range(PROCESSES)]
     distributed.all_gather(of_all, flat)
     assert all(torch.equal(flat, other) for other in of_all), words
