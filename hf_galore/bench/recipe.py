@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..integrations.trainer import optim_name
 from ..recipes import any_recipe, sft
 from ..recipes.checks import galore_config
-from .jobs import ADAMW_8BIT, SMALL_LAYERS, SMALL_RANK, TRAINERS_OWN, WARM_UP, Job
+from .jobs import ADAMW_8BIT, GALORE, SMALL_LAYERS, SMALL_RANK, TRAINERS_OWN, WARM_UP, Job
 
 PROG = "hf-galore bench"
 # Neither evaluated, nor saved, nor reported.
@@ -64,6 +64,8 @@ def parsed_recipe(job: Job, folder: Path) -> sft.Arguments:
         raise UserError(f"a recipe of hf-galore {parsed.command} was given. {PROG} takes those of hf-galore sft.")
     training = parsed.training
     training.chat_template_path = None  # tokens are random
+    if job.contender != GALORE:  # their updates are less than a step of 8 bits
+        parsed.model.weight_bits = 16
     config = galore_config(training)
     if config is None:
         raise UserError(

@@ -15,6 +15,7 @@ import pytest
 import torch
 from bitsandbytes.optim.adamw import AdamW
 from bitsandbytes.optim.optimizer import GlobalOptimManager
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
@@ -35,7 +36,9 @@ from hf_galore.bench.jobs import (
     Measured,
 )
 from hf_galore.cli.main import main
+from hf_galore.int8 import Int8Weight
 from hf_galore.integrations.accelerate import unwrapped
+from hf_galore.integrations.int8_layers import layers_in_int8
 from hf_galore.integrations.random_weights import random_weights
 from hf_galore.optim import GaLoreAdamW8bit
 from hf_galore.recipes import configs_folder
@@ -86,6 +89,19 @@ def test_each_contender_trains_with_its_own_optimizer(
     assert trainer.model.model.layers[0].mlp.up_proj.weight.abs().max() > 0.2  # made with a deviation of 0.02
 
 
+def test_weights_in_8_bits_are_made_so_and_others_are_beside_them_in_16(trainers: list[Any]) -> None:
+    recipe = (*RECIPE, "--weight_bits", "8", "--learning_rate", "0.1")
+    assert isinstance(worker.result_of(job(arguments=recipe)), Measured)
+    assert isinstance(worker.result_of(job(contender=ADAMW_8BIT, arguments=recipe)), Measured)
+    ours, other = (trainer.model for trainer in trainers)
+    assert len(layers_in_int8(ours)) == 7 * SMALL_LAYERS
+    assert ours.hf_quantizer.is_qat_trainable
+    assert not layers_in_int8(other)
+    weight = ours.model.layers[0].mlp.up_proj.weight.dequantized()
+    assert weight.abs().max() > 0.2  # made with a deviation of 0.02
+    assert torch.equal(ours.model.rotary_emb.inv_freq, other.model.rotary_emb.inv_freq)
+
+
 def test_the_trainers_own_is_not_told_of_a_scale_that_it_does_not_know(trainers: list[Any]) -> None:
     found = worker.result_of(
         job(contender=TRAINERS_OWN, arguments=(*RECIPE, "--optim_args", "rank=16, scale=auto, rule=muon"))
@@ -130,6 +146,29 @@ def test_weights_are_made_and_nothing_is_loaded() -> None:
     assert {(param.dtype, param.device.type) for param in model.parameters()} == {(torch.bfloat16, "meta")}
     with pytest.raises(OSError, match="no file named"):
         LlamaForCausalLM.from_pretrained(folder)
+
+
+def test_weights_in_8_bits_are_never_floats() -> None:
+    folder = configs_folder() / "llama_60m"
+    made: list[torch.Size] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            tensors = [one for one in torch.utils._pytree.tree_leaves(out) if type(one) is torch.Tensor]
+            made.extend(one.shape for one in tensors if one.is_floating_point() and one.device.type == "cpu")
+            return out
+
+    with random_weights(torch.device("cpu")), Watch():
+        model = LlamaForCausalLM.from_pretrained(folder, dtype="bfloat16", quantization_config=hf_galore.Int8Config())
+    weights = [param for param in model.parameters() if isinstance(param, Int8Weight)]
+    assert len(weights) == 7 * model.config.num_hidden_layers
+    assert {param.device.type for param in model.parameters()} == {"cpu"}
+    assert made
+    assert {weight.shape for weight in weights}.isdisjoint(made)
+    assert all(0.015 < weight.dequantized().float().std() < 0.025 for weight in weights)
+    assert model.model.embed_tokens.weight.float().std() == pytest.approx(0.02, rel=0.05)
+    assert torch.equal(model.model.norm.weight, torch.ones_like(model.model.norm.weight))
 
 
 def test_a_look_says_what_there_is() -> None:
