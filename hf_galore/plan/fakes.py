@@ -211,9 +211,9 @@ def _without_values(cls: type[Int8Weight], values: Tensor, dtype: torch.dtype | 
     return cls.empty((m, n), dtype or values.dtype, values.device)
 
 
-def _outer_tiles(size: int, other: int, multiple: int = 1) -> Iterator[slice]:
+def _outer_tiles(size: int, other: int, multiple: int = 1, times: int = 1) -> Iterator[slice]:
     """Instead of `tiles`: those in between come and go as the second does, and are three of four operations."""
-    every = list(tiles(size, other, multiple))
+    every = list(tiles(size, other, multiple, times))
     yield from every if len(every) <= 3 else (*every[:2], every[-1])
 
 
