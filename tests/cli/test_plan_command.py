@@ -317,7 +317,7 @@ def test_bars_are_as_long_as_what_they_stand_for() -> None:
     (axes,) = figure.axes
     drawn = [bar for bar in axes.patches if isinstance(bar, Rectangle)]
     peak = [bar for bar in drawn if bar.get_y() > 0.5]
-    assert [bar.get_width() for bar in peak] == pytest.approx([5, 5, 0.95])  # 0.1 and 0.85
+    assert [bar.get_width() for bar in peak] == pytest.approx([5, 5, 1.05])  # 0.1 and 0.95
     assert [bar.get_x() for bar in peak] == pytest.approx([0, 5, 10])
     assert [bar.get_width() for bar in drawn if bar.get_y() < 0.5] == pytest.approx([5])
     (card,) = axes.lines

@@ -73,7 +73,8 @@ def test_launches_of_a_layer(record_property: Any) -> None:
     alone, galore = ((more - few) / 2 for few, more in found.values())
     record_property("launches", found)
     if ON_CARD:
-        assert galore - alone <= 7 * 8 + 2 * 3
+        # 64 on an H200: 8 or 9 a matrix (a product of each gradient with norm probes), and 2 or 3 a norm's weight.
+        assert galore - alone <= 7 * 9 + 2 * 3
 
 
 def test_the_host_keeps_ahead_of_the_card(record_property: Any) -> None:

@@ -18,7 +18,6 @@ from hf_galore.lowrank.quantize import dequantize_basis, empty_basis, quantize_b
 from hf_galore.lowrank.rounding import add_rounded_, generator_for, round_stochastically
 from hf_galore.optim import GaLoreAdamW, GaLoreAdamW8bit
 from tests.support.card import DEVICE, sized
-from tests.support.helpers import fraction_apart
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -127,12 +126,14 @@ def test_without_a_rank_it_is_torchs_fused_adamw(weight_decay: float) -> None:
     weights = [nn.Parameter(normal(257, 129).to(DEVICE, copy=True)) for _ in range(2)]
     options: dict[str, Any] = {"lr": 1e-2, "weight_decay": weight_decay}
     optimizers = (GaLoreAdamW([weights[0]], **options), torch.optim.AdamW([weights[1]], fused=True, **options))
-    start = weights[1].detach().clone()
-    for step in range(10):
+    start, steps = weights[1].detach().clone(), 10
+    for step in range(steps):
         for weight, optimizer in zip(weights, optimizers, strict=True):
             weight.grad = normal(257, 129, seed=step).to(DEVICE)
             optimizer.step()
-    assert fraction_apart(weights[0].detach(), weights[1].detach(), start) <= 1e-6
+    apart, way = ((other.detach() - weights[1].detach()).norm() for other in (weights[0], start))
+    # Each rounds the weight once a step, or twice with decay.
+    assert apart <= 1e-6 * way + (2 * steps) ** 0.5 * torch.finfo(torch.float32).eps / 2 * weights[1].detach().norm()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -167,14 +168,17 @@ def test_without_a_rank_8_bits_are_bitsandbytes_own(dtype: torch.dtype) -> None:
         for weight, optimizer in optimizers.items():
             weight.grad = gradient.to(weight.device)
             optimizer.step()
+        ours, their = (optimizers[weight].state[weight] for weight in (on_card, theirs))
+        apart = (ours["exp_avg"].int() - their["state1"].int()).abs()
+        assert apart.max() <= 1
+        assert apart.float().mean() <= 1e-3
+        # Each step from the same moments: where the next gradient cancels one, a code becomes many of the smallest.
+        ours["exp_avg"].copy_(their["state1"])
+        ours["exp_avg_sq"].copy_(their["state2"])
     expected, way = theirs.detach().float(), (theirs.detach().float() - start.float().to(DEVICE)).norm()
     # Each rounds the weight once a step, ours not before all is added up.
     rounding = steps**0.5 * torch.finfo(dtype).eps * expected.norm()
     assert (on_card.detach().float() - expected).norm() <= 1e-5 * way + rounding
-    codes = [optimizers[on_card].state[on_card]["exp_avg"], optimizers[theirs].state[theirs]["state1"]]
-    apart = (codes[0].int() - codes[1].int()).abs()
-    assert apart.max() <= 1
-    assert apart.float().mean() <= 1e-3
     assert (on_cpu.detach().float() - expected.cpu()).norm() <= 1e-2 * way.cpu() + rounding.cpu()
 
 
