@@ -74,6 +74,8 @@ class Look:
     clips: bool
     galore_torch: str | None
     """Its version, where it is installed."""
+    weight_bits: int = 16
+    """Of the linear layers' weights while GaLore trains them."""
 
 
 @dataclasses.dataclass(frozen=True)

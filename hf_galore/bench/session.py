@@ -122,6 +122,11 @@ def begin(look: Look, job: Job, vram: int | None = None, run: RunAll = run_all, 
 
 def _notes(look: Look, job: Job) -> list[str]:
     notes = []
+    if look.weight_bits == 8:
+        notes.append(
+            "Weights of linear layers have 8 bits where GaLore trains them, and 16 beside it: updates of other "
+            "optimizers are smaller than a step of 8 bits."
+        )
     if look.galore_torch is None:
         notes.append(
             f"Not measured: the Trainer's own {look.optim}. It needs galore_torch, which is not installed: pip install "

@@ -32,6 +32,7 @@ from ..recipes.checks import galore_config
 from ..recipes.errors import reporting_complaints
 from ..recipes.planning import plan_recipe
 from ..recipes.stand_in import prepare, shape_of
+from ..recipes.weight_bits import weight_bits_of
 from . import machine
 from .jobs import (
     OUT_OF_MEMORY,
@@ -119,6 +120,7 @@ def look(job: Job, folder: Path) -> Look:
         micro_batches=training.gradient_accumulation_steps,
         clips=training.max_grad_norm > 0,
         galore_torch=machine.version_of("galore-torch") if importlib.util.find_spec("galore_torch") else None,
+        weight_bits=weight_bits_of(parsed.model),
     )
 
 

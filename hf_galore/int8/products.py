@@ -38,8 +38,8 @@ def tiles(size: int, other: int, multiple: int = 1, times: int = 1) -> Iterator[
 def product_tiles(size: int, other: int, multiple: int = 1) -> Iterator[slice]:
     """Slices as of `tiles`, of a product's columns, that begin where a card's fast kernels take them.
 
-    What a product of bfloat16 writes at an address that is no multiple of 16 bytes cuBLAS leaves to kernels of old: with
-    381 columns at a time, 2^22 elements of a weight of 11008 columns, a product took 8 times as long on an H200.
+    A product of bfloat16 that writes to an address which is no multiple of 16 bytes cuBLAS leaves to kernels of old:
+    with 381 columns at a time, 2^22 elements of a weight of 11008 columns, it took 8 times as long on an H200.
 
     Args:
         size: of the dimension.

@@ -10,8 +10,8 @@ _MIB = 2**20
 
 # Outside of torch's allocator, as processes that trained a 7B recipe took it of an H200 (torch 2.11, CUDA 13): first
 # what was there before a product of matrices, then what it and the first QR added, and last what is left of 0.95 GiB
-# (0.84 on one machine and 0.94 on another, rounded up). A card with fewer multiprocessors takes less, by how much nobody
-# has measured.
+# (0.84 on one machine and 0.94 on another, rounded up). A card with fewer multiprocessors takes less; nobody
+# has measured how much.
 CONTEXT = "CUDA's context"
 OUTSIDE: Mapping[str, int] = {
     CONTEXT: 529 * _MIB,

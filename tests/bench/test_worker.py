@@ -182,6 +182,10 @@ def test_a_look_says_what_there_is() -> None:
         16,
     )
     assert found.clips
+    assert found.weight_bits == 16
+    in_8_bits = worker.result_of(job(task="look", arguments=(*RECIPE, "--weight_bits", "8")))
+    assert isinstance(in_8_bits, Look)
+    assert in_8_bits.weight_bits == 8
     assert found.versions["torch"] == torch.__version__
     if not torch.cuda.is_available():
         whole = worker.result_of(job(task="look", small=False))

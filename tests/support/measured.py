@@ -1,6 +1,7 @@
 """What the benchmarks of options have measured, as the docs show it: the best of each grid.
 
-`tests/benchmarks/results` has every finished run of `tests.benchmarks.ranks` and `tests.benchmarks.tuning`.
+`tests/benchmarks/results` has every finished run of `tests.benchmarks.ranks`, `tests.benchmarks.tuning` and
+`tests.benchmarks.int8_quality`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 RANKS, TUNING = RESULTS / "ranks.jsonl", RESULTS / "tuning.jsonl"
+INT8_QUALITY = RESULTS / "int8_quality.jsonl"
 
 FULL_RANK = 0
 """The rank of optimizers that have none."""
@@ -98,3 +100,12 @@ def best_of_tuning(task: str) -> dict[tuple[str, int], Best]:
         for place in places
     }
     return {place: best for place, best in found.items() if best is not None}
+
+
+def int8_losses() -> dict[tuple[str, str], dict[int, float]]:
+    """The held-out losses of weights kept in each way, by task and way, then by seed."""
+    found: dict[tuple[str, str], dict[int, float]] = {}
+    for run in read(INT8_QUALITY):
+        if run["size"] == "small":
+            found.setdefault((run["task"], run["contender"]), {})[run["seed"]] = run["loss"]
+    return found

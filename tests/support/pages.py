@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hf_galore.config import GaLoreConfig, keys
-from tests.support.measured import FULL_RANK, Best, best_of_ranks, best_of_tuning
+from tests.support.measured import FULL_RANK, Best, best_of_ranks, best_of_tuning, int8_losses
 from tests.support.zoo import ZOO, Architecture
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +26,7 @@ ARGUMENTS_PAGE = DOCS / "arguments.md"
 CHOOSING_PAGE = DOCS / "choosing.md"
 MODELS_PAGE = DOCS / "models.md"
 SMALL_RANKS_PAGE = DOCS / "small-ranks.md"
+INT8_PAGE = DOCS / "int8.md"
 LOSSES_BY_RANK = DOCS / "pictures" / "ranks.json"
 QUALITY = ROOT / "notebooks" / "04_quality.ipynb"
 BEGIN, END = "<!-- made by python -m tests.support.pages -->\n", "<!-- end -->\n"
@@ -214,6 +215,43 @@ def _by_rank(found: Mapping[tuple[str, int], Best], cell: Callable[[Best], str])
     return "".join(lines)
 
 
+# ---- weights in 8 bits
+
+# What the ways are called of which a table tells, and beside which.
+_WAYS = {
+    "bfloat16": ("bfloat16", "bfloat16"),
+    "int8 in bfloat16": ("8 bits, products in bfloat16", "bfloat16"),
+    "float": ("float32", "float"),
+    "int8": ("8 bits, products in float32", "float"),
+    "int8, nearest": ("8 bits, updates rounded to the nearest: not offered", "float"),
+}
+_TASKS = {"pretraining": "from random weights, 600 steps", "fine-tuning": "fine-tuning, 300 steps"}
+
+
+def int8_table() -> str:
+    """The held-out losses of weights in 8 bits beside those of others, and their ratio of the same seed."""
+    found = int8_losses()
+    tasks = [task for task in _TASKS if any(of == task for of, _ in found)]
+    titles = [title for task in tasks for title in (_TASKS[task], "by seed")]
+    lines = [f"| weights | {' | '.join(titles)} |\n", "|---" * (1 + len(titles)) + "|\n"]
+    for way, (shown, beside) in _WAYS.items():
+        cells = []
+        for task in tasks:
+            losses, base = found.get((task, way)), found.get((task, beside))
+            cells += ["", ""] if losses is None or base is None else _losses_beside(losses, base)
+        lines.append(f"| {shown} | {' | '.join(cells)} |\n")
+    return "".join(lines)
+
+
+def _losses_beside(losses: Mapping[int, float], base: Mapping[int, float]) -> list[str]:
+    """`3.516, × 0.9998` and the ratios of each seed; of the base itself only its loss."""
+    mean = f"{statistics.fmean(losses.values()):.3f}"
+    if losses == base:
+        return [mean, ""]
+    ratios = [losses[seed] / base[seed] for seed in sorted(losses)]
+    return [f"{mean}, × {statistics.fmean(ratios):.4f}", ", ".join(f"{ratio:.4f}" for ratio in ratios)]
+
+
 # ---- models
 
 
@@ -278,6 +316,7 @@ PARTS: Mapping[Path, Callable[[], str]] = {
     CHOOSING_PAGE: quality_table,
     MODELS_PAGE: models_table,
     SMALL_RANKS_PAGE: options_tables,
+    INT8_PAGE: int8_table,
 }
 """What makes the part of each page that is made."""
 
