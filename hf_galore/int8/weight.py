@@ -23,6 +23,8 @@ from .format import Int8Blocks, empty_blocks, read_blocks, write_blocks_
 from .layer import linear
 from .products import tiles
 
+DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+"""That an int8 weight may have to others: those whose range is not smaller than its own."""
 _aten = torch.ops.aten
 # Set all elements, whatever they were.
 _SETTERS = {
@@ -50,8 +52,11 @@ class Int8Weight(Tensor):
     Args:
         codes: int8, m × n.
         exponents: uint8, m × ⌈n/32⌉.
-        dtype: that it has to others; its values are exact in float32 and bfloat16.
+        dtype: that it has to others.
         requires_grad: as of any tensor.
+
+    Raises:
+        TypeError: the dtype is another than bfloat16, float32 and float64, all of which have its values exactly.
     """
 
     codes: Tensor
@@ -61,6 +66,12 @@ class Int8Weight(Tensor):
     def __new__(
         cls, codes: Tensor, exponents: Tensor, dtype: torch.dtype = torch.bfloat16, *, requires_grad: bool = False
     ) -> Int8Weight:
+        if dtype not in DTYPES:
+            raise TypeError(
+                f"An int8 weight is a tensor of {', '.join(map(str, DTYPES))} to others, and {dtype} has not its range. "
+                f"`weight.dequantized({dtype})` has its values in that. Of a model that was to be cast, what came "
+                "before this weight may have been: model.to(torch.bfloat16) takes it back."
+            )
         made = torch.Tensor._make_wrapper_subclass(
             cls, codes.shape, dtype=dtype, device=codes.device, requires_grad=requires_grad
         )
@@ -229,7 +240,7 @@ def _to_copy(
     weight: Int8Weight, *, dtype: torch.dtype | None = None, device: Any = None, non_blocking: bool = False, **_: Any
 ) -> Tensor:
     dtype = dtype or weight.dtype
-    if not dtype.is_floating_point or dtype.itemsize < 2:
+    if not (dtype.is_floating_point or dtype.is_complex):  # which nobody casts a model to
         return weight.dequantized().to(device=device, dtype=dtype)
     codes, exponents = (part.to(device=device, non_blocking=non_blocking, copy=True) for part in weight.blocks)
     return Int8Weight(codes, exponents, dtype)

@@ -13,7 +13,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..int8 import NOT_FINITE, Int8Weight, is_int8
 from ..log import and_others, logger
-from ..optim.live import say_if_left_behind
+from ..optim.exchanged import mark_exchanged
 from .weights import head_modules
 
 
@@ -108,7 +108,7 @@ def to_int8_(model: nn.Module, kept: dict[str, str]) -> list[str]:
     Raises:
         ValueError: a weight is not finite, or of a dtype that cannot be; those before it are converted.
     """
-    converted, exchanged = [], []
+    converted = []
     for name, module in model.named_modules():
         if name in kept or not is_plain_linear(module) or is_int8(module.weight):
             continue
@@ -124,11 +124,10 @@ def to_int8_(model: nn.Module, kept: dict[str, str]) -> list[str]:
         new = nn.Parameter(made, requires_grad=weight.requires_grad)
         if getattr(weight, "_is_hf_initialized", False):
             new._is_hf_initialized = True  # type: ignore[attr-defined]
-        exchanged.append(id(weight))
         module.weight = new
+        mark_exchanged(weight)
         del weight
         converted.append(name)
-    say_if_left_behind(exchanged)
     return converted
 
 

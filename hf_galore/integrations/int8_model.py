@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..backward.patched import Patched
 from .int8_layers import kept_layers, layers_in_int8, say_what_stays, to_int8_
 from .int8_quantizer import Int8Config, Int8Quantizer
 
@@ -24,8 +25,8 @@ def quantize_weights_(model: nn.Module, modules_to_not_convert: list[str] | None
         The names of the layers that were converted.
 
     Raises:
-        ValueError: a weight is not finite or of another dtype, a name is of no module, nothing can be converted, or a
-            transformers model is quantized otherwise.
+        ValueError: a weight is not finite or of another dtype, a name is of no module, nothing can be converted, a
+            transformers model is quantized otherwise, or an optimizer's projected backward is on the model.
         TypeError: `modules_to_not_convert` is no list of strings.
     """
     config = Int8Config(modules_to_not_convert=modules_to_not_convert)
@@ -34,6 +35,12 @@ def quantize_weights_(model: nn.Module, modules_to_not_convert: list[str] | None
         raise ValueError(
             f"The model's weights are quantized already, with {other.quantization_config.quant_method}. Load it "
             "without that."
+        )
+    hooked = next((name for name, module in model.named_modules() if isinstance(module, Patched)), None)
+    if hooked is not None:
+        raise ValueError(
+            f"An optimizer's hooks are on {hooked or 'the model'}, which compute with the weights that are there now. "
+            "Call optimizer.close() before, and make the optimizer anew afterwards."
         )
     kept = kept_layers(model, config.modules_to_not_convert)
     converted = to_int8_(model, kept)

@@ -19,7 +19,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..int8 import Int8Weight, is_int8
-from ..optim.live import say_if_left_behind
+from ..optim.exchanged import mark_exchanged
 from .int8_layers import all_finite, is_plain_linear, kept_layers, say_what_stays, to_int8_
 from .int8_saving import CODES, EXPONENTS, bounded_shards, take_int8_, unbounded_shards, unwritten
 
@@ -229,13 +229,11 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a config that was saved has its name
-        exchanged = []
         for module in model.modules():
             if is_int8(module._parameters.get("weight")):
                 weight = module.weight
-                exchanged.append(id(weight))
                 module.weight = nn.Parameter(weight.dequantized(dtype), requires_grad=weight.requires_grad)
-        say_if_left_behind(exchanged)
+                mark_exchanged(weight)
         unbounded_shards(model)
         return model if dtype is None else nn.Module.to(model, dtype)
 

@@ -23,7 +23,7 @@ from hf_galore.optim import GaLoreAdamW, GaLoreOptimizer
 from tests.support.int8 import as_int8, weight_of
 
 M, N = 24, 70
-OUTER = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+OUTER = [torch.bfloat16, torch.float32, torch.float64]
 # Of a product's largest element, by its dtype: sums in another order.
 CLOSE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5, torch.float64: 1e-13}
 
@@ -118,7 +118,7 @@ def test_without_gradients(grad: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(dtype: torch.dtype) -> None:
     """Of a float32 layer, and of what has that dtype; gradients are of the parameters' own dtypes."""
-    for outer in (torch.float32, dtype):
+    for outer in {torch.float32, dtype}.intersection(OUTER):
         made = layer(outer)
         results = []
         for module in (made, twin(made)):
@@ -314,20 +314,45 @@ def test_cast(dtype: torch.dtype) -> None:
     assert weight.codes.dtype == torch.int8
     assert weight.grad is not None
     assert weight.grad.dtype == dtype
-    if dtype != torch.float16:  # has not all exponents
-        assert torch.equal(weight.dequantized().float(), before)
+    assert torch.equal(weight.dequantized().float(), before)
     made(values(2, N, dtype)).sum().backward()
     assert len(calls) == 2
 
 
-def test_half_and_float_and_back() -> None:
+def test_float_and_double_and_back() -> None:
     made = layer(torch.bfloat16)
     before = copy.deepcopy(made.weight)
-    assert made.half().weight.dtype == torch.float16
     assert made.float().weight.dtype == torch.float32
+    assert made.double().weight.dtype == torch.float64
     assert_same_weight(made.bfloat16().weight, before)
     assert made.requires_grad_(False).weight.requires_grad is False
     assert made.requires_grad_(True).weight.requires_grad is True
+
+
+CASTS: dict[str, Callable[[nn.Module], Any]] = {
+    "half": nn.Module.half,
+    "to": lambda made: made.to(torch.float16),
+    "float8": lambda made: made.to(torch.float8_e4m3fn),
+    "complex": lambda made: made.to(torch.complex64),
+    "elsewhere": lambda made: made.to("meta", torch.float16),
+    "a weight": lambda made: Int8Weight.from_float(values(dtype=torch.float16)),
+    "an empty one": lambda made: Int8Weight.empty((M, N), torch.float16),
+}
+
+
+@pytest.mark.parametrize("name", CASTS)
+def test_dtypes_that_have_not_all_its_values_are_refused(name: str) -> None:
+    """As loading refuses them: what is large would be infinite, and what is small zero, in what is saved."""
+    made = layer(torch.bfloat16)
+    before = copy.deepcopy(made.weight)
+    weight = made.weight
+    with pytest.raises(TypeError, match=r"of torch.bfloat16, torch.float32, torch.float64 to others, and torch.\w+ has"):
+        CASTS[name](made)
+    made.to(torch.bfloat16)
+    assert made.weight is weight
+    assert_same_weight(weight, before)
+    assert torch.equal(weight_of(made).dequantized(torch.float16), weight_of(made).dequantized().half())
+    assert weight.detach().int().dtype == torch.int32  # to which no model is cast
 
 
 def test_meta_and_back() -> None:

@@ -173,23 +173,90 @@ def test_it_is_freed_where_nobody_has_it() -> None:
         gc.enable()
 
 
-@pytest.mark.parametrize("way", ["quantized", "dequantized"])
-def test_an_optimizer_that_was_made_before_is_named(way: str, caplog: pytest.LogCaptureFixture) -> None:
-    """It would train weights that the model no longer has."""
-    model: Any = tiny_llama()
+def exchange(model: Any, way: str) -> int:
+    """Put a model's weights into 8 bits or back. Returns how many were."""
+    if way == "quantized":
+        return len(quantize_weights_(model))
+    count = len(layers_in_int8(model))
+    model.dequantize()
+    return count
+
+
+def backward(model: Any) -> None:
+    ids = torch.arange(32).view(2, 16)
+    model(ids, labels=ids).loss.backward()
+
+
+WAYS = ["quantized", "dequantized"]
+
+
+@pytest.mark.parametrize("layerwise", [False, True], ids=["plain", "layerwise"])
+@pytest.mark.parametrize("way", WAYS)
+def test_an_optimizer_that_was_made_before_is_refused(way: str, layerwise: bool) -> None:
+    """It would train weights that the model no longer has: with gradients of before, with none, and with zeros."""
+    name = "galore_adamw_layerwise" if layerwise else "galore_adamw"
+    for before in ("none", "gradients", "zeros"):
+        model: Any = tiny_llama()
+        if way == "dequantized":
+            quantize_weights_(model)
+        optimizer = hf_galore.make_optimizer(model, optim=name, optim_args="rank=4", hold_gradients=layerwise)
+        if before != "none":
+            backward(model)
+        if before == "zeros":
+            optimizer.zero_grad(set_to_none=False)
+        if layerwise and way == "quantized":
+            with pytest.raises(ValueError, match=r"hooks are on model.layers.0.self_attn.q_proj.*optimizer.close\(\) be"):
+                exchange(model, way)
+            assert not layers_in_int8(model)
+            optimizer.close()
+        count = exchange(model, way)
+        backward(model)
+        with pytest.raises(RuntimeError, match=rf"q_proj.weight and {count - 1} other parameter.* of this GaLoreAdamW"):
+            optimizer.step()
+        # Made anew it trains what there is.
+        optimizer = hf_galore.make_optimizer(model, optim=name, optim_args="rank=4")
+        start = values_of(model)["model.layers.0.mlp.up_proj.weight"].clone()
+        backward(model)
+        optimizer.step()
+        optimizer.close()
+        assert not torch.equal(values_of(model)["model.layers.0.mlp.up_proj.weight"], start)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_other_optimizers_do_not_mind_an_exchange(way: str) -> None:
+    """Of another model, of what stayed, and of what was frozen; and one whose model has the parameters still."""
+    model, other = tiny_llama(), tiny_llama()
     if way == "dequantized":
         quantize_weights_(model)
+    frozen = model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    groups: list[Any] = [{"params": [model.model.norm.weight, frozen]}]
+    optimizers = [
+        hf_galore.make_optimizer(other, optim_args="rank=4"),
+        hf_galore.optim.GaLoreAdamW(groups, lr=1e-2),
+    ]
+    kept = nn.ModuleList([model.model.layers[1].mlp.up_proj, model.model.norm])
+    shared = nn.ModuleList([nn.Linear(1, 1), model.model.norm])
+    shared[0].weight = kept[0].weight  # which `kept` loses, and `shared` does not
+    optimizers.append(hf_galore.optim.GaLoreAdamW(shared.parameters(), lr=1e-2, module=shared))
+    start = model.model.norm.weight.detach().clone()
+    exchange(model, way)
+    for each in (model, other):
+        backward(each)
+    for optimizer in optimizers:
+        optimizer.step()
+    assert not torch.equal(model.model.norm.weight, start)
+
+
+def test_an_exchange_that_fails_half_way_is_known_to_the_optimizer() -> None:
+    model = tiny_llama()
     optimizer = hf_galore.make_optimizer(model, optim_args="rank=4")
-    count = len(quantize_weights_(model)) if way == "quantized" else len(layers_in_int8(model))
-    if way == "dequantized":
-        model.dequantize()
-    assert f"GaLoreAdamW was made before {count} weight(s) of the model were exchanged" in caplog.text
-    caplog.clear()
-    del optimizer
-    other = tiny_llama()
-    hf_galore.make_optimizer(other, optim_args="rank=4")
-    quantize_weights_(model) if way == "dequantized" else model.dequantize()
-    assert "exchanged" not in caplog.text
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight has values that are not finite"):
+        quantize_weights_(model)
+    assert layers_in_int8(model)
+    with pytest.raises(RuntimeError, match="q_proj.weight and .* were exchanged for others"):
+        optimizer.step()
 
 
 def test_parts_of_layers_that_are_not_there_are_named() -> None:
