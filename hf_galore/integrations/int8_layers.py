@@ -14,6 +14,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from ..int8 import NOT_FINITE, Int8Weight, is_int8
 from ..log import and_others, logger
 from ..optim.exchanged import mark_exchanged
+from .int8_saving import take_int8_
 from .weights import head_modules
 
 
@@ -126,6 +127,7 @@ def to_int8_(model: nn.Module, kept: dict[str, str]) -> list[str]:
             new._is_hf_initialized = True  # type: ignore[attr-defined]
         module.weight = new
         mark_exchanged(weight)
+        take_int8_(module)
         del weight
         converted.append(name)
     return converted

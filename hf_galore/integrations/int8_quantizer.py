@@ -21,7 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..int8 import Int8Weight, is_int8
 from ..optim.exchanged import mark_exchanged
 from .int8_layers import all_finite, is_plain_linear, kept_layers, say_what_stays, to_int8_
-from .int8_saving import CODES, EXPONENTS, bounded_shards, take_int8_, unbounded_shards, unwritten
+from .int8_saving import CODES, EXPONENTS, bounded_shards, leave_int8_, take_int8_, unbounded_shards, unwritten
 
 METHOD = "hf_galore_int8"
 SAVES = ("float", "int8")
@@ -234,6 +234,7 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
                 weight = module.weight
                 module.weight = nn.Parameter(weight.dequantized(dtype), requires_grad=weight.requires_grad)
                 mark_exchanged(weight)
+                leave_int8_(module)
         unbounded_shards(model)
         return model if dtype is None else nn.Module.to(model, dtype)
 

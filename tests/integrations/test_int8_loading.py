@@ -36,6 +36,7 @@ from hf_galore.integrations import int8_quantizer, int8_saving
 from hf_galore.integrations.int8_layers import kept_layers, layers_in_int8
 from hf_galore.integrations.int8_quantizer import METHOD, Int8Quantizer
 from tests.support.helpers import tiny_llama
+from tests.support.int8 import as_int8
 
 IN_INT8 = 14  # matrices of two layers
 
@@ -155,6 +156,7 @@ def test_dequantized_it_is_an_ordinary_model(folder: Path, tmp_path: Path) -> No
     assert not layers_in_int8(model)
     assert not getattr(model, "is_quantized", False)
     assert "save_pretrained" not in vars(model)
+    assert not any(module._load_state_dict_pre_hooks for module in model.modules())
     assert_same(model.state_dict(), expected)
     assert all(param.requires_grad for param in model.parameters())
 
@@ -310,6 +312,73 @@ def test_ordinary_weights_are_loaded_into_int8_parameters(folder: Path) -> None:
         model.model.layers[1].self_attn.q_proj.weight.zero_()
     model.load_state_dict(state)
     assert torch.equal(model.model.layers[1].self_attn.q_proj.weight.codes, codes)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_weights_that_are_assigned_are_taken_into_8_bits(folder: Path, dtype: torch.dtype) -> None:
+    """`load_state_dict(assign=True)` puts what it is given in the place of parameters: layers became floats."""
+    model, made = load(folder, Int8Config()), nn.Sequential(nn.Linear(40, 24), nn.Linear(24, 8))
+    quantize_weights_(made)
+    for one, count in ((model, IN_INT8), (copy.deepcopy(model), IN_INT8), (pickle.loads(pickle.dumps(made)), 2)):
+        torch.manual_seed(3)
+        one.requires_grad_(False)
+        given = {name: torch.randn(value.shape).to(dtype) for name, value in one.state_dict().items()}
+        one.load_state_dict(given, assign=True)
+        layers = layers_in_int8(one)
+        assert len(layers) == count
+        assert not any(param.requires_grad for param in one.parameters())
+        assert {param.dtype for param in one.parameters()} == {dtype}
+        expected = {
+            name: Int8Weight.from_float(value).dequantized() if name.removesuffix(".weight") in layers else value
+            for name, value in given.items()
+        }
+        assert_same(values_of(one), expected)
+        assert not any(is_int8(value) for value in given.values())
+    part = made[1]  # of a model, by itself
+    part.load_state_dict({"weight": torch.ones(8, 24), "bias": torch.ones(8)}, assign=True)
+    assert as_int8(part.weight).dequantized().eq(1).all()
+    other = copy.deepcopy(made).to("meta")
+    other.load_state_dict(values_of(made), assign=True)
+    assert layers_in_int8(other) == ["0", "1"]
+    assert_same(values_of(other), values_of(made))
+
+
+def test_weights_that_cannot_be_assigned_are_named(folder: Path) -> None:
+    model: Any = load(folder, Int8Config())
+    given = {name: value.half() for name, value in values_of(model).items()}
+    with pytest.raises(ValueError, match=r"q_proj.weight is kept in 8 bits.*one of torch.float16.*values in bfloat16"):
+        model.load_state_dict(given, assign=True)
+    model.load_state_dict(given)  # without it they are taken
+    name = "model.layers.0.mlp.up_proj.weight"
+    with pytest.raises(RuntimeError, match=f"size mismatch for {name}"):
+        model.load_state_dict({**values_of(model), name: torch.ones(3, 3)}, assign=True)
+    assert len(layers_in_int8(model)) == IN_INT8
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_codes_and_exponents_are_loaded_into_int8_parameters(folder: Path, assign: bool) -> None:
+    """Of a whole model, of a part of it, and where the numbers are nowhere yet."""
+    model: Any = load(folder, Int8Config())
+    given = int8_saving.unwritten(model.state_dict(), "int8")
+    expected = values_of(model)
+    other: Any = copy.deepcopy(model)
+    with torch.no_grad():
+        for param in other.parameters():
+            param.zero_()
+    if assign:
+        other.to("meta")
+    start = "model.layers.1.mlp."
+    part = {name.removeprefix(start): value for name, value in given.items() if name.startswith(start)}
+    other.model.layers[1].mlp.load_state_dict(part, assign=assign)
+    found = other.model.layers[1].mlp.down_proj.weight
+    assert torch.equal(found.dequantized(), expected[f"{start}down_proj.weight"])
+    layer = other.model.layers[0].mlp.down_proj
+    own = {f"weight_{end}": given[f"model.layers.0.mlp.down_proj.weight_{end}"] for end in ("codes", "exponents")}
+    layer.load_state_dict(own, assign=assign)
+    assert torch.equal(layer.weight.dequantized(), expected["model.layers.0.mlp.down_proj.weight"])
+    other.load_state_dict(given, assign=assign)
+    assert len(layers_in_int8(other)) == IN_INT8
+    assert_same(values_of(other), expected)
 
 
 # ---- how much memory
