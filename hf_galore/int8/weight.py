@@ -68,9 +68,9 @@ class Int8Weight(Tensor):
     ) -> Int8Weight:
         if dtype not in DTYPES:
             raise TypeError(
-                f"An int8 weight is a tensor of {', '.join(map(str, DTYPES))} to others, and {dtype} has not its range. "
-                f"`weight.dequantized({dtype})` has its values in that. Of a model that was to be cast, what came "
-                "before this weight may have been: model.to(torch.bfloat16) takes it back."
+                f"An int8 weight is a tensor of {', '.join(map(str, DTYPES))} to others, and {dtype} has not its "
+                f"range. `weight.dequantized({dtype})` has its values in that. Of a model that was to be cast, what "
+                "came before this weight may have been: model.to(torch.bfloat16) takes it back."
             )
         made = torch.Tensor._make_wrapper_subclass(
             cls, codes.shape, dtype=dtype, device=codes.device, requires_grad=requires_grad

@@ -6,8 +6,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..backward.patched import Patched
+from .int8_config import Int8Config
 from .int8_layers import kept_layers, layers_in_int8, say_what_stays, to_int8_
-from .int8_quantizer import Int8Config, Int8Quantizer
+from .int8_quantizer import Int8Quantizer
 
 
 def quantize_weights_(model: nn.Module, modules_to_not_convert: list[str] | None = None) -> list[str]:
@@ -27,8 +28,10 @@ def quantize_weights_(model: nn.Module, modules_to_not_convert: list[str] | None
     Raises:
         ValueError: a weight is not finite or of another dtype, a name is of no module, nothing can be converted, a
             transformers model is quantized otherwise, or an optimizer's projected backward is on the model.
-        TypeError: `modules_to_not_convert` is no list of strings.
+        TypeError: `modules_to_not_convert` is no list of strings, or `model` no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"quantize_weights_ takes a model, an nn.Module, but was given a {type(model).__name__}.")
     config = Int8Config(modules_to_not_convert=modules_to_not_convert)
     other = getattr(model, "hf_quantizer", None)
     if other is not None and not isinstance(other, Int8Quantizer):

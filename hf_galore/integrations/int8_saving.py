@@ -123,7 +123,7 @@ def _take_weight(layer: nn.Module, state: dict[str, Any], prefix: str, metadata:
     Raises:
         ValueError: floats take the place of the weight, of a dtype that an int8 weight cannot have.
     """
-    weight = layer._parameters.get("weight")
+    weight: Any = layer._parameters.get("weight")
     if not isinstance(weight, Int8Weight):
         return
     name, assign = f"{prefix}weight", bool(metadata.get("assign_to_params_buffers"))
@@ -131,7 +131,8 @@ def _take_weight(layer: nn.Module, state: dict[str, Any], prefix: str, metadata:
     parts = {f"{prefix}{end}": own for end, own in zip(ends, weight.blocks, strict=True)}
     given = {key: state.pop(key) for key, own in parts.items() if key in state and state[key].shape == own.shape}
     if len(given) == len(parts) and assign:
-        state[name] = Int8Weight(*given.values(), weight.dtype)
+        codes, exponents = given.values()
+        state[name] = Int8Weight(codes, exponents, weight.dtype)
     elif given:
         for key, part in given.items():
             parts[key].copy_(part)

@@ -186,8 +186,8 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         Gradients stay in `.grad`, as in torch's optimizers, but for those that the backward pass has used.
 
         Raises:
-            RuntimeError: gradients were dropped that a layerwise optimizer had used already, or kept over a refresh; the
-                model has other parameters by now.
+            RuntimeError: gradients were dropped that a layerwise optimizer had used already, or kept over a refresh;
+                or the model has other parameters by now.
         """
         loss = None
         if closure is not None:

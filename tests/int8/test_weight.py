@@ -346,7 +346,7 @@ def test_dtypes_that_have_not_all_its_values_are_refused(name: str) -> None:
     made = layer(torch.bfloat16)
     before = copy.deepcopy(made.weight)
     weight = made.weight
-    with pytest.raises(TypeError, match=r"of torch.bfloat16, torch.float32, torch.float64 to others, and torch.\w+ has"):
+    with pytest.raises(TypeError, match=r"of torch.bfloat16, torch.float32, torch.float64 to others, and torch.\w+ "):
         CASTS[name](made)
     made.to(torch.bfloat16)
     assert made.weight is weight

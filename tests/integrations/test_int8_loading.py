@@ -33,10 +33,11 @@ import hf_galore
 from hf_galore import Int8Config, quantize_weights_
 from hf_galore.int8 import Int8Weight, is_int8
 from hf_galore.integrations import int8_quantizer, int8_saving
+from hf_galore.integrations.int8_config import METHOD
 from hf_galore.integrations.int8_layers import kept_layers, layers_in_int8
-from hf_galore.integrations.int8_quantizer import METHOD, Int8Quantizer
+from hf_galore.integrations.int8_quantizer import Int8Quantizer
 from tests.support.helpers import tiny_llama
-from tests.support.int8 import as_int8
+from tests.support.int8 import weight_of
 
 IN_INT8 = 14  # matrices of two layers
 
@@ -161,6 +162,22 @@ def test_dequantized_it_is_an_ordinary_model(folder: Path, tmp_path: Path) -> No
     assert all(param.requires_grad for param in model.parameters())
 
 
+def test_dequantized_each_weight_has_the_dtype_that_it_had(folder: Path) -> None:
+    """Not the one that the model was loaded in: what had been trained in float32 would be rounded."""
+    model = load(folder, Int8Config()).to(torch.float32)
+    with torch.no_grad():
+        model.model.norm.weight.add_(1e-5)
+        model.lm_head.to(torch.bfloat16)
+    expected = values_of(model)
+    model.dequantize()
+    assert_same(model.state_dict(), expected)
+    assert {name: value.dtype for name, value in expected.items()} == {
+        name: torch.bfloat16 if name == "lm_head.weight" else torch.float32 for name in expected
+    }
+    doubles = load(folder, Int8Config()).dequantize(torch.float64)
+    assert {param.dtype for param in doubles.parameters()} == {torch.float64}
+
+
 def test_it_is_freed_where_nobody_has_it() -> None:
     """As other models are, whose memory a card has back at once."""
     gc.collect()
@@ -207,7 +224,7 @@ def test_an_optimizer_that_was_made_before_is_refused(way: str, layerwise: bool)
         if before == "zeros":
             optimizer.zero_grad(set_to_none=False)
         if layerwise and way == "quantized":
-            with pytest.raises(ValueError, match=r"hooks are on model.layers.0.self_attn.q_proj.*optimizer.close\(\) be"):
+            with pytest.raises(ValueError, match=r"hooks are on model.layers.0.self_attn.q_proj.*optimizer.close\(\)"):
                 exchange(model, way)
             assert not layers_in_int8(model)
             optimizer.close()
@@ -257,7 +274,7 @@ def test_an_exchange_that_fails_half_way_is_known_to_the_optimizer() -> None:
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight has values that are not finite"):
         quantize_weights_(model)
     assert layers_in_int8(model)
-    with pytest.raises(RuntimeError, match="q_proj.weight and .* were exchanged for others"):
+    with pytest.raises(RuntimeError, match=r"q_proj.weight and .* were exchanged for others"):
         optimizer.step()
 
 
@@ -336,7 +353,7 @@ def test_weights_that_are_assigned_are_taken_into_8_bits(folder: Path, dtype: to
         assert not any(is_int8(value) for value in given.values())
     part = made[1]  # of a model, by itself
     part.load_state_dict({"weight": torch.ones(8, 24), "bias": torch.ones(8)}, assign=True)
-    assert as_int8(part.weight).dequantized().eq(1).all()
+    assert weight_of(part).dequantized().eq(1).all()
     other = copy.deepcopy(made).to("meta")
     other.load_state_dict(values_of(made), assign=True)
     assert layers_in_int8(other) == ["0", "1"]
@@ -596,20 +613,58 @@ def test_a_model_that_is_partly_elsewhere_is_refused(folder: Path, places: dict[
         load(folder, Int8Config(), device_map=places)
 
 
-@pytest.mark.parametrize(
-    ("given", "error", "said"),
-    [
-        ({"weight_bits": 4}, ValueError, r"weight_bits has to be 8, but is 4\. For 16, leave out the config\."),
-        ({"weight_bits": "8"}, ValueError, r"weight_bits has to be 8, but is '8'"),
-        ({"save": "bf16"}, ValueError, r"save has to be one of 'float', 'int8', but is 'bf16'"),
-        ({"modules_to_not_convert": "lm_head"}, TypeError, r"has to be a list of names of layers, but is 'lm_head'"),
-        ({"skip": 1}, ValueError, r"has no skip\. It takes weight_bits, modules_to_not_convert and save"),
-    ],
-    ids=["weight_bits", "type", "save", "modules_to_not_convert", "unknown"],
-)
-def test_mistakes_in_the_config_are_said(given: dict[str, Any], error: type[Exception], said: str) -> None:
+MISTAKES: list[tuple[str, Any, type[Exception], str]] = [
+    *(
+        ("weight_bits", value, ValueError, rf"weight_bits has to be the whole number 8, but is {value!r}\. For 16,")
+        for value in (4, 16, 8.0, True, "8", None)
+    ),
+    *(
+        ("save", value, ValueError, r"save has to be one of 'float', 'int8', but is")
+        for value in ("bf16", None, True, ["int8"], b"int8")
+    ),
+    *(
+        ("modules_to_not_convert", value, TypeError, r"has to be a list of names of layers, but is")
+        for value in ("lm_head", {"lm_head"}, [1], True, nn.Linear(1, 1))
+    ),
+    ("modules_to_not_convert", ["lm_head", ""], ValueError, "has an empty name, which every layer ends in"),
+    ("modules_to_not_convert", ["["], ValueError, r"has '\[', which is no regular expression"),
+    ("quant_method", "bitsandbytes", ValueError, r"is 'hf_galore_int8', but is 'bitsandbytes'\. Leave it out"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "error", "said"), MISTAKES)
+def test_mistakes_in_the_config_are_said(field: str, value: Any, error: type[Exception], said: str) -> None:
+    """When it is made, read from a `config.json`, or changed: `save` may be, later."""
     with pytest.raises(error, match=said):
-        Int8Config(**given)
+        Int8Config(**{field: value})
+    with pytest.raises(error, match=said):
+        Int8Config.from_dict({"quant_method": METHOD, field: value})
+    config = Int8Config()
+    with pytest.raises(error, match=said):
+        setattr(config, field, value)
+    assert config.to_dict() == Int8Config().to_dict()
+
+
+def test_what_the_config_and_the_conversion_take() -> None:
+    given = Int8Config(8, ("up_proj",), "int8").to_dict()  # type: ignore[arg-type]  # a tuple is as good as a list
+    assert given == {
+        "quant_method": METHOD,
+        "weight_bits": 8,
+        "modules_to_not_convert": ["up_proj"],
+        "save": "int8",
+    }
+    assert Int8Config.from_dict(given).to_dict() == given
+    with pytest.raises(ValueError, match=r"has no skip\. It takes weight_bits, modules_to_not_convert and save"):
+        Int8Config(skip=1)
+    with pytest.raises(TypeError, match=r"takes a model, an nn.Module, but was given a dict"):
+        quantize_weights_({})  # type: ignore[arg-type]
+    model: Any = tiny_llama()
+    quantize_weights_(model)
+    for dtype in ("int8", "nothing", torch.int8):
+        with pytest.raises(ValueError, match=rf"to {dtype}, which is no floating-point dtype"):
+            model.dequantize(dtype)
+    assert len(layers_in_int8(model)) == IN_INT8
+    assert model.dequantize("float32").dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", ["c_attn", "layers.0"])
