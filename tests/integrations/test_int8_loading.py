@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -396,6 +397,31 @@ def test_codes_and_exponents_are_loaded_into_int8_parameters(folder: Path, assig
     other.load_state_dict(given, assign=assign)
     assert len(layers_in_int8(other)) == IN_INT8
     assert_same(values_of(other), expected)
+
+
+@pytest.mark.parametrize("function", [None, get_ema_avg_fn(0.9)], ids=["mean", "exponential"])
+def test_an_average_is_kept_in_floats(function: Any, folder: Path) -> None:
+    """As docs/int8.md has it: of steps so small that a copy in 8 bits would not move."""
+    model: Any = load(folder, Int8Config(), dtype=torch.float32)
+    averaged = AveragedModel(model, avg_fn=function)
+    averaged.module.dequantize(torch.float32)
+    assert len(layers_in_int8(model)) == IN_INT8
+    name = "model.layers.0.mlp.up_proj.weight"
+    seen = []
+    for step in range(8):
+        with torch.no_grad():
+            noise = torch.randn(256, 64, generator=torch.Generator().manual_seed(step))
+            model.get_parameter(name).copy_(model.get_parameter(name).dequantized() + 1e-3 * noise)
+        averaged.update_parameters(model)
+        seen.append(values_of(model)[name])
+    expected = torch.stack(seen).mean(0)
+    if function is not None:
+        expected = seen[0]
+        for value in seen[1:]:
+            expected = 0.9 * expected + 0.1 * value
+    torch.testing.assert_close(averaged.module.get_parameter(name), nn.Parameter(expected), rtol=1e-5, atol=1e-7)
+    in_8_bits = Int8Weight.from_float(expected).dequantized()
+    assert (in_8_bits - expected).abs().max() > 1e-4  # what the average would have lost
 
 
 # ---- how much memory
