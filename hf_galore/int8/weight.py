@@ -64,8 +64,19 @@ class Int8Weight(Tensor):
 
     @staticmethod
     def __new__(
-        cls, codes: Tensor, exponents: Tensor, dtype: torch.dtype = torch.bfloat16, *, requires_grad: bool = False
+        cls,
+        codes: Tensor,
+        exponents: Tensor | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        *,
+        requires_grad: bool = False,
     ) -> Int8Weight:
+        if exponents is None:
+            raise TypeError(
+                "An int8 weight is made of codes and exponents, and of values by Int8Weight.from_float. accelerate's "
+                "load_checkpoint_and_dispatch, cpu_offload and disk_offload, which make one of values alone, do not "
+                "know it: load by from_pretrained or load_state_dict, without offloading."
+            )
         if dtype not in DTYPES:
             raise TypeError(
                 f"An int8 weight is a tensor of {', '.join(map(str, DTYPES))} to others, and {dtype} has not its "
@@ -155,8 +166,9 @@ class Int8Weight(Tensor):
             return _share_memory_(*args)
         if func is Tensor.storage:  # safetensors asks for it
             raise TypeError(
-                "An int8 weight has no storage of its own, which safetensors writes. Save a transformers model by "
-                "save_pretrained, any state dict by torch.save, or the values, which `weight.dequantized()` has."
+                "An int8 weight has no storage of its own, which safetensors writes. Save a transformers model, all of "
+                "it, by save_pretrained, any state dict by torch.save, or the values, which `weight.dequantized()` "
+                "has. A layer of PEFT's modules_to_save stays a float if modules_to_not_convert names it."
             )
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
@@ -195,7 +207,8 @@ def _set_data(weight: Int8Weight, other: Tensor) -> None:
     if not isinstance(other, Int8Weight):
         raise TypeError(
             f"The data of an int8 weight can be those of another, but were given a {type(other).__name__} of "
-            f"{other.dtype}. `weight.copy_(values)` sets its values."
+            f"{other.dtype}. `weight.copy_(values)` sets its values, rounded to 8 bits. What would be lost so "
+            "(adapters that are merged, those that PEFT begins with a part of the weight) goes into model.dequantize()."
         )
     with torch._C.DisableTorchFunctionSubclass():
         _SET_DATA(weight, other)

@@ -14,6 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload, load_checkpoint_and_dispatch
+from accelerate.utils import set_module_tensor_to_device
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -24,6 +27,7 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     MixtralConfig,
     MixtralForCausalLM,
 )
@@ -598,7 +602,86 @@ def test_a_plain_module_keeps_its_layers_with_a_computation_of_their_own() -> No
     assert not is_int8(model[1].weight)
 
 
+class Around(nn.Module):
+    """A program's own module around a model."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, ids: Tensor) -> Any:
+        return self.inner(ids)
+
+
+AROUND: dict[str, Any] = {
+    "a module": Around,
+    "torch.compile": lambda model: torch.compile(model, backend="eager"),
+    "adapters": lambda model: get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"])),
+}
+
+
+@pytest.mark.parametrize("way", AROUND)
+def test_a_model_inside_another_is_quantized_as_it_is_by_itself(way: str, tmp_path: Path) -> None:
+    """It could not be saved, nor dequantized; its head for classes, and adapters, were put into 8 bits too."""
+    alone, inner = (LlamaForSequenceClassification(tiny_llama().config) for _ in range(2))
+    inner.load_state_dict(alone.state_dict())
+    quantize_weights_(alone, ["up_proj"])
+    around = AROUND[way](inner)
+    assert len(quantize_weights_(around, ["up_proj"])) == IN_INT8 - 2
+    assert len(layers_in_int8(around)) == IN_INT8 - 2
+    adapters = [param for name, param in around.named_parameters() if "lora_" in name]
+    assert len(adapters) == (4 if way == "adapters" else 0)
+    assert not any(map(is_int8, adapters))
+    ids = torch.arange(16).view(1, 16)
+    assert torch.equal(around(ids).logits, alone(ids).logits)  # adapters begin with zeros
+    for save in ("float", "int8") if way != "adapters" else ():
+        inner.hf_quantizer.quantization_config.save = save
+        inner.save_pretrained(tmp_path)
+        again = load(tmp_path, None, AutoModelForSequenceClassification)
+        assert len(layers_in_int8(again)) == (IN_INT8 - 2 if save == "int8" else 0)
+        assert_same(values_of(again), values_of(alone))
+    inner.dequantize()
+    assert not layers_in_int8(around)
+    assert torch.equal(around(ids).logits, alone(ids).logits)
+
+
+def test_torchs_attention_keeps_its_output_layer() -> None:
+    """Which it multiplies with by itself; a layer of torch's transformer computes alike in both of its ways."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0)
+    assert quantize_weights_(layer) == ["linear1", "linear2"]
+    x = torch.randn(2, 5, 32)
+    expected = layer(x)
+    with torch.no_grad():
+        torch.testing.assert_close(layer.eval()(x), expected)
+
+
 # ---- what is refused
+
+
+def test_a_part_of_a_model_is_not_saved_by_itself(tmp_path: Path) -> None:
+    model: Any = tiny_llama()
+    quantize_weights_(model)
+    with pytest.raises(TypeError, match="Save a transformers model, all of it, by save_pretrained"):
+        model.model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("way", ["set", "offload", "load"])
+def test_accelerates_ways_to_set_weights_are_refused(way: str, tmp_path: Path) -> None:
+    """They make a parameter of its class and values."""
+    tiny_llama(seed=3).save_pretrained(tmp_path)
+    model: Any = tiny_llama()
+    quantize_weights_(model)
+    name, before = "model.layers.0.mlp.up_proj.weight", values_of(model)
+    ways = {
+        "set": lambda: set_module_tensor_to_device(model, name, "cpu", value=torch.ones(256, 64)),
+        "offload": lambda: cpu_offload(model, execution_device=torch.device("cpu")),
+        "load": lambda: load_checkpoint_and_dispatch(model, tmp_path, device_map={"": "cpu"}),
+    }
+    with pytest.raises(TypeError, match=r"load by from_pretrained or load_state_dict, without offloading"):
+        ways[way]()
+    assert is_int8(model.get_parameter(name))
+    assert torch.equal(model.get_parameter(name).dequantized(), before[name])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -240,7 +240,7 @@ def test_adapters_are_merged_into_a_dequantized_model(folder: Path) -> None:
     adapted = get_peft_model(model, lora)
     ids = torch.arange(32).view(2, 16)
     loss = adapted(ids, labels=ids).loss
-    with pytest.raises(TypeError, match="int8 weight"):
+    with pytest.raises(TypeError, match=r"adapters that are merged.* goes into model\.dequantize\(\)"):
         adapted.merge_and_unload()
     model.dequantize()
     merged = adapted.merge_and_unload()
