@@ -6,14 +6,20 @@ those here become floats. Before it they say how large they will be, by which tr
 
 from __future__ import annotations
 
+import json
+import os
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..int8 import DTYPES, Int8Weight
+from ..int8 import DTYPES, Int8Weight, is_int8
+from ..log import and_others
 
 CODES, EXPONENTS = ".weight_codes", ".weight_exponents"
 """What an int8 checkpoint adds to the name of a layer."""
@@ -146,6 +152,43 @@ def _take_weight(layer: nn.Module, state: dict[str, Any], prefix: str, metadata:
             "it cannot be. Leave assign out, or give values in bfloat16."
         )
     state[name] = Int8Weight.from_float(values.detach())
+
+
+def check_taken(model: nn.Module, checkpoint: str) -> None:
+    """Check that a model had a place for all weights of a checkpoint that has some in 8 bits.
+
+    The Trainer resumes from one with `strict=False`, and would go on with the weights that the model began with.
+
+    Args:
+        model: which the Trainer has loaded it into.
+        checkpoint: its folder.
+
+    Raises:
+        ValueError: layers that the checkpoint has in 8 bits are floats in the model.
+    """
+    layers = {name.removesuffix(CODES) for name in _names_in(checkpoint) if name.endswith(CODES)}
+    named = dict(model.named_modules()) if layers else {}
+    lost = sorted(name for name in layers if not is_int8(getattr(named.get(name), "weight", None)))
+    if lost:
+        raise ValueError(
+            f"{checkpoint} has its weights in 8 bits (save='int8'), and {lost[0]}{and_others(len(lost) - 1)} of this "
+            "model has floats, into which they were not loaded. Load the model with "
+            "quantization_config=Int8Config(...) as that run did. To go on in 16 bits, load the checkpoint by "
+            'from_pretrained, set model.hf_quantizer.quantization_config.save = "float", and save it there again.'
+        )
+
+
+def _names_in(checkpoint: str) -> Iterable[str]:
+    """The names of the tensors that a model's files have; none where there are no such files."""
+    index, single = (os.path.join(checkpoint, name) for name in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME))
+    if os.path.isfile(index):
+        with open(index, encoding="utf-8") as file:
+            names: dict[str, str] = json.load(file)["weight_map"]
+        return names
+    if not os.path.isfile(single):
+        return ()
+    with safe_open(single, "pt") as tensors:
+        return list(tensors.keys())
 
 
 class _BoundedSaving:

@@ -407,7 +407,7 @@ def test_codes_and_exponents_are_loaded_into_int8_parameters(folder: Path, assig
 def test_an_average_is_kept_in_floats(function: Any, folder: Path) -> None:
     """As docs/int8.md has it: of steps so small that a copy in 8 bits would not move."""
     model: Any = load(folder, Int8Config(), dtype=torch.float32)
-    averaged = AveragedModel(model, avg_fn=function)
+    averaged: Any = AveragedModel(model, avg_fn=function)
     averaged.module.dequantize(torch.float32)
     assert len(layers_in_int8(model)) == IN_INT8
     name = "model.layers.0.mlp.up_proj.weight"
