@@ -156,7 +156,7 @@ class Int8Weight(Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is Tensor.numpy:  # TRL's DPOTrainer takes a hash of a model so
-            return args[0].dequantized().numpy(*args[1:], **(kwargs or {}))
+            return FlatValues.of(args[0].dequantized()).numpy(*args[1:], **(kwargs or {})).reshape(args[0].shape)
         kwargs = kwargs or {}
         if func is F.linear:
             return linear(*args, **kwargs)
@@ -229,6 +229,8 @@ def _dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _to_copy(first, **kwargs)
     if packet is _aten.copy_:
         return _copy_(*args, **kwargs)
+    if func is _aten.view.dtype:
+        _refuse(func, args, kwargs)
     if packet in (_aten.view, _aten._unsafe_view, _aten.expand) and tuple(args[1]) == tuple(first.shape):
         return Int8Weight(first.codes, first.exponents, first.dtype)
     if packet is _aten.view and tuple(args[1]) in ((-1,), (first.numel(),)):
@@ -271,7 +273,11 @@ def _copy_(into: Tensor, other: Tensor, non_blocking: bool = False) -> Tensor:
 
 
 def _refuse(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuse what would change a weight, or look like a view of one."""
+    """Refuse what would change a weight, or look like a view of one.
+
+    A change with a `RuntimeError`: of a `TypeError` in `weight -= update` Python thinks that the result may be had by
+    other means, makes one, and gives it the name of the weight, which stays as it is.
+    """
     if func.namespace == "c10d":
         raise TypeError(
             f"{func} sends tensors that have elements, and an int8 weight has none: send its `codes` and `exponents`. "
@@ -280,15 +286,16 @@ def _refuse(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if func._schema.is_mutable:
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write and _has_int8(value):
-                raise TypeError(
+                raise RuntimeError(
                     f"{func} would change an int8 weight in place, and what is smaller than a step of 8 bits would be "
                     "lost. hf_galore's optimizers train such weights, rounding at random (with a Trainer "
                     'optim="galore_adamw_8bit_layerwise" and its kin, in a loop hf_galore.make_optimizer), and no '
                     "others do; `weight.copy_(values)` sets one. An average of weights begins with "
-                    "`weight.dequantized(torch.float32)`, a tensor that can be changed."
+                    "`weight.dequantized(torch.float32)`, a tensor that can be changed; adapters are merged after "
+                    "model.dequantize()."
                 )
         if _has_int8(kwargs.get("out")):
-            raise TypeError(f"{func} cannot write to an int8 weight: `weight.copy_(values)` sets one.")
+            raise RuntimeError(f"{func} cannot write to an int8 weight: `weight.copy_(values)` sets one.")
     elif func.overloadpacket in _SHARDING:
         raise TypeError(
             f"{func} would give views of an int8 weight, which has none. FSDP2 (fully_shard), DTensor and tensor "

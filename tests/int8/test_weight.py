@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import operator
 import pickle
 from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
@@ -562,6 +563,14 @@ CHANGES: dict[str, Callable[[Tensor], Any]] = {
     "set_": lambda w: w.set_(torch.zeros(1)),  # type: ignore[call-overload]
     "bernoulli_": lambda w: w.bernoulli_(),
     "lerp_": lambda w: w.lerp_(torch.ones(M, N), 0.5),
+    # Of which Python would make `w = w - 1` where a TypeError is raised, so that the weight stays as it is.
+    "+=": lambda w: operator.iadd(w, 1),
+    "-=": lambda w: operator.isub(w, torch.ones(M, N)),
+    "*=": lambda w: operator.imul(w, 0.5),
+    "/=": lambda w: operator.itruediv(w, 2),
+    "//=": lambda w: operator.ifloordiv(w, 2),
+    "%=": lambda w: operator.imod(w, 2),
+    "**=": lambda w: operator.ipow(w, 2),
 }
 
 
@@ -570,13 +579,15 @@ def test_changes_in_place_are_refused(name: str) -> None:
     """Averages of weights (EMA) and other optimizers make them."""
     weight = layer().weight
     before = copy.deepcopy(weight)
-    with pytest.raises(TypeError, match=r"would change an int8 weight in place.*hf_galore's optimizers"):
-        CHANGES[name](weight.detach())
+    expected = r"would change an int8 weight in place.*hf_galore's optimizers|cannot resize variables that require grad"
+    for given in (weight, weight.detach(), weight.data):
+        with torch.no_grad(), pytest.raises(RuntimeError, match=expected):
+            CHANGES[name](given)
     assert_same_weight(weight, before)
 
 
 def test_writing_to_it_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"cannot write to an int8 weight: `weight.copy_\(values\)`"):
+    with pytest.raises(RuntimeError, match=r"cannot write to an int8 weight: `weight.copy_\(values\)`"):
         torch.add(torch.ones(M, N), 1, out=layer().weight.detach())
     with pytest.raises(TypeError, match="has none"):
         layer().weight.detach()[0] = 1.0
@@ -586,15 +597,49 @@ FLAT: dict[str, Callable[[Tensor], Any]] = {
     "mul_": lambda flat: flat.mul_(2),
     "copy_": lambda flat: flat.copy_(torch.zeros(M * N)),
     "element": lambda flat: flat.__setitem__(0, 1.0),
-    "operator": lambda flat: flat.__iadd__(1),
+    "+=": lambda flat: operator.iadd(flat, 1),
+    "*=": lambda flat: operator.imul(flat, 2),
+    "-=": lambda flat: operator.isub(flat, 2),
+    "/=": lambda flat: operator.itruediv(flat, 2),
+    "**=": lambda flat: operator.ipow(flat, 2),
+    "foreach": lambda flat: torch._foreach_zero_([flat]),
+    "out": lambda flat: torch.mul(torch.ones(M * N), 2, out=flat),
+    "slice": lambda flat: flat[2:5].zero_(),
+    "slice of a slice": lambda flat: operator.iadd(flat[2:9][1:4], 1),
+    "parts": lambda flat: flat.chunk(2)[1].fill_(1),
+    "shape": lambda flat: flat.view(M, N).zero_(),
+    "strides": lambda flat: flat.as_strided((3,), (1,)).zero_(),
+    "detached": lambda flat: flat.detach().zero_(),
+    "data": lambda flat: flat.data.zero_(),
 }
 
 
 @pytest.mark.parametrize("name", FLAT)
 def test_changes_of_the_values_in_a_row_are_refused(name: str) -> None:
-    """They are a copy: the weight would stay as it is, without a word."""
-    with pytest.raises(RuntimeError, match="would change a copy of an int8 weight's values"):
-        FLAT[name](layer().weight.data.view(-1))
+    """They are a copy, and so is a part of them: the weight would stay as it is, without a word."""
+    for flat in (layer().weight.data.view(-1), layer().weight.detach().flatten()):
+        with pytest.raises(RuntimeError, match="would change a copy of an int8 weight's values"):
+            FLAT[name](flat)
+
+
+def test_what_is_made_of_the_values_in_a_row_can_be_changed() -> None:
+    """And what only reads them gives what tensors give."""
+    flat, values = layer().weight.data.view(-1), weight_of(layer()).dequantized().view(-1)
+    for made in (flat + 1, flat.clone(), flat[torch.tensor([1, 2])], flat.double(), torch.cat([flat, flat])):
+        assert type(made) is Tensor
+        made.zero_()
+    assert torch.equal(flat[3:9], values[3:9])
+    assert flat.shape == values.shape
+    assert flat.max(0).values == values.max()
+
+
+def test_an_array_of_the_values_cannot_be_written() -> None:
+    """One of a tensor shares its memory."""
+    for array in (layer().weight.detach().numpy(), layer().weight.detach().view(-1).numpy()):
+        assert array.sum() == pytest.approx(weight_of(layer()).dequantized().sum().item(), rel=1e-4)
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 1.0
+    assert layer().weight.detach().numpy().shape == (M, N)
 
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -614,7 +659,7 @@ def test_other_optimizers_are_refused(name: str) -> None:
     optimizer = OPTIMIZERS[name](made.parameters())
     made(values(3, N)).sum().backward()
     expected = 'hf_galore\'s optimizers train such weights, rounding at random .*optim="galore_adamw_8bit_layerwise"'
-    with pytest.raises(TypeError, match=expected):
+    with pytest.raises(RuntimeError, match=expected):
         optimizer.step()
     assert_same_weight(made.weight, before)
 
@@ -626,7 +671,7 @@ def test_bitsandbytes_is_refused() -> None:
     made.weight = nn.Parameter(Int8Weight.from_float(made.weight.detach()))
     optimizer = bitsandbytes.optim.AdamW8bit(made.parameters(), lr=1e-2)
     made(torch.ones(2, 256)).sum().backward()
-    with pytest.raises(TypeError, match="hf_galore's optimizers"):
+    with pytest.raises(RuntimeError, match="hf_galore's optimizers"):
         optimizer.step()
 
 
@@ -645,7 +690,7 @@ def test_refusals_say_what_to_do_instead() -> None:
         torch.zeros(3, N) @ weight.T
     assert not weight.dequantized().requires_grad
     average = weight.dequantized(torch.float32)
-    with pytest.raises(TypeError, match=r"An average of weights begins with `weight.dequantized\(torch.float32\)`"):
+    with pytest.raises(RuntimeError, match=r"An average of weights begins with `weight.dequantized\(torch.float32\)`"):
         weight.detach().float().lerp_(average, 0.1)
     average.lerp_(weight.detach().float(), 0.1)
     torch.testing.assert_close(average, weight.dequantized(torch.float32))
