@@ -275,8 +275,9 @@ def _copy_(into: Tensor, other: Tensor, non_blocking: bool = False) -> Tensor:
 def _refuse(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuse what would change a weight, or look like a view of one.
 
-    A change with a `RuntimeError`: of a `TypeError` in `weight -= update` Python thinks that the result may be had by
-    other means, makes one, and gives it the name of the weight, which stays as it is.
+    With a `RuntimeError`: of a `TypeError` in an operator Python thinks that the result may be had by other means. For
+    `weight -= update` it makes one and gives it the name of the weight, which stays as it is; of `weight @ x` it says
+    that the operands are unsupported.
     """
     if func.namespace == "c10d":
         raise TypeError(
@@ -303,7 +304,7 @@ def _refuse(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             "DistributedDataParallel; or load the model without weight_bits=8."
         )
     elif any(argument.alias_info is not None for argument in func._schema.arguments):
-        raise TypeError(
+        raise RuntimeError(
             f"{func} would give a view, and an int8 weight has none. `weight.dequantized()` has its values, through "
             "which it gets no gradient; `torch.nn.functional.linear` multiplies with it, and has one. A layer whose "
             "weight a model takes apart can stay as it is: name it in modules_to_not_convert."
