@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from .config import GaLoreConfig
     from .expandable_segments import use_expandable_segments
     from .integrations.callback import GaLoreCallback
+    from .integrations.int8_config import Int8Config
     from .integrations.int8_model import quantize_weights_
-    from .integrations.int8_quantizer import Int8Config
     from .integrations.trainer import register, unregister
     from .optim.build import make_optimizer
     from .optim.classes import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
@@ -45,7 +45,7 @@ _MODULES = {
     "GaLoreAdamW8bit": ".optim.classes",
     "GaLoreCallback": ".integrations.callback",
     "GaLoreConfig": ".config",
-    "Int8Config": ".integrations.int8_quantizer",
+    "Int8Config": ".integrations.int8_config",
     "MemoryPlan": ".plan",
     "make_optimizer": ".optim.build",
     "measure": ".plan",

@@ -143,7 +143,9 @@ class _ProjectedLinearFunction(torch.autograd.Function):
         ctx.weight = weight
         ctx.how = how
         ctx.has_bias = bias is not None
-        return how.plain(x, weight.to(x.dtype), bias)
+        out = how.plain(x, weight.to(x.dtype), bias)
+        # With a bias torch gives a view, which autograd would not let be changed in place (`nn.ReLU(inplace=True)`).
+        return torch.ops.aten._unsafe_view(out, out.shape) if out._is_view() else out
 
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:

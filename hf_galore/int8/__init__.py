@@ -10,10 +10,11 @@ from .format import BLOCK, NOT_FINITE, Int8Blocks, empty_blocks, read_blocks, to
 from .layer import input_gradient, product
 from .products import int8_linear, times_weight
 from .update import add_int8_
-from .weight import Int8Weight, elements_of, is_int8
+from .weight import DTYPES, Int8Weight, elements_of, is_int8
 
 __all__ = [
     "BLOCK",
+    "DTYPES",
     "NOT_FINITE",
     "Int8Blocks",
     "Int8Weight",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .format import Int8Blocks
-from .products import int8_linear, times_weight
+from .products import int8_linear, rows_of, times_weight
 
 
 class _Blocked(Protocol):
@@ -57,7 +57,7 @@ def input_gradient(delta: Tensor, weight: _Blocked) -> Tensor:
 
 def weight_gradient(delta: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """δᵀX as a whole: what other optimizers and full-rank weights need."""
-    return (delta.reshape(-1, delta.shape[-1]).mT @ x.reshape(-1, x.shape[-1])).to(dtype)
+    return (rows_of(delta, delta.shape[-1]).mT @ rows_of(x, x.shape[-1])).to(dtype)
 
 
 class _Linear(torch.autograd.Function):
@@ -74,7 +74,7 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         grad_weight = weight_gradient(delta, x, weight.dtype) if needs_weight else None
-        grad_bias = delta.reshape(-1, delta.shape[-1]).sum(dim=0) if needs_bias else None
+        grad_bias = rows_of(delta, delta.shape[-1]).sum(dim=0) if needs_bias else None
         return input_gradient(delta, weight) if needs_x else None, grad_weight, grad_bias
 
 

@@ -6,6 +6,7 @@ is summed over at once, and is what the whole weight would give.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -60,8 +61,8 @@ def int8_linear(x: Tensor, weight: Int8Blocks, bias: Tensor | None) -> Tensor:
         bias: m, or `None`.
     """
     m, n = weight.codes.shape
-    rows = x.reshape(-1, n)
-    out = x.new_empty((len(rows), m))
+    rows, made = rows_of(x, n), x.new_empty((*x.shape[:-1], m))
+    out = rows_of(made, m)
     for part in product_tiles(m, n):
         # Without a name: one that holds a tile until the next is there would double what tiles take.
         blocks = Int8Blocks(weight.codes[part], weight.exponents[part])
@@ -69,7 +70,7 @@ def int8_linear(x: Tensor, weight: Int8Blocks, bias: Tensor | None) -> Tensor:
             torch.mm(rows, read_blocks(blocks, x.dtype).mT, out=out[:, part])
         else:
             torch.addmm(bias[part], rows, read_blocks(blocks, x.dtype).mT, out=out[:, part])
-    return out.view(*x.shape[:-1], m)
+    return made
 
 
 def times_weight(delta: Tensor, weight: Int8Blocks) -> Tensor:
@@ -80,10 +81,19 @@ def times_weight(delta: Tensor, weight: Int8Blocks) -> Tensor:
         weight: m × n.
     """
     m, n = weight.codes.shape
-    rows = delta.reshape(-1, m)
-    out = delta.new_empty((len(rows), n))
+    rows, made = rows_of(delta, m), delta.new_empty((*delta.shape[:-1], n))
+    out = rows_of(made, n)
     for part in product_tiles(n, m, BLOCK):
         blocks = slice(part.start // BLOCK, -(-part.stop // BLOCK))
         tile = Int8Blocks(weight.codes[:, part], weight.exponents[:, blocks])
         torch.mm(rows, read_blocks(tile, delta.dtype), out=out[:, part])
-    return out.view(*delta.shape[:-1], n)
+    return made
+
+
+def rows_of(x: Tensor, size: int) -> Tensor:
+    """A tensor as a matrix with rows of a size, which may be 0.
+
+    What is returned is made in its own shape: autograd refuses to change what is a view of what was made here, as a
+    model does that adds to the output of a layer in place.
+    """
+    return x.reshape(math.prod(x.shape[:-1]), size)

@@ -23,6 +23,8 @@ from .format import Int8Blocks, empty_blocks, read_blocks, write_blocks_
 from .layer import linear
 from .products import tiles
 
+DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+"""That an int8 weight may have to others: those whose range is not smaller than its own."""
 _aten = torch.ops.aten
 # Set all elements, whatever they were.
 _SETTERS = {
@@ -50,8 +52,11 @@ class Int8Weight(Tensor):
     Args:
         codes: int8, m × n.
         exponents: uint8, m × ⌈n/32⌉.
-        dtype: that it has to others; its values are exact in float32 and bfloat16.
+        dtype: that it has to others.
         requires_grad: as of any tensor.
+
+    Raises:
+        TypeError: the dtype is another than bfloat16, float32 and float64, all of which have its values exactly.
     """
 
     codes: Tensor
@@ -59,8 +64,25 @@ class Int8Weight(Tensor):
 
     @staticmethod
     def __new__(
-        cls, codes: Tensor, exponents: Tensor, dtype: torch.dtype = torch.bfloat16, *, requires_grad: bool = False
+        cls,
+        codes: Tensor,
+        exponents: Tensor | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        *,
+        requires_grad: bool = False,
     ) -> Int8Weight:
+        if exponents is None:
+            raise TypeError(
+                "An int8 weight is made of codes and exponents, and of values by Int8Weight.from_float. accelerate's "
+                "load_checkpoint_and_dispatch, cpu_offload and disk_offload, which make one of values alone, do not "
+                "know it: load by from_pretrained or load_state_dict, without offloading."
+            )
+        if dtype not in DTYPES:
+            raise TypeError(
+                f"An int8 weight is a tensor of {', '.join(map(str, DTYPES))} to others, and {dtype} has not its "
+                f"range. `weight.dequantized({dtype})` has its values in that. Of a model that was to be cast, what "
+                "came before this weight may have been: model.to(torch.bfloat16) takes it back."
+            )
         made = torch.Tensor._make_wrapper_subclass(
             cls, codes.shape, dtype=dtype, device=codes.device, requires_grad=requires_grad
         )
@@ -134,7 +156,7 @@ class Int8Weight(Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is Tensor.numpy:  # TRL's DPOTrainer takes a hash of a model so
-            return args[0].dequantized().numpy(*args[1:], **(kwargs or {}))
+            return FlatValues.of(args[0].dequantized()).numpy(*args[1:], **(kwargs or {})).reshape(args[0].shape)
         kwargs = kwargs or {}
         if func is F.linear:
             return linear(*args, **kwargs)
@@ -144,8 +166,9 @@ class Int8Weight(Tensor):
             return _share_memory_(*args)
         if func is Tensor.storage:  # safetensors asks for it
             raise TypeError(
-                "An int8 weight has no storage of its own, which safetensors writes. Save a transformers model by "
-                "save_pretrained, any state dict by torch.save, or the values, which `weight.dequantized()` has."
+                "An int8 weight has no storage of its own, which safetensors writes. Save a transformers model, all of "
+                "it, by save_pretrained, any state dict by torch.save, or the values, which `weight.dequantized()` "
+                "has. A layer of PEFT's modules_to_save stays a float if modules_to_not_convert names it."
             )
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
@@ -184,7 +207,8 @@ def _set_data(weight: Int8Weight, other: Tensor) -> None:
     if not isinstance(other, Int8Weight):
         raise TypeError(
             f"The data of an int8 weight can be those of another, but were given a {type(other).__name__} of "
-            f"{other.dtype}. `weight.copy_(values)` sets its values."
+            f"{other.dtype}. `weight.copy_(values)` sets its values, rounded to 8 bits. What would be lost so "
+            "(adapters that are merged, those that PEFT begins with a part of the weight) goes into model.dequantize()."
         )
     with torch._C.DisableTorchFunctionSubclass():
         _SET_DATA(weight, other)
@@ -205,6 +229,8 @@ def _dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _to_copy(first, **kwargs)
     if packet is _aten.copy_:
         return _copy_(*args, **kwargs)
+    if func is _aten.view.dtype:
+        _refuse(func, args, kwargs)
     if packet in (_aten.view, _aten._unsafe_view, _aten.expand) and tuple(args[1]) == tuple(first.shape):
         return Int8Weight(first.codes, first.exponents, first.dtype)
     if packet is _aten.view and tuple(args[1]) in ((-1,), (first.numel(),)):
@@ -229,7 +255,7 @@ def _to_copy(
     weight: Int8Weight, *, dtype: torch.dtype | None = None, device: Any = None, non_blocking: bool = False, **_: Any
 ) -> Tensor:
     dtype = dtype or weight.dtype
-    if not dtype.is_floating_point or dtype.itemsize < 2:
+    if not (dtype.is_floating_point or dtype.is_complex):  # which nobody casts a model to
         return weight.dequantized().to(device=device, dtype=dtype)
     codes, exponents = (part.to(device=device, non_blocking=non_blocking, copy=True) for part in weight.blocks)
     return Int8Weight(codes, exponents, dtype)
@@ -247,7 +273,12 @@ def _copy_(into: Tensor, other: Tensor, non_blocking: bool = False) -> Tensor:
 
 
 def _refuse(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuse what would change a weight, or look like a view of one."""
+    """Refuse what would change a weight, or look like a view of one.
+
+    With a `RuntimeError`: of a `TypeError` in an operator Python thinks that the result may be had by other means. For
+    `weight -= update` it makes one and gives it the name of the weight, which stays as it is; of `weight @ x` it says
+    that the operands are unsupported.
+    """
     if func.namespace == "c10d":
         raise TypeError(
             f"{func} sends tensors that have elements, and an int8 weight has none: send its `codes` and `exponents`. "
@@ -256,15 +287,16 @@ def _refuse(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if func._schema.is_mutable:
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write and _has_int8(value):
-                raise TypeError(
+                raise RuntimeError(
                     f"{func} would change an int8 weight in place, and what is smaller than a step of 8 bits would be "
                     "lost. hf_galore's optimizers train such weights, rounding at random (with a Trainer "
                     'optim="galore_adamw_8bit_layerwise" and its kin, in a loop hf_galore.make_optimizer), and no '
                     "others do; `weight.copy_(values)` sets one. An average of weights begins with "
-                    "`weight.dequantized(torch.float32)`, a tensor that can be changed."
+                    "`weight.dequantized(torch.float32)`, a tensor that can be changed; adapters are merged after "
+                    "model.dequantize()."
                 )
         if _has_int8(kwargs.get("out")):
-            raise TypeError(f"{func} cannot write to an int8 weight: `weight.copy_(values)` sets one.")
+            raise RuntimeError(f"{func} cannot write to an int8 weight: `weight.copy_(values)` sets one.")
     elif func.overloadpacket in _SHARDING:
         raise TypeError(
             f"{func} would give views of an int8 weight, which has none. FSDP2 (fully_shard), DTensor and tensor "
@@ -272,7 +304,7 @@ def _refuse(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             "DistributedDataParallel; or load the model without weight_bits=8."
         )
     elif any(argument.alias_info is not None for argument in func._schema.arguments):
-        raise TypeError(
+        raise RuntimeError(
             f"{func} would give a view, and an int8 weight has none. `weight.dequantized()` has its values, through "
             "which it gets no gradient; `torch.nn.functional.linear` multiplies with it, and has one. A layer whose "
             "weight a model takes apart can stay as it is: name it in modules_to_not_convert."

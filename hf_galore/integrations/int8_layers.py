@@ -7,20 +7,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..int8 import NOT_FINITE, Int8Weight, is_int8
 from ..log import and_others, logger
-from ..optim.live import say_if_left_behind
+from ..optim.exchanged import mark_exchanged
+from .int8_saving import take_int8_
 from .weights import head_modules
+
+NAMED = "in modules_to_not_convert"
+"""Why a layer stays that somebody has named."""
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer that does with its weight what `nn.Linear` does, and nothing else."""
+    """Whether a module is a linear layer that does with its weight what `nn.Linear` does, and nothing else.
+
+    Not the output layer of `nn.MultiheadAttention`, whose weight that multiplies with by itself.
+    """
     return (
         isinstance(module, nn.Linear)
+        and not isinstance(module, NonDynamicallyQuantizableLinear)
         and type(module).forward is nn.Linear.forward
         and isinstance(module._parameters.get("weight"), Tensor)
         and module.weight.ndim == 2
@@ -41,17 +50,23 @@ def kept_layers(model: nn.Module, modules_to_not_convert: Sequence[str] | None) 
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for pattern in modules_to_not_convert or ():
         _check_pattern(pattern, model)
-    heads, tied = _heads(model), _tied(model)
-    in_float32 = getattr(model, "_keep_in_fp32_modules", None) or ()
-    in_float32 = [*in_float32, *(getattr(model, "_keep_in_fp32_modules_strict", None) or ())]
+    heads, tied, adapters = _heads(model), _tied(model), _adapters(model)
+    in_float32 = [
+        part
+        for one in transformers_models(model).values()
+        for which in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+        for part in getattr(one, which, None) or ()
+    ]
     kept = {}
     for name, module in linears.items():
         if f"{name}.weight" in tied:
             kept[name] = "tied to another"
         elif id(module) in heads:  # whose weight TRL's loss takes apart by itself
             kept[name] = "output head"
+        elif id(module) in adapters:
+            kept[name] = "of an adapter"
         elif not should_convert_module(name, list(modules_to_not_convert or ())):
-            kept[name] = "in modules_to_not_convert"
+            kept[name] = NAMED
         elif any(part in name.split(".") for part in in_float32):
             kept[name] = "kept in float32"
         elif not is_plain_linear(module):
@@ -75,10 +90,33 @@ def _check_pattern(pattern: str, model: nn.Module) -> None:
 def _heads(model: nn.Module) -> set[int]:
     """The modules of output heads, by `id`: of language models, and what other heads have beside the base model."""
     heads = head_modules(model)
-    if isinstance(model, PreTrainedModel) and model.base_model is not model:
-        base = {id(module) for module in model.base_model.modules()}
-        heads |= {id(module) for module in model.modules()} - base
+    for one in transformers_models(model).values():
+        if one.base_model is not one:
+            base = {id(module) for module in one.base_model.modules()}
+            heads |= {id(module) for module in one.modules()} - base
     return heads
+
+
+def transformers_models(model: nn.Module) -> dict[str, PreTrainedModel]:
+    """The transformers models in a model, by their names: itself, or what PEFT, `torch.compile` or a program wraps."""
+    found: dict[str, PreTrainedModel] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and not any(
+            f"{name}.".startswith(f"{one}.") or not one for one in found
+        ):
+            found[name] = module
+    return found
+
+
+def _adapters(model: nn.Module) -> set[int]:
+    """The modules that PEFT has put beside a model's own to be trained, by `id`."""
+    found: set[int] = set()
+    for module in model.modules():
+        for name in getattr(module, "adapter_layer_names", ()):
+            beside = getattr(module, name, None)
+            if isinstance(beside, nn.Module):
+                found.update(id(part) for part in beside.modules())
+    return found
 
 
 def _tied(model: nn.Module) -> set[str]:
@@ -108,7 +146,7 @@ def to_int8_(model: nn.Module, kept: dict[str, str]) -> list[str]:
     Raises:
         ValueError: a weight is not finite, or of a dtype that cannot be; those before it are converted.
     """
-    converted, exchanged = [], []
+    converted = []
     for name, module in model.named_modules():
         if name in kept or not is_plain_linear(module) or is_int8(module.weight):
             continue
@@ -124,11 +162,11 @@ def to_int8_(model: nn.Module, kept: dict[str, str]) -> list[str]:
         new = nn.Parameter(made, requires_grad=weight.requires_grad)
         if getattr(weight, "_is_hf_initialized", False):
             new._is_hf_initialized = True  # type: ignore[attr-defined]
-        exchanged.append(id(weight))
         module.weight = new
+        mark_exchanged(weight)
+        take_int8_(module)
         del weight
         converted.append(name)
-    say_if_left_behind(exchanged)
     return converted
 
 

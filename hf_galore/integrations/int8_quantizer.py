@@ -1,4 +1,4 @@
-"""Int8 weights as a quantization method of transformers: its config, and its quantizer.
+"""Int8 weights as a quantization method of transformers: its quantizer.
 
 `from_pretrained(name, quantization_config=Int8Config())` reads one weight at a time, puts it into 8 bits where it is to
 stay, and drops it: transformers reads without threads ahead of it where something is quantized on the way, so no more
@@ -16,65 +16,16 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..int8 import Int8Weight, is_int8
-from ..optim.live import say_if_left_behind
+from ..optim.exchanged import mark_exchanged
+from .int8_config import METHOD, Int8Config
 from .int8_layers import all_finite, is_plain_linear, kept_layers, say_what_stays, to_int8_
-from .int8_saving import CODES, EXPONENTS, bounded_shards, take_int8_, unbounded_shards, unwritten
+from .int8_saving import CODES, EXPONENTS, bounded_shards, leave_int8_, take_int8_, unbounded_shards, unwritten
 
-METHOD = "hf_galore_int8"
-SAVES = ("float", "int8")
 _DTYPES = (torch.bfloat16, torch.float32)
 # 8 bits, and an exponent of 8 bits for each 32.
 _BYTES = 33 / 32
-
-
-class Int8Config(QuantizationConfigMixin):  # type: ignore[misc, unused-ignore]
-    """The `quantization_config` of a model whose linear layers have their weights in 8 bits (MXINT8), to be trained.
-
-    Args:
-        weight_bits: 8.
-        modules_to_not_convert: layers that stay as they are, by names, their ends or patterns as of transformers'
-            other configs; `None` for none. The output head, embeddings and what is tied to them stay in any case.
-        save: what `save_pretrained` writes: `"float"` an ordinary checkpoint, of which a plain `from_pretrained` and
-            every other tool makes the same values; `"int8"` codes and exponents, half as large, for which
-            `hf_galore` has to be imported.
-
-    Raises:
-        ValueError: one of them is none of these.
-        TypeError: `modules_to_not_convert` is no list of strings.
-    """
-
-    def __init__(
-        self,
-        weight_bits: int = 8,
-        modules_to_not_convert: list[str] | None = None,
-        save: str = "float",
-        **unknown: Any,
-    ) -> None:
-        unknown.pop("quant_method", None)
-        if unknown:
-            raise ValueError(
-                f"Int8Config has no {', '.join(sorted(unknown))}. It takes weight_bits, modules_to_not_convert and "
-                "save."
-            )
-        if weight_bits != 8 or isinstance(weight_bits, bool):
-            raise ValueError(f"weight_bits has to be 8, but is {weight_bits!r}. For 16, leave out the config.")
-        if save not in SAVES:
-            raise ValueError(f"save has to be one of {', '.join(map(repr, SAVES))}, but is {save!r}.")
-        names: Any = modules_to_not_convert
-        if names is not None and not (isinstance(names, (list, tuple)) and all(isinstance(one, str) for one in names)):
-            raise TypeError(f"modules_to_not_convert has to be a list of names of layers, but is {names!r}.")
-        self.quant_method = METHOD
-        self.weight_bits = weight_bits
-        self.modules_to_not_convert = None if names is None else list(names)
-        self.save = save
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        """What a `config.json` says of it."""
-        values: dict[str, Any] = self.to_dict()
-        return values
 
 
 class Int8Quantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
@@ -227,17 +178,36 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
         self._say_in_config(model)
         return unwritten(model.state_dict(), self.quantization_config.save), {}
 
+    def dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        """Make the model one of floats.
+
+        Args:
+            model: the model.
+            dtype: of all of it; `None` for that which each weight has, and not, as other quantizers of transformers
+                have it, for that which the model was loaded in: it may have been cast, or a part kept in float32.
+
+        Raises:
+            ValueError: the dtype is no floating-point one.
+        """
+        made = self._dequantize(model, dtype)
+        self.remove_quantization_config(made)
+        return made
+
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a config that was saved has its name
-        exchanged = []
+        found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+            raise ValueError(
+                f"Int8 weights cannot be dequantized to {dtype}, which is no floating-point dtype. Give one, or leave "
+                "it out for that of the model."
+            )
         for module in model.modules():
             if is_int8(module._parameters.get("weight")):
                 weight = module.weight
-                exchanged.append(id(weight))
-                module.weight = nn.Parameter(weight.dequantized(dtype), requires_grad=weight.requires_grad)
-        say_if_left_behind(exchanged)
+                module.weight = nn.Parameter(weight.dequantized(found), requires_grad=weight.requires_grad)
+                mark_exchanged(weight)
+                leave_int8_(module)
         unbounded_shards(model)
-        return model if dtype is None else nn.Module.to(model, dtype)
+        return model if found is None else nn.Module.to(model, found)
 
 
 class _Quantize(ConversionOps):  # type: ignore[misc, unused-ignore]

@@ -6,14 +6,20 @@ those here become floats. Before it they say how large they will be, by which tr
 
 from __future__ import annotations
 
+import json
+import os
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..int8 import Int8Weight
+from ..int8 import DTYPES, Int8Weight, is_int8
+from ..log import and_others
 
 CODES, EXPONENTS = ".weight_codes", ".weight_exponents"
 """What an int8 checkpoint adds to the name of a layer."""
@@ -95,28 +101,94 @@ def unwritten(state: dict[str, Any], save: str) -> dict[str, Any]:
 
 
 def take_int8_(model: nn.Module) -> None:
-    """Let `load_state_dict` take codes and exponents, as a checkpoint has them that was saved so."""
-    if not any(getattr(hook, "hook", None) is _merge_parts for hook in model._load_state_dict_pre_hooks.values()):
-        model.register_load_state_dict_pre_hook(_merge_parts)
+    """Let `load_state_dict` of layers with int8 weights take codes and exponents, as a checkpoint has them saved so.
 
-
-def _merge_parts(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Put int8 weights in place of their parts. A checkpoint's files may have the two in different ones.
-
-    Parts of layers that the model does not have stay: `load_state_dict` names them.
+    And let `load_state_dict(assign=True)` of floats take their values, and not put the floats in the weights' place.
     """
-    named = model.named_parameters(remove_duplicate=False)
-    own: dict[str, Tensor] = {f"{prefix}{name}": param for name, param in named}
-    for suffix in (CODES, EXPONENTS):
-        for name in [name for name in state if name.endswith(suffix)]:
-            whole = f"{name.removesuffix(suffix)}.weight"
-            weight = own.get(whole)
-            if not isinstance(weight, Int8Weight):
-                continue
-            part = weight.codes if suffix == CODES else weight.exponents
-            if part.shape == state[name].shape:
-                part.copy_(state.pop(name))
-                state[whole] = weight.detach()
+    for layer in model.modules():
+        if isinstance(layer._parameters.get("weight"), Int8Weight) and not _hooks_of(layer):
+            layer.register_load_state_dict_pre_hook(_take_weight)
+
+
+def leave_int8_(layer: nn.Module) -> None:
+    """Undo `take_int8_` of a layer."""
+    for key in _hooks_of(layer):
+        del layer._load_state_dict_pre_hooks[key]
+
+
+def _hooks_of(layer: nn.Module) -> list[int]:
+    hooks = layer._load_state_dict_pre_hooks.items()
+    return [key for key, hook in hooks if getattr(hook, "hook", None) is _take_weight]
+
+
+def _take_weight(layer: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *_: Any) -> None:
+    """Put an int8 weight in place of what a state dict has of a layer, where that fits.
+
+    What does not fit stays: `load_state_dict` names it. A checkpoint's files may have the two parts in different ones.
+
+    Raises:
+        ValueError: floats take the place of the weight, of a dtype that an int8 weight cannot have.
+    """
+    weight: Any = layer._parameters.get("weight")
+    if not isinstance(weight, Int8Weight):
+        return
+    name, assign = f"{prefix}weight", bool(metadata.get("assign_to_params_buffers"))
+    ends = (end.removeprefix(".") for end in (CODES, EXPONENTS))
+    parts = {f"{prefix}{end}": own for end, own in zip(ends, weight.blocks, strict=True)}
+    given = {key: state.pop(key) for key, own in parts.items() if key in state and state[key].shape == own.shape}
+    if len(given) == len(parts) and assign:
+        codes, exponents = given.values()
+        state[name] = Int8Weight(codes, exponents, weight.dtype)
+    elif given:
+        for key, part in given.items():
+            parts[key].copy_(part)
+        state[name] = weight.detach()
+    values = state.get(name)
+    if not assign or not isinstance(values, Tensor) or isinstance(values, Int8Weight) or values.shape != weight.shape:
+        return
+    if values.dtype not in DTYPES:
+        raise ValueError(
+            f"{name} is kept in 8 bits, and load_state_dict(assign=True) would make it one of {values.dtype}, which "
+            "it cannot be. Leave assign out, or give values in bfloat16."
+        )
+    state[name] = Int8Weight.from_float(values.detach())
+
+
+def check_taken(model: nn.Module, checkpoint: str) -> None:
+    """Check that a model had a place for all weights of a checkpoint that has some in 8 bits.
+
+    The Trainer resumes from one with `strict=False`, and would go on with the weights that the model began with.
+
+    Args:
+        model: which the Trainer has loaded it into.
+        checkpoint: its folder.
+
+    Raises:
+        ValueError: layers that the checkpoint has in 8 bits are floats in the model.
+    """
+    layers = {name.removesuffix(CODES) for name in _names_in(checkpoint) if name.endswith(CODES)}
+    named = dict(model.named_modules()) if layers else {}
+    lost = sorted(name for name in layers if not is_int8(getattr(named.get(name), "weight", None)))
+    if lost:
+        raise ValueError(
+            f"{checkpoint} has its weights in 8 bits (save='int8'), and {lost[0]}{and_others(len(lost) - 1)} of this "
+            "model has floats, into which they were not loaded. Load the model with "
+            "quantization_config=Int8Config(...) as that run did. To go on in 16 bits, load the checkpoint by "
+            'from_pretrained, set model.hf_quantizer.quantization_config.save = "float", and save it there again.'
+        )
+
+
+def _names_in(checkpoint: str) -> Iterable[str]:
+    """The names of the tensors that a model's files have; none where there are no such files."""
+    index, single = (os.path.join(checkpoint, name) for name in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME))
+    if os.path.isfile(index):
+        with open(index, encoding="utf-8") as file:
+            names: dict[str, str] = json.load(file)["weight_map"]
+        return names
+    if not os.path.isfile(single):
+        return ()
+    with safe_open(single, "pt") as tensors:
+        return list(tensors.keys())
 
 
 class _BoundedSaving:

@@ -13,8 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..int8 import Int8Weight
 from ..int8.products import tiles
+from .int8_config import Int8Config
 from .int8_layers import kept_layers, to_int8_
-from .int8_quantizer import Int8Config, Int8Quantizer
+from .int8_quantizer import Int8Quantizer
 
 
 @contextlib.contextmanager

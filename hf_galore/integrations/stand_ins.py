@@ -22,8 +22,8 @@ from transformers import AutoConfig, PreTrainedModel, TrainingArguments
 from transformers.utils import is_peft_available
 
 from . import trainer_parts
+from .int8_config import METHOD
 from .int8_model import quantize_weights_
-from .int8_quantizer import METHOD
 from .older import loss_asks_for_triton, loss_kernels, loss_of_all_labels, masks_ask_themselves, told_of_padding
 from .signatures import moved
 from .trl_dpo import without_reference_numbers

@@ -36,6 +36,7 @@ from .checks import (
 )
 from .holding import check_arguments, hold_for_others
 from .int8_quantizer import register_int8, unregister_int8
+from .int8_saving import check_taken
 from .llamafactory import OWN_OPTIMIZERS, is_llamafactorys
 from .signatures import moved
 from .trl_head import restore_fused_head, use_fused_head
@@ -226,7 +227,13 @@ def _look_after(trainer: Trainer) -> None:
 
 
 def _load_optimizer_and_scheduler(self: Trainer, checkpoint: str | None) -> None:
-    """Replaces `Trainer._load_optimizer_and_scheduler`, which advises to load what cannot be used unsafely."""
+    """Replaces `Trainer._load_optimizer_and_scheduler`, which advises to load what cannot be used unsafely.
+
+    Raises:
+        ValueError: the checkpoint cannot be used; or the model, loaded before, had no place for its weights.
+    """
+    if checkpoint is not None and galore_optimizer(self.optimizer) is not None and self.model is not None:
+        check_taken(self.model, checkpoint)
     try:
         _originals["_load_optimizer_and_scheduler"](self, checkpoint)
     except pickle.UnpicklingError:

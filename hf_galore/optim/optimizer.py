@@ -21,7 +21,8 @@ from ..config import GaLoreConfig
 from ..lowrank import nonfinite
 from ..lowrank.orthonormal import warm_up
 from ..rules import RULES, options_of, own_rule, without_own_name
-from . import admission, checkpoint, live
+from . import admission, checkpoint
+from .exchanged import check_not_exchanged
 from .gradients import clip_, norm_of_gradients, norms_for_step
 from .groups import GaLoreOptions as GaLoreOptions
 from .groups import check_group_keys, check_held_options, check_options, split_groups, with_seeds
@@ -74,7 +75,6 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         for device in {target.param.device for target in self.targets() if nonfinite.has_numbers(target.param)}:
             warm_up(device)
         self._hooks = hooks_for(self, model, options, waits=self._waits)
-        live.note(self)
 
     def _init_unsaved(self, rule: str, model: nn.Module | None) -> None:
         """Set what is not in `state_dict()`."""
@@ -186,7 +186,8 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         Gradients stay in `.grad`, as in torch's optimizers, but for those that the backward pass has used.
 
         Raises:
-            RuntimeError: gradients were dropped that a layerwise optimizer had used already, or kept over a refresh.
+            RuntimeError: gradients were dropped that a layerwise optimizer had used already, or kept over a refresh;
+                or the model has other parameters by now.
         """
         loss = None
         if closure is not None:
@@ -195,6 +196,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         parameters = self.trained_parameters()
         admission.check_whole(type(self).__name__, parameters)
         admission.check_not_sharded_since(self._names.model(), parameters)
+        check_not_exchanged(type(self).__name__, self._names.model(), parameters)
         if self._hooks is not None:
             self._hooks.check_before_step(parameters)
         norms = norms_for_step(parameters)

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from trl import ModelConfig, get_quantization_config
 
 from ..errors import UserError
-from ..integrations.int8_quantizer import Int8Config
+from ..integrations.int8_config import Int8Config
 from ..integrations.trainer import KINDS, optim_name
 
 HELP = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import operator
 import pickle
 from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
@@ -23,7 +24,7 @@ from hf_galore.optim import GaLoreAdamW, GaLoreOptimizer
 from tests.support.int8 import as_int8, weight_of
 
 M, N = 24, 70
-OUTER = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+OUTER = [torch.bfloat16, torch.float32, torch.float64]
 # Of a product's largest element, by its dtype: sums in another order.
 CLOSE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5, torch.float64: 1e-13}
 
@@ -92,6 +93,40 @@ def test_forward_and_backward(bias: bool, shape: tuple[int, ...], dtype: torch.d
             assert_near(one, other, dtype)
 
 
+def test_what_a_layer_gives_may_be_changed_in_place() -> None:
+    """As models do with a residual, or an activation; under a projected backward too."""
+    made = layer(torch.float64)
+    for hooked in (False, True):
+        results = []
+        for module in (made, twin(made)):
+            group = {"params": [module.weight], "rank": 4}
+            optimizer = GaLoreAdamW([group], lr=0.0, module=module, layerwise=True) if hooked else None
+            x = values(6, N, torch.float64).view(2, 3, N).requires_grad_()
+            out = module(x)
+            out += 1
+            out.view(-1, M)[1].mul_(2)
+            out.square().sum().backward()
+            assert x.grad is not None
+            results.append([out.detach(), x.grad])
+            if optimizer is not None:
+                optimizer.close()
+        for one, other in zip(*results, strict=True):
+            assert_near(one, other)
+
+
+@pytest.mark.parametrize("sizes", [(0, 4), (4, 0)], ids=str)
+def test_layers_without_elements(sizes: tuple[int, int]) -> None:
+    made = nn.Linear(*sizes)
+    made.weight = nn.Parameter(Int8Weight.from_float(made.weight.detach()))
+    x = torch.ones(2, 3, sizes[0], requires_grad=True)
+    out = made(x)
+    out.sum().backward()
+    assert out.shape == (2, 3, sizes[1])
+    assert x.grad is not None
+    assert torch.equal(out, made.bias.expand(2, 3, sizes[1]))
+    assert not x.grad.any()
+
+
 @pytest.mark.parametrize("frozen", ["weight", "bias", "input", "all"])
 def test_what_needs_no_gradient_has_none(frozen: str) -> None:
     made = layer(torch.float64)
@@ -118,7 +153,7 @@ def test_without_gradients(grad: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(dtype: torch.dtype) -> None:
     """Of a float32 layer, and of what has that dtype; gradients are of the parameters' own dtypes."""
-    for outer in (torch.float32, dtype):
+    for outer in {torch.float32, dtype}.intersection(OUTER):
         made = layer(outer)
         results = []
         for module in (made, twin(made)):
@@ -210,7 +245,7 @@ def test_functional_calls() -> None:
     assert_near(torch.func.functional_call(made, dict(other.named_parameters()), x), other(x))
     found = torch.func.grad(lambda x: made(x).square().sum())(x)
     assert_near(found, torch.func.grad(lambda x: other(x).square().sum())(x))
-    with pytest.raises(TypeError, match=r"an int8 weight has none. `weight.dequantized\(\)` has its values"):
+    with pytest.raises(RuntimeError, match=r"an int8 weight has none. `weight.dequantized\(\)` has its values"):
         torch.func.grad(lambda p: torch.func.functional_call(made, p, x).sum())(dict(made.named_parameters()))
     with pytest.raises(RuntimeError, match="vmap"):
         torch.func.vmap(made)(x)
@@ -314,20 +349,45 @@ def test_cast(dtype: torch.dtype) -> None:
     assert weight.codes.dtype == torch.int8
     assert weight.grad is not None
     assert weight.grad.dtype == dtype
-    if dtype != torch.float16:  # has not all exponents
-        assert torch.equal(weight.dequantized().float(), before)
+    assert torch.equal(weight.dequantized().float(), before)
     made(values(2, N, dtype)).sum().backward()
     assert len(calls) == 2
 
 
-def test_half_and_float_and_back() -> None:
+def test_float_and_double_and_back() -> None:
     made = layer(torch.bfloat16)
     before = copy.deepcopy(made.weight)
-    assert made.half().weight.dtype == torch.float16
     assert made.float().weight.dtype == torch.float32
+    assert made.double().weight.dtype == torch.float64
     assert_same_weight(made.bfloat16().weight, before)
     assert made.requires_grad_(False).weight.requires_grad is False
     assert made.requires_grad_(True).weight.requires_grad is True
+
+
+CASTS: dict[str, Callable[[nn.Module], Any]] = {
+    "half": nn.Module.half,
+    "to": lambda made: made.to(torch.float16),
+    "float8": lambda made: made.to(torch.float8_e4m3fn),
+    "complex": lambda made: made.to(torch.complex64),
+    "elsewhere": lambda made: made.to("meta", torch.float16),
+    "a weight": lambda made: Int8Weight.from_float(values(dtype=torch.float16)),
+    "an empty one": lambda made: Int8Weight.empty((M, N), torch.float16),
+}
+
+
+@pytest.mark.parametrize("name", CASTS)
+def test_dtypes_that_have_not_all_its_values_are_refused(name: str) -> None:
+    """As loading refuses them: what is large would be infinite, and what is small zero, in what is saved."""
+    made = layer(torch.bfloat16)
+    before = copy.deepcopy(made.weight)
+    weight = made.weight
+    with pytest.raises(TypeError, match=r"of torch.bfloat16, torch.float32, torch.float64 to others, and torch.\w+ "):
+        CASTS[name](made)
+    made.to(torch.bfloat16)
+    assert made.weight is weight
+    assert_same_weight(weight, before)
+    assert torch.equal(weight_of(made).dequantized(torch.float16), weight_of(made).dequantized().half())
+    assert weight.detach().int().dtype == torch.int32  # to which no model is cast
 
 
 def test_meta_and_back() -> None:
@@ -515,13 +575,15 @@ VIEWS: dict[str, Callable[[Tensor], Any]] = {
     "diagonal": lambda w: w.diagonal(),
     "expanded": lambda w: w.expand(2, M, N),
     "multiplied, transposed": lambda w: torch.zeros(3, N) @ w.T,
+    "multiplied by a matrix": lambda w: w @ torch.zeros(2, N, 3),
+    "compared by its bits": lambda w: w.view(torch.int32),
     "narrowed": lambda w: w.narrow(0, 0, 2),
 }
 
 
 @pytest.mark.parametrize("name", VIEWS)
 def test_views_are_refused(name: str) -> None:
-    with pytest.raises(TypeError, match=r"would give a view, and an int8 weight has none. `weight.dequantized\(\)`"):
+    with pytest.raises(RuntimeError, match=r"would give a view, and an int8 weight has none. `weight.dequantized\(\)`"):
         VIEWS[name](layer().weight)
 
 
@@ -537,6 +599,14 @@ CHANGES: dict[str, Callable[[Tensor], Any]] = {
     "set_": lambda w: w.set_(torch.zeros(1)),  # type: ignore[call-overload]
     "bernoulli_": lambda w: w.bernoulli_(),
     "lerp_": lambda w: w.lerp_(torch.ones(M, N), 0.5),
+    # Of which Python would make `w = w - 1` where a TypeError is raised, so that the weight stays as it is.
+    "+=": lambda w: operator.iadd(w, 1),
+    "-=": lambda w: operator.isub(w, torch.ones(M, N)),
+    "*=": lambda w: operator.imul(w, 0.5),
+    "/=": lambda w: operator.itruediv(w, 2),
+    "//=": lambda w: operator.ifloordiv(w, 2),
+    "%=": lambda w: operator.imod(w, 2),
+    "**=": lambda w: operator.ipow(w, 2),
 }
 
 
@@ -545,15 +615,17 @@ def test_changes_in_place_are_refused(name: str) -> None:
     """Averages of weights (EMA) and other optimizers make them."""
     weight = layer().weight
     before = copy.deepcopy(weight)
-    with pytest.raises(TypeError, match=r"would change an int8 weight in place.*hf_galore's optimizers"):
-        CHANGES[name](weight.detach())
+    expected = r"would change an int8 weight in place.*hf_galore's optimizers|cannot resize variables that require grad"
+    for given in (weight, weight.detach(), weight.data):
+        with torch.no_grad(), pytest.raises(RuntimeError, match=expected):
+            CHANGES[name](given)
     assert_same_weight(weight, before)
 
 
 def test_writing_to_it_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"cannot write to an int8 weight: `weight.copy_\(values\)`"):
+    with pytest.raises(RuntimeError, match=r"cannot write to an int8 weight: `weight.copy_\(values\)`"):
         torch.add(torch.ones(M, N), 1, out=layer().weight.detach())
-    with pytest.raises(TypeError, match="has none"):
+    with pytest.raises(RuntimeError, match="has none"):
         layer().weight.detach()[0] = 1.0
 
 
@@ -561,15 +633,49 @@ FLAT: dict[str, Callable[[Tensor], Any]] = {
     "mul_": lambda flat: flat.mul_(2),
     "copy_": lambda flat: flat.copy_(torch.zeros(M * N)),
     "element": lambda flat: flat.__setitem__(0, 1.0),
-    "operator": lambda flat: flat.__iadd__(1),
+    "+=": lambda flat: operator.iadd(flat, 1),
+    "*=": lambda flat: operator.imul(flat, 2),
+    "-=": lambda flat: operator.isub(flat, 2),
+    "/=": lambda flat: operator.itruediv(flat, 2),
+    "**=": lambda flat: operator.ipow(flat, 2),
+    "foreach": lambda flat: torch._foreach_zero_([flat]),
+    "out": lambda flat: torch.mul(torch.ones(M * N), 2, out=flat),
+    "slice": lambda flat: flat[2:5].zero_(),
+    "slice of a slice": lambda flat: operator.iadd(flat[2:9][1:4], 1),
+    "parts": lambda flat: flat.chunk(2)[1].fill_(1),
+    "shape": lambda flat: flat.view(M, N).zero_(),
+    "strides": lambda flat: flat.as_strided((3,), (1,)).zero_(),
+    "detached": lambda flat: flat.detach().zero_(),
+    "data": lambda flat: flat.data.zero_(),
 }
 
 
 @pytest.mark.parametrize("name", FLAT)
 def test_changes_of_the_values_in_a_row_are_refused(name: str) -> None:
-    """They are a copy: the weight would stay as it is, without a word."""
-    with pytest.raises(RuntimeError, match="would change a copy of an int8 weight's values"):
-        FLAT[name](layer().weight.data.view(-1))
+    """They are a copy, and so is a part of them: the weight would stay as it is, without a word."""
+    for flat in (layer().weight.data.view(-1), layer().weight.detach().flatten()):
+        with pytest.raises(RuntimeError, match="would change a copy of an int8 weight's values"):
+            FLAT[name](flat)
+
+
+def test_what_is_made_of_the_values_in_a_row_can_be_changed() -> None:
+    """And what only reads them gives what tensors give."""
+    flat, values = layer().weight.data.view(-1), weight_of(layer()).dequantized().view(-1)
+    for made in (flat + 1, flat.clone(), flat[torch.tensor([1, 2])], flat.double(), torch.cat([flat, flat])):
+        assert type(made) is Tensor
+        made.zero_()
+    assert torch.equal(flat[3:9], values[3:9])
+    assert flat.shape == values.shape
+    assert flat.max(0).values == values.max()
+
+
+def test_an_array_of_the_values_cannot_be_written() -> None:
+    """One of a tensor shares its memory."""
+    for array in (layer().weight.detach().numpy(), layer().weight.detach().view(-1).numpy()):
+        assert array.sum() == pytest.approx(weight_of(layer()).dequantized().sum().item(), rel=1e-4)
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 1.0
+    assert layer().weight.detach().numpy().shape == (M, N)
 
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -589,7 +695,7 @@ def test_other_optimizers_are_refused(name: str) -> None:
     optimizer = OPTIMIZERS[name](made.parameters())
     made(values(3, N)).sum().backward()
     expected = 'hf_galore\'s optimizers train such weights, rounding at random .*optim="galore_adamw_8bit_layerwise"'
-    with pytest.raises(TypeError, match=expected):
+    with pytest.raises(RuntimeError, match=expected):
         optimizer.step()
     assert_same_weight(made.weight, before)
 
@@ -601,7 +707,7 @@ def test_bitsandbytes_is_refused() -> None:
     made.weight = nn.Parameter(Int8Weight.from_float(made.weight.detach()))
     optimizer = bitsandbytes.optim.AdamW8bit(made.parameters(), lr=1e-2)
     made(torch.ones(2, 256)).sum().backward()
-    with pytest.raises(TypeError, match="hf_galore's optimizers"):
+    with pytest.raises(RuntimeError, match="hf_galore's optimizers"):
         optimizer.step()
 
 
@@ -616,11 +722,11 @@ def test_files_of_safetensors_are_refused(tmp_path: Path) -> None:
 def test_refusals_say_what_to_do_instead() -> None:
     """Of the two ways to multiply only one trains the weight."""
     weight = weight_of(layer())
-    with pytest.raises(TypeError, match=r"gets no gradient; `torch.nn.functional.linear` .* modules_to_not_convert"):
+    with pytest.raises(RuntimeError, match=r"gets no gradient; `torch.nn.functional.linear` .* modules_to_not_convert"):
         torch.zeros(3, N) @ weight.T
     assert not weight.dequantized().requires_grad
     average = weight.dequantized(torch.float32)
-    with pytest.raises(TypeError, match=r"An average of weights begins with `weight.dequantized\(torch.float32\)`"):
+    with pytest.raises(RuntimeError, match=r"An average of weights begins with `weight.dequantized\(torch.float32\)`"):
         weight.detach().float().lerp_(average, 0.1)
     average.lerp_(weight.detach().float(), 0.1)
     torch.testing.assert_close(average, weight.dequantized(torch.float32))
@@ -629,9 +735,9 @@ def test_refusals_say_what_to_do_instead() -> None:
 def test_parametrizations_are_refused() -> None:
     from torch.nn.utils import parametrizations
 
-    with pytest.raises(TypeError, match="int8 weight"):
+    with pytest.raises(RuntimeError, match="int8 weight"):
         parametrizations.weight_norm(layer())
-    with pytest.raises(TypeError, match="int8 weight"):
+    with pytest.raises(RuntimeError, match="int8 weight"):
         parametrizations.spectral_norm(layer())
 
 

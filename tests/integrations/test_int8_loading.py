@@ -14,15 +14,20 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload, load_checkpoint_and_dispatch
+from accelerate.utils import set_module_tensor_to_device
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     MixtralConfig,
     MixtralForCausalLM,
 )
@@ -33,9 +38,11 @@ import hf_galore
 from hf_galore import Int8Config, quantize_weights_
 from hf_galore.int8 import Int8Weight, is_int8
 from hf_galore.integrations import int8_quantizer, int8_saving
+from hf_galore.integrations.int8_config import METHOD
 from hf_galore.integrations.int8_layers import kept_layers, layers_in_int8
-from hf_galore.integrations.int8_quantizer import METHOD, Int8Quantizer
+from hf_galore.integrations.int8_quantizer import Int8Quantizer
 from tests.support.helpers import tiny_llama
+from tests.support.int8 import weight_of
 
 IN_INT8 = 14  # matrices of two layers
 
@@ -155,8 +162,25 @@ def test_dequantized_it_is_an_ordinary_model(folder: Path, tmp_path: Path) -> No
     assert not layers_in_int8(model)
     assert not getattr(model, "is_quantized", False)
     assert "save_pretrained" not in vars(model)
+    assert not any(module._load_state_dict_pre_hooks for module in model.modules())
     assert_same(model.state_dict(), expected)
     assert all(param.requires_grad for param in model.parameters())
+
+
+def test_dequantized_each_weight_has_the_dtype_that_it_had(folder: Path) -> None:
+    """Not the one that the model was loaded in: what had been trained in float32 would be rounded."""
+    model = load(folder, Int8Config()).to(torch.float32)
+    with torch.no_grad():
+        model.model.norm.weight.add_(1e-5)
+        model.lm_head.to(torch.bfloat16)
+    expected = values_of(model)
+    model.dequantize()
+    assert_same(model.state_dict(), expected)
+    assert {name: value.dtype for name, value in expected.items()} == {
+        name: torch.bfloat16 if name == "lm_head.weight" else torch.float32 for name in expected
+    }
+    doubles = load(folder, Int8Config()).dequantize(torch.float64)
+    assert {param.dtype for param in doubles.parameters()} == {torch.float64}
 
 
 def test_it_is_freed_where_nobody_has_it() -> None:
@@ -173,23 +197,90 @@ def test_it_is_freed_where_nobody_has_it() -> None:
         gc.enable()
 
 
-@pytest.mark.parametrize("way", ["quantized", "dequantized"])
-def test_an_optimizer_that_was_made_before_is_named(way: str, caplog: pytest.LogCaptureFixture) -> None:
-    """It would train weights that the model no longer has."""
-    model: Any = tiny_llama()
+def exchange(model: Any, way: str) -> int:
+    """Put a model's weights into 8 bits or back. Returns how many were."""
+    if way == "quantized":
+        return len(quantize_weights_(model))
+    count = len(layers_in_int8(model))
+    model.dequantize()
+    return count
+
+
+def backward(model: Any) -> None:
+    ids = torch.arange(32).view(2, 16)
+    model(ids, labels=ids).loss.backward()
+
+
+WAYS = ["quantized", "dequantized"]
+
+
+@pytest.mark.parametrize("layerwise", [False, True], ids=["plain", "layerwise"])
+@pytest.mark.parametrize("way", WAYS)
+def test_an_optimizer_that_was_made_before_is_refused(way: str, layerwise: bool) -> None:
+    """It would train weights that the model no longer has: with gradients of before, with none, and with zeros."""
+    name = "galore_adamw_layerwise" if layerwise else "galore_adamw"
+    for before in ("none", "gradients", "zeros"):
+        model: Any = tiny_llama()
+        if way == "dequantized":
+            quantize_weights_(model)
+        optimizer = hf_galore.make_optimizer(model, optim=name, optim_args="rank=4", hold_gradients=layerwise)
+        if before != "none":
+            backward(model)
+        if before == "zeros":
+            optimizer.zero_grad(set_to_none=False)
+        if layerwise and way == "quantized":
+            with pytest.raises(ValueError, match=r"hooks are on model.layers.0.self_attn.q_proj.*optimizer.close\(\)"):
+                exchange(model, way)
+            assert not layers_in_int8(model)
+            optimizer.close()
+        count = exchange(model, way)
+        backward(model)
+        with pytest.raises(RuntimeError, match=rf"q_proj.weight and {count - 1} other parameter.* of this GaLoreAdamW"):
+            optimizer.step()
+        # Made anew it trains what there is.
+        optimizer = hf_galore.make_optimizer(model, optim=name, optim_args="rank=4")
+        start = values_of(model)["model.layers.0.mlp.up_proj.weight"].clone()
+        backward(model)
+        optimizer.step()
+        optimizer.close()
+        assert not torch.equal(values_of(model)["model.layers.0.mlp.up_proj.weight"], start)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_other_optimizers_do_not_mind_an_exchange(way: str) -> None:
+    """Of another model, of what stayed, and of what was frozen; and one whose model has the parameters still."""
+    model, other = tiny_llama(), tiny_llama()
     if way == "dequantized":
         quantize_weights_(model)
+    frozen = model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    groups: list[Any] = [{"params": [model.model.norm.weight, frozen]}]
+    optimizers = [
+        hf_galore.make_optimizer(other, optim_args="rank=4"),
+        hf_galore.optim.GaLoreAdamW(groups, lr=1e-2),
+    ]
+    kept = nn.ModuleList([model.model.layers[1].mlp.up_proj, model.model.norm])
+    shared = nn.ModuleList([nn.Linear(1, 1), model.model.norm])
+    shared[0].weight = kept[0].weight  # which `kept` loses, and `shared` does not
+    optimizers.append(hf_galore.optim.GaLoreAdamW(shared.parameters(), lr=1e-2, module=shared))
+    start = model.model.norm.weight.detach().clone()
+    exchange(model, way)
+    for each in (model, other):
+        backward(each)
+    for optimizer in optimizers:
+        optimizer.step()
+    assert not torch.equal(model.model.norm.weight, start)
+
+
+def test_an_exchange_that_fails_half_way_is_known_to_the_optimizer() -> None:
+    model = tiny_llama()
     optimizer = hf_galore.make_optimizer(model, optim_args="rank=4")
-    count = len(quantize_weights_(model)) if way == "quantized" else len(layers_in_int8(model))
-    if way == "dequantized":
-        model.dequantize()
-    assert f"GaLoreAdamW was made before {count} weight(s) of the model were exchanged" in caplog.text
-    caplog.clear()
-    del optimizer
-    other = tiny_llama()
-    hf_galore.make_optimizer(other, optim_args="rank=4")
-    quantize_weights_(model) if way == "dequantized" else model.dequantize()
-    assert "exchanged" not in caplog.text
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight has values that are not finite"):
+        quantize_weights_(model)
+    assert layers_in_int8(model)
+    with pytest.raises(RuntimeError, match=r"q_proj.weight and .* were exchanged for others"):
+        optimizer.step()
 
 
 def test_parts_of_layers_that_are_not_there_are_named() -> None:
@@ -243,6 +334,98 @@ def test_ordinary_weights_are_loaded_into_int8_parameters(folder: Path) -> None:
         model.model.layers[1].self_attn.q_proj.weight.zero_()
     model.load_state_dict(state)
     assert torch.equal(model.model.layers[1].self_attn.q_proj.weight.codes, codes)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_weights_that_are_assigned_are_taken_into_8_bits(folder: Path, dtype: torch.dtype) -> None:
+    """`load_state_dict(assign=True)` puts what it is given in the place of parameters: layers became floats."""
+    model, made = load(folder, Int8Config()), nn.Sequential(nn.Linear(40, 24), nn.Linear(24, 8))
+    quantize_weights_(made)
+    for one, count in ((model, IN_INT8), (copy.deepcopy(model), IN_INT8), (pickle.loads(pickle.dumps(made)), 2)):
+        torch.manual_seed(3)
+        one.requires_grad_(False)
+        given = {name: torch.randn(value.shape).to(dtype) for name, value in one.state_dict().items()}
+        one.load_state_dict(given, assign=True)
+        layers = layers_in_int8(one)
+        assert len(layers) == count
+        assert not any(param.requires_grad for param in one.parameters())
+        assert {param.dtype for param in one.parameters()} == {dtype}
+        expected = {
+            name: Int8Weight.from_float(value).dequantized() if name.removesuffix(".weight") in layers else value
+            for name, value in given.items()
+        }
+        assert_same(values_of(one), expected)
+        assert not any(is_int8(value) for value in given.values())
+    part = made[1]  # of a model, by itself
+    part.load_state_dict({"weight": torch.ones(8, 24), "bias": torch.ones(8)}, assign=True)
+    assert weight_of(part).dequantized().eq(1).all()
+    other = copy.deepcopy(made).to("meta")
+    other.load_state_dict(values_of(made), assign=True)
+    assert layers_in_int8(other) == ["0", "1"]
+    assert_same(values_of(other), values_of(made))
+
+
+def test_weights_that_cannot_be_assigned_are_named(folder: Path) -> None:
+    model: Any = load(folder, Int8Config())
+    given = {name: value.half() for name, value in values_of(model).items()}
+    with pytest.raises(ValueError, match=r"q_proj.weight is kept in 8 bits.*one of torch.float16.*values in bfloat16"):
+        model.load_state_dict(given, assign=True)
+    model.load_state_dict(given)  # without it they are taken
+    name = "model.layers.0.mlp.up_proj.weight"
+    with pytest.raises(RuntimeError, match=f"size mismatch for {name}"):
+        model.load_state_dict({**values_of(model), name: torch.ones(3, 3)}, assign=True)
+    assert len(layers_in_int8(model)) == IN_INT8
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_codes_and_exponents_are_loaded_into_int8_parameters(folder: Path, assign: bool) -> None:
+    """Of a whole model, of a part of it, and where the numbers are nowhere yet."""
+    model: Any = load(folder, Int8Config())
+    given = int8_saving.unwritten(model.state_dict(), "int8")
+    expected = values_of(model)
+    other: Any = copy.deepcopy(model)
+    with torch.no_grad():
+        for param in other.parameters():
+            param.zero_()
+    if assign:
+        other.to("meta")
+    start = "model.layers.1.mlp."
+    part = {name.removeprefix(start): value for name, value in given.items() if name.startswith(start)}
+    other.model.layers[1].mlp.load_state_dict(part, assign=assign)
+    found = other.model.layers[1].mlp.down_proj.weight
+    assert torch.equal(found.dequantized(), expected[f"{start}down_proj.weight"])
+    layer = other.model.layers[0].mlp.down_proj
+    own = {f"weight_{end}": given[f"model.layers.0.mlp.down_proj.weight_{end}"] for end in ("codes", "exponents")}
+    layer.load_state_dict(own, assign=assign)
+    assert torch.equal(layer.weight.dequantized(), expected["model.layers.0.mlp.down_proj.weight"])
+    other.load_state_dict(given, assign=assign)
+    assert len(layers_in_int8(other)) == IN_INT8
+    assert_same(values_of(other), expected)
+
+
+@pytest.mark.parametrize("function", [None, get_ema_avg_fn(0.9)], ids=["mean", "exponential"])
+def test_an_average_is_kept_in_floats(function: Any, folder: Path) -> None:
+    """As docs/int8.md has it: of steps so small that a copy in 8 bits would not move."""
+    model: Any = load(folder, Int8Config(), dtype=torch.float32)
+    averaged: Any = AveragedModel(model, avg_fn=function)
+    averaged.module.dequantize(torch.float32)
+    assert len(layers_in_int8(model)) == IN_INT8
+    name = "model.layers.0.mlp.up_proj.weight"
+    seen = []
+    for step in range(8):
+        with torch.no_grad():
+            noise = torch.randn(256, 64, generator=torch.Generator().manual_seed(step))
+            model.get_parameter(name).copy_(model.get_parameter(name).dequantized() + 1e-3 * noise)
+        averaged.update_parameters(model)
+        seen.append(values_of(model)[name])
+    expected = torch.stack(seen).mean(0)
+    if function is not None:
+        expected = seen[0]
+        for value in seen[1:]:
+            expected = 0.9 * expected + 0.1 * value
+    torch.testing.assert_close(averaged.module.get_parameter(name), nn.Parameter(expected), rtol=1e-5, atol=1e-7)
+    in_8_bits = Int8Weight.from_float(expected).dequantized()
+    assert (in_8_bits - expected).abs().max() > 1e-4  # what the average would have lost
 
 
 # ---- how much memory
@@ -419,7 +602,86 @@ def test_a_plain_module_keeps_its_layers_with_a_computation_of_their_own() -> No
     assert not is_int8(model[1].weight)
 
 
+class Around(nn.Module):
+    """A program's own module around a model."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, ids: Tensor) -> Any:
+        return self.inner(ids)
+
+
+AROUND: dict[str, Any] = {
+    "a module": Around,
+    "torch.compile": lambda model: torch.compile(model, backend="eager"),
+    "adapters": lambda model: get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"])),
+}
+
+
+@pytest.mark.parametrize("way", AROUND)
+def test_a_model_inside_another_is_quantized_as_it_is_by_itself(way: str, tmp_path: Path) -> None:
+    """It could not be saved, nor dequantized; its head for classes, and adapters, were put into 8 bits too."""
+    alone, inner = (LlamaForSequenceClassification(tiny_llama().config) for _ in range(2))
+    inner.load_state_dict(alone.state_dict())
+    quantize_weights_(alone, ["up_proj"])
+    around = AROUND[way](inner)
+    assert len(quantize_weights_(around, ["up_proj"])) == IN_INT8 - 2
+    assert len(layers_in_int8(around)) == IN_INT8 - 2
+    adapters = [param for name, param in around.named_parameters() if "lora_" in name]
+    assert len(adapters) == (4 if way == "adapters" else 0)
+    assert not any(map(is_int8, adapters))
+    ids = torch.arange(16).view(1, 16)
+    assert torch.equal(around(ids).logits, alone(ids).logits)  # adapters begin with zeros
+    for save in ("float", "int8") if way != "adapters" else ():
+        inner.hf_quantizer.quantization_config.save = save
+        inner.save_pretrained(tmp_path)
+        again = load(tmp_path, None, AutoModelForSequenceClassification)
+        assert len(layers_in_int8(again)) == (IN_INT8 - 2 if save == "int8" else 0)
+        assert_same(values_of(again), values_of(alone))
+    inner.dequantize()
+    assert not layers_in_int8(around)
+    assert torch.equal(around(ids).logits, alone(ids).logits)
+
+
+def test_torchs_attention_keeps_its_output_layer() -> None:
+    """Which it multiplies with by itself; a layer of torch's transformer computes alike in both of its ways."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0)
+    assert quantize_weights_(layer) == ["linear1", "linear2"]
+    x = torch.randn(2, 5, 32)
+    expected = layer(x)
+    with torch.no_grad():
+        torch.testing.assert_close(layer.eval()(x), expected)
+
+
 # ---- what is refused
+
+
+def test_a_part_of_a_model_is_not_saved_by_itself(tmp_path: Path) -> None:
+    model: Any = tiny_llama()
+    quantize_weights_(model)
+    with pytest.raises(TypeError, match="Save a transformers model, all of it, by save_pretrained"):
+        model.model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("way", ["set", "offload", "load"])
+def test_accelerates_ways_to_set_weights_are_refused(way: str, tmp_path: Path) -> None:
+    """They make a parameter of its class and values."""
+    tiny_llama(seed=3).save_pretrained(tmp_path)
+    model: Any = tiny_llama()
+    quantize_weights_(model)
+    name, before = "model.layers.0.mlp.up_proj.weight", values_of(model)
+    ways = {
+        "set": lambda: set_module_tensor_to_device(model, name, "cpu", value=torch.ones(256, 64)),
+        "offload": lambda: cpu_offload(model, execution_device=torch.device("cpu")),
+        "load": lambda: load_checkpoint_and_dispatch(model, tmp_path, device_map={"": "cpu"}),
+    }
+    with pytest.raises(TypeError, match=r"load by from_pretrained or load_state_dict, without offloading"):
+        ways[way]()
+    assert is_int8(model.get_parameter(name))
+    assert torch.equal(model.get_parameter(name).dequantized(), before[name])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -460,20 +722,58 @@ def test_a_model_that_is_partly_elsewhere_is_refused(folder: Path, places: dict[
         load(folder, Int8Config(), device_map=places)
 
 
-@pytest.mark.parametrize(
-    ("given", "error", "said"),
-    [
-        ({"weight_bits": 4}, ValueError, r"weight_bits has to be 8, but is 4\. For 16, leave out the config\."),
-        ({"weight_bits": "8"}, ValueError, r"weight_bits has to be 8, but is '8'"),
-        ({"save": "bf16"}, ValueError, r"save has to be one of 'float', 'int8', but is 'bf16'"),
-        ({"modules_to_not_convert": "lm_head"}, TypeError, r"has to be a list of names of layers, but is 'lm_head'"),
-        ({"skip": 1}, ValueError, r"has no skip\. It takes weight_bits, modules_to_not_convert and save"),
-    ],
-    ids=["weight_bits", "type", "save", "modules_to_not_convert", "unknown"],
-)
-def test_mistakes_in_the_config_are_said(given: dict[str, Any], error: type[Exception], said: str) -> None:
+MISTAKES: list[tuple[str, Any, type[Exception], str]] = [
+    *(
+        ("weight_bits", value, ValueError, rf"weight_bits has to be the whole number 8, but is {value!r}\. For 16,")
+        for value in (4, 16, 8.0, True, "8", None)
+    ),
+    *(
+        ("save", value, ValueError, r"save has to be one of 'float', 'int8', but is")
+        for value in ("bf16", None, True, ["int8"], b"int8")
+    ),
+    *(
+        ("modules_to_not_convert", value, TypeError, r"has to be a list of names of layers, but is")
+        for value in ("lm_head", {"lm_head"}, [1], True, nn.Linear(1, 1))
+    ),
+    ("modules_to_not_convert", ["lm_head", ""], ValueError, "has an empty name, which every layer ends in"),
+    ("modules_to_not_convert", ["["], ValueError, r"has '\[', which is no regular expression"),
+    ("quant_method", "bitsandbytes", ValueError, r"is 'hf_galore_int8', but is 'bitsandbytes'\. Leave it out"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "error", "said"), MISTAKES)
+def test_mistakes_in_the_config_are_said(field: str, value: Any, error: type[Exception], said: str) -> None:
+    """When it is made, read from a `config.json`, or changed: `save` may be, later."""
     with pytest.raises(error, match=said):
-        Int8Config(**given)
+        Int8Config(**{field: value})
+    with pytest.raises(error, match=said):
+        Int8Config.from_dict({"quant_method": METHOD, field: value})
+    config = Int8Config()
+    with pytest.raises(error, match=said):
+        setattr(config, field, value)
+    assert config.to_dict() == Int8Config().to_dict()
+
+
+def test_what_the_config_and_the_conversion_take() -> None:
+    given = Int8Config(8, ("up_proj",), "int8").to_dict()  # type: ignore[arg-type]  # a tuple is as good as a list
+    assert given == {
+        "quant_method": METHOD,
+        "weight_bits": 8,
+        "modules_to_not_convert": ["up_proj"],
+        "save": "int8",
+    }
+    assert Int8Config.from_dict(given).to_dict() == given
+    with pytest.raises(ValueError, match=r"has no skip\. It takes weight_bits, modules_to_not_convert and save"):
+        Int8Config(skip=1)
+    with pytest.raises(TypeError, match=r"takes a model, an nn.Module, but was given a dict"):
+        quantize_weights_({})  # type: ignore[arg-type]
+    model: Any = tiny_llama()
+    quantize_weights_(model)
+    for dtype in ("int8", "nothing", torch.int8):
+        with pytest.raises(ValueError, match=rf"to {dtype}, which is no floating-point dtype"):
+            model.dequantize(dtype)
+    assert len(layers_in_int8(model)) == IN_INT8
+    assert model.dequantize("float32").dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", ["c_attn", "layers.0"])

@@ -171,6 +171,32 @@ def test_checkpoints_in_int8_resume(
         assert ("missing keys" in caplog.text) == (shard == 16_500)  # what it says of several files it takes from names
 
 
+@pytest.mark.parametrize("shard", ["2GB", 16_500], ids=["one file", "several files"])
+def test_an_int8_checkpoint_is_not_resumed_with_floats(
+    shard: str | int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Trainer would go on with the weights that the model began with, and a warning of names."""
+    monkeypatch.setattr("hf_galore.integrations.int8_saving.SHARD", shard)
+    whole = sft(str(folder), tmp_path / "whole", OPTIMS[1], Int8Config(save="int8"))
+    whole.train()
+    checkpoint = str(tmp_path / "whole" / f"checkpoint-{AT}")
+    for config, layer in (
+        (None, r"mlp\.down_proj and 13 other"),
+        (Int8Config(modules_to_not_convert=["up_proj"]), r"0\.mlp\.up_proj and 1 other"),
+    ):
+        resumed = sft(str(folder), tmp_path / "resumed", OPTIMS[1], config)
+        with pytest.raises(ValueError, match=rf"{layer}.* of this model has floats, into which they were not loaded"):
+            resumed.train(resume_from_checkpoint=checkpoint)
+    # What the message advises.
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    model.hf_quantizer.quantization_config.save = "float"
+    model.save_pretrained(checkpoint)
+    resumed = sft(str(folder), tmp_path / "resumed", OPTIMS[1])
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert logged(resumed, "loss")[:AT] == logged(whole, "loss")[:AT]
+    assert logged(resumed, "loss")[AT:] == pytest.approx(logged(whole, "loss")[AT:], rel=1e-2)
+
+
 def test_a_model_in_memory_trains_as_one_that_is_loaded(folder: Path, tmp_path: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(folder, quantization_config=Int8Config())
     made = AutoModelForCausalLM.from_pretrained(folder)
@@ -188,7 +214,7 @@ def test_a_model_in_memory_trains_as_one_that_is_loaded(folder: Path, tmp_path: 
 def test_another_optimizer_is_refused_at_its_first_step(folder: Path, tmp_path: Path) -> None:
     """What is smaller than a step of 8 bits would be lost."""
     trainer = sft(str(folder), tmp_path, "adamw_torch", Int8Config(), optim_target_modules=None, optim_args=None)
-    with pytest.raises(TypeError, match=r"would change an int8 weight in place"):
+    with pytest.raises(RuntimeError, match=r"would change an int8 weight in place"):
         trainer.train()
 
 
@@ -240,8 +266,9 @@ def test_adapters_are_merged_into_a_dequantized_model(folder: Path) -> None:
     adapted = get_peft_model(model, lora)
     ids = torch.arange(32).view(2, 16)
     loss = adapted(ids, labels=ids).loss
-    with pytest.raises(TypeError, match="int8 weight"):
-        adapted.merge_and_unload()
+    for safe in (False, True):
+        with pytest.raises(RuntimeError, match=r"int8 weight.*; adapters are merged after model\.dequantize\(\)"):
+            adapted.merge_and_unload(safe_merge=safe)
     model.dequantize()
     merged = adapted.merge_and_unload()
     assert not layers_in_int8(merged)
