@@ -17,14 +17,14 @@ sequence of low discrepancy.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .rounding import part_of
+from .rounding import part_of, parts
 
 BLOCK = 256
 MIN_ELEMENTS = 4096
@@ -118,10 +118,9 @@ def add_float8_(kept: Float8, values: Tensor, alpha: float, thresholds: Threshol
         _write(kept, part, _read(kept, part).add_(flat[part], alpha=alpha), thresholds)
 
 
-def _parts(numel: int) -> list[slice]:
+def _parts(numel: int) -> Iterator[slice]:
     """Parts of a flat tensor, of whole blocks but for the last: float32 copies of it all would take what is saved."""
-    size = part_of(numel)
-    return [slice(start, min(start + size, numel)) for start in range(0, numel, size)]
+    return parts(numel, part_of(numel))
 
 
 def _blocks_of(part: slice) -> slice:

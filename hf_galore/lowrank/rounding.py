@@ -8,7 +8,7 @@ Source: Revisiting BFloat16 Training (Zamirai et al., 2020, arXiv:2010.06192), s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -50,6 +50,12 @@ def part_of(elements: int) -> int:
     return CHUNK_ELEMENTS if elements <= 64 * CHUNK_ELEMENTS else -(-elements // (64 * 256)) * 256
 
 
+def parts(length: int, size: int) -> Iterator[slice]:
+    """Slices of one dimension, of `size` each but for the last."""
+    for start in range(0, length, size):
+        yield slice(start, min(start + size, length))
+
+
 def add_rounded_(
     weight: Tensor,
     update: Callable[[slice], Tensor],
@@ -79,8 +85,7 @@ def add_rounded_(
     per_row = max(1, weight[:1].numel())
     # In two parts at least: what is computed is never a copy of the weight.
     size = max(1, min(part_of(weight.numel()) // per_row, -(-len(weight) // 2)))
-    for start in range(0, len(weight), size):
-        rows = slice(start, start + size)
+    for rows in parts(len(weight), size):
         values = weight[rows].to(precise)
         if decay != 1:
             values.mul_(factor)

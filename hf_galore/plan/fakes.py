@@ -30,7 +30,8 @@ from ..int8 import Int8Weight, products, update, weight
 from ..int8.products import tiles
 from ..integrations.stand_ins import without_numbers
 from ..kernels import where as kernel_choice
-from ..lowrank import nonfinite, quantize, refresh
+from ..lowrank import float8, nonfinite, quantize, refresh, rounding
+from ..lowrank.rounding import parts
 from ..rules import adam_8bit
 from .shape_cache import ShapeCache
 from .tracking import WRAPPERS
@@ -60,8 +61,10 @@ class Fakes:
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
         """What an operation gives. Numbers that are not there are those of a full batch and finite gradients."""
-        if func is _aten._local_scalar_dense.default and args[0].constant is None:
-            return _answer(func, args)  # by far the most frequent question: no need to let it fail first
+        if func is _aten._local_scalar_dense.default:
+            # By far the most frequent question: no need to let it fail first, nor to ask torch for what is at hand.
+            constant = args[0].constant
+            return _answer(func, args) if constant is None else _number(constant)
         if func is _aten._grouped_mm.default:
             return _grouped_product(*args, **kwargs)
         try:
@@ -103,7 +106,8 @@ def fake_training(target: Target) -> Iterator[Fakes]:
             (refresh, "usual", lambda device: "products" if target == "cuda" else "reflections"),
             # Weights in 8 bits have no numbers that they would have to be rounded from.
             (Int8Weight, "from_float", classmethod(_without_values)),
-            *((module, "tiles", _outer_tiles) for module in (products, update, weight)),
+            *((module, "tiles", _outer(tiles)) for module in (products, update, weight)),
+            *((module, "parts", _outer(parts)) for module in (rounding, float8)),
             # A card's kernels are ours, but for systems that Triton is not made for.
             (kernel_choice, "_look", lambda tensor: target == "cuda" and sys.platform != "win32"),
         ):
@@ -130,6 +134,12 @@ class _Answers(TorchDispatchMode):
         if any(issubclass(kind, WRAPPERS) for kind in types):
             return NotImplemented  # theirs to answer, with operations on what they hold
         return self._fakes.call(func, args, kwargs or {})
+
+
+def _number(constant: Tensor) -> Any:
+    """The number that a fake is known to be."""
+    with torch._C._DisableTorchDispatch():
+        return constant.item()
 
 
 def _answer(func: Any, args: Any) -> Any:
@@ -202,6 +212,19 @@ def _apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True
     return self
 
 
+# ---- a part at a time
+
+
+def _outer(parts_of: Callable[..., Iterator[slice]]) -> Callable[..., Iterator[slice]]:
+    """Instead of the function: those in between come and go as the second does, and are most of all operations."""
+
+    def outer(*args: int) -> Iterator[slice]:
+        every = list(parts_of(*args))
+        yield from every if len(every) <= 3 else (*every[:2], every[-1])
+
+    return outer
+
+
 # ---- weights in 8 bits
 
 
@@ -209,12 +232,6 @@ def _without_values(cls: type[Int8Weight], values: Tensor, dtype: torch.dtype | 
     """Instead of `Int8Weight.from_float`: one of that shape."""
     m, n = values.shape
     return cls.empty((m, n), dtype or values.dtype, values.device)
-
-
-def _outer_tiles(size: int, other: int, multiple: int = 1, times: int = 1) -> Iterator[slice]:
-    """Instead of `tiles`: those in between come and go as the second does, and are three of four operations."""
-    every = list(tiles(size, other, multiple, times))
-    yield from every if len(every) <= 3 else (*every[:2], every[-1])
 
 
 # ---- kernels

@@ -97,6 +97,8 @@ class ShapeCache:
                 parts.append((value.shape, value.stride(), value.storage_offset(), value.dtype, value.device))
             elif isinstance(value, _PLAIN):
                 parts.append((type(value), value))  # 1, 1.0 and True are equal
+            elif isinstance(value, torch.Generator):
+                parts.append((torch.Generator, value.device))  # what it has drawn so far is of no shape
             elif isinstance(value, (list, tuple)):
                 parts.append(len(value))
                 if not self._add(value, parts, tensors):

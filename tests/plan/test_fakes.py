@@ -7,9 +7,12 @@ import inspect
 from typing import Any
 
 import pytest
+import torch
 
 from hf_galore.integrations.older import masks_ask_themselves, told_of_padding
+from hf_galore.plan import shape_cache
 from hf_galore.plan.fakes import Target, fake_training
+from hf_galore.plan.shape_cache import ShapeCache
 from tests.support.releases import FUSED_HEAD, needs_fast_all
 
 # Of transformers that have no `fast_all`, the functions that ask a mask themselves.
@@ -70,3 +73,29 @@ def test_masks_are_made_by_the_functions_that_are_replaced() -> None:
         masking._preprocess_mask_arguments
     )
     assert [name for name in ("is_tracing(", "fast_all(", "find_packed_sequence_indices(") if name not in sources] == []
+
+
+def test_what_a_generator_draws_is_asked_of_torch_once_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a fake whose number is known gives it, also where it has been counted up."""
+    asked: list[Any] = []
+    describe = ShapeCache._describe
+
+    def noted(self: ShapeCache, result: Any, tensors: Any) -> Any:
+        asked.append(result)
+        return describe(self, result, tensors)
+
+    monkeypatch.setattr(shape_cache, "_known", {})
+    monkeypatch.setattr(ShapeCache, "_describe", noted)
+    drawn: list[torch.Tensor] = []
+    with fake_training("cpu"):
+        times = []
+        for columns, seed in ((5, 1), (5, 2), (7, 1)):
+            generator = torch.Generator().manual_seed(seed)
+            drawn.append(torch.randint(0, 9, (3, columns), dtype=torch.int32, generator=generator))
+            times.append(len(asked))
+        assert 0 < times[0] == times[1] < times[2]
+        assert [(tuple(one.shape), one.dtype) for one in drawn] == [((3, n), torch.int32) for n in (5, 5, 7)]
+        assert len({one.untyped_storage()._cdata for one in drawn}) == 3
+        count = torch.tensor(4.0)
+        assert (count.item(), (count + 1).item()) == (4.0, 5.0)
+        assert torch.zeros(()).item() == 1.0  # a number that is not there

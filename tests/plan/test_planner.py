@@ -11,6 +11,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from transformers import (
 
 import hf_galore.integrations.trl_head
 from hf_galore.integrations.trainer import is_registered
+from hf_galore.lowrank import float8, rounding
 from hf_galore.lowrank.quantize import _equal_steps
 from hf_galore.plan import planner
 from hf_galore.plan.cards import PresentCard
@@ -535,6 +537,36 @@ def test_what_lies_between_the_first_and_the_last_of_a_kind_changes_nothing(
     """Five layers, of which a plan refreshes the outer ones only, and runs two micro-batches of five."""
     deep = functools.partial(llama, num_hidden_layers=5)
     assert_plan_is_measured(sft(tmp_path, optim, deep, **more))
+
+
+@pytest.mark.parametrize(
+    ("optim", "more"),
+    [
+        ("galore_adamw", {}),
+        ("galore_adamw_8bit_layerwise", {"gradient_accumulation_steps": 3, "max_grad_norm": 1.0}),
+    ],
+)
+def test_parts_in_the_middle_change_nothing(
+    optim: str, more: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an update in many parts, and of low-rank gradients in 8 bits, a plan computes three: beside the real run."""
+    monkeypatch.setattr(rounding, "CHUNK_ELEMENTS", 2**10)
+    passed: list[int] = []
+    whole = rounding.parts
+
+    def counted(length: int, size: int) -> Iterator[slice]:
+        every = list(whole(length, size))
+        passed.append(len(every))
+        yield from every
+
+    options = f"{OPTIM_ARGS}, stochastic_rounding=true"
+    if more:
+        options += ", gradient_bits=8"
+    make = sft(tmp_path, optim, lambda: llama().to(torch.bfloat16), optim_args=options, **more)
+    for module in (rounding, float8):
+        monkeypatch.setattr(module, "parts", counted)
+    assert_plan_is_measured(make)
+    assert max(passed) > 3  # in the real run: there was something to leave out
 
 
 # ---- what is called

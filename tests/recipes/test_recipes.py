@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import re
@@ -109,7 +110,13 @@ LIMITS = {"llama2_7b_oasst2.yaml": 18.5 + NORM_PROBES, "llama2_7b_oasst2_16gb.ya
 
 def planned(name: str, small: Embedded, *overrides: str) -> MemoryPlan:
     own = ["--model_name_or_path", str(small.model)] if name == "quickstart.yaml" else []
-    return plan_recipe(recipes_folder() / name, overrides=[*own, *overrides])
+    return planned_once(name, *own, *overrides)
+
+
+@functools.cache
+def planned_once(name: str, *overrides: str) -> MemoryPlan:
+    """Of a model of 7B a plan takes longer than most tests, and several look at the same."""
+    return plan_recipe(recipes_folder() / name, overrides=overrides)
 
 
 def test_the_quickstarts_recipe_is_planned_with_the_model_that_it_makes(
