@@ -77,7 +77,7 @@ def _in_8_bits(make: Callable[[], PreTrainedModel], config: Int8Config, device: 
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty_like(buffer, device=device)
-        module._is_hf_initialized = False  # type: ignore[assignment]
+        module._is_hf_initialized = False
     model.initialize_weights()  # whatever has no values yet, such as the angles of positions
     attached: PreTrainedModel = quantizer.attach(model)
     return attached
