@@ -23,7 +23,7 @@ from .mode import Mode
 from .notices import Notices, is_compiled
 from .passes import PassCounter, Passes
 from .patched import Patched
-from .served import may_be_served, patched
+from .served import may_be_served, patched, tied_embeddings
 from .whole_window import check_may_hold, instead_of_using, window_for
 from .window import Window
 from .wrapped import Wrappers
@@ -131,10 +131,11 @@ class BackwardHooks:
         if optimizer is None:
             return
         self._mode.instead = instead_of_using(optimizer.trained_parameters())
+        tied = tied_embeddings(model)
         for trained in self._lacking(optimizer.trained_parameters()):
             handle = trained.param.register_post_accumulate_grad_hook(GradientHook(me))
             self._handles.append(handle)
-            self._windows[id(trained.param)] = window_for(trained, self._mode, handle)
+            self._windows[id(trained.param)] = window_for(trained, self._mode, handle, id(trained.param) in tied)
             self._wrappers.forget()
         not_served: dict[str, str] = {}
         outermost, projecting = self._wrappers.outermost, 0
@@ -145,8 +146,7 @@ class BackwardHooks:
                 continue
             if id(module) not in self._counted:
                 self._counted.add(id(module))
-                counter = PassCounter(me, weakref.ref(module))
-                self._handles.append(module.register_forward_pre_hook(counter))
+                self._handles.append(PassCounter.on(module, me))
             served = [window for window in owned if may_be_served(module, window.trained)]
             if not self.projected_backward or not served:
                 continue

@@ -24,6 +24,19 @@ def may_be_served(module: nn.Module, trained: Trained) -> bool:
     return trained.projected and trained.needs_gradient is None
 
 
+def tied_embeddings(model: nn.Module) -> set[int]:
+    """The ids of weights that are an embedding's and another module's: in a backward pass they have two gradients."""
+    owners: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for param in module.parameters(recurse=False):
+            owners.setdefault(id(param), []).append(module)
+    return {
+        key
+        for key, modules in owners.items()
+        if len(modules) > 1 and any(isinstance(module, nn.Embedding) for module in modules)
+    }
+
+
 def patched(module: nn.Module, sink: weakref.ref[Any], *, experts: bool) -> LinearPatch | ModulePatch | str:
     """Send the gradients of a module's weights to a sink; or why that cannot be, in words.
 

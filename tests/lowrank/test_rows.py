@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hf_galore.lowrank.rows import EmbeddingGradient, Rows
+from hf_galore.lowrank.rows import EmbeddingGradient
 
 HEIGHT, WIDTH = 50, 16
 
@@ -33,7 +33,7 @@ def test_rows_are_those_of_the_matrix(dtype: torch.dtype, tokens: int, padding: 
 def test_the_matrix_is_that_of_an_embedding() -> None:
     given = gradient(40, torch.float32, padding=3)
     weight = torch.zeros(HEIGHT, WIDTH, requires_grad=True)
-    torch.nn.functional.embedding(given.tokens, weight, 3).backward(given.output_gradient)  # type: ignore[no-untyped-call]
+    torch.nn.functional.embedding(given.tokens, weight, 3).backward(given.output_gradient)
     assert weight.grad is not None
     assert torch.equal(given.whole(), weight.grad)
     assert not given.rows().matrix(HEIGHT)[3].any()
@@ -65,6 +65,6 @@ def test_nobody_waits_for_their_number() -> None:
     """With tensors that have no numbers each shape is known."""
     with FakeTensorMode() as fakes:
         given = gradient(6, torch.float32)
-        fake = EmbeddingGradient(*(fakes.from_tensor(each) for each in given[:2]), HEIGHT, 3).rows()
-    assert isinstance(fake, Rows)
+        delta, tokens = (fakes.from_tensor(each) for each in (given.output_gradient, given.tokens))
+        fake = EmbeddingGradient(delta, tokens, HEIGHT, padding=3).rows()
     assert fake.values.shape == (12, WIDTH)
