@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from ..config import Exchange as ExchangeName
 from ..lowrank.products import FactoredGradient, GroupedGradient
 from ..lowrank.projection import Bases
+from ..lowrank.rows import EmbeddingGradient
 from .attached import GradientHook, detach_all, gradient_hooks_on
-from .expert_modules import patch_experts, why_not_watched
 from .gradient import LowRankGradient
-from .linear import patch_linear, why_not_patchable
 from .mode import Mode
 from .notices import Notices, is_compiled
 from .passes import PassCounter, Passes
 from .patched import Patched
+from .served import may_be_served, patched, tied_embeddings
 from .whole_window import check_may_hold, instead_of_using, window_for
 from .window import Window
 from .wrapped import Wrappers
@@ -131,34 +131,34 @@ class BackwardHooks:
         if optimizer is None:
             return
         self._mode.instead = instead_of_using(optimizer.trained_parameters())
+        tied = tied_embeddings(model)
         for trained in self._lacking(optimizer.trained_parameters()):
             handle = trained.param.register_post_accumulate_grad_hook(GradientHook(me))
             self._handles.append(handle)
-            self._windows[id(trained.param)] = window_for(trained, self._mode, handle)
+            self._windows[id(trained.param)] = window_for(trained, self._mode, handle, id(trained.param) in tied)
             self._wrappers.forget()
         not_served: dict[str, str] = {}
         outermost, projecting = self._wrappers.outermost, 0
         for name, module in model.named_modules():
-            windows = [self._windows.get(id(param)) for param in module.parameters(recurse=False)]
-            owned = [window for window in windows if window is not None]
+            params = module.parameters(recurse=False)
+            owned = [window for param in params if (window := self._windows.get(id(param))) is not None]
             if not owned and module not in outermost:
                 continue
             if id(module) not in self._counted:
                 self._counted.add(id(module))
-                counter = PassCounter(me, weakref.ref(module))
-                self._handles.append(module.register_forward_pre_hook(counter))
-            served = [window for window in owned if window.trained.projected and not window.trained.needs_gradient]
+                self._handles.append(PassCounter.on(module, me))
+            served = [window for window in owned if may_be_served(module, window.trained)]
             if not self.projected_backward or not served:
                 continue
-            projecting += 1
+            targets = [window.target for window in served if window.trained.projected]
+            projecting += bool(targets)
             if isinstance(module, Patched):
                 continue
-            experts = any(window.target.is_stack_of_experts for window in served)
-            reason = why_not_watched(module) if experts else why_not_patchable(module)
-            if reason is None:
-                self._handles.append((patch_experts if experts else patch_linear)(module, me))
-            else:
-                not_served[name] = reason
+            patch = patched(module, me, experts=any(target.is_stack_of_experts for target in targets))
+            if not isinstance(patch, str):
+                self._handles.append(patch)
+            elif targets:
+                not_served[name] = patch
         self.notices.not_served(not_served, projecting)
         if is_compiled(model):
             self.notices.compiled()
@@ -244,8 +244,7 @@ class BackwardHooks:
         self._wrappers.start_window()
         for window in self._present():
             window.start()
-        self._mode.touched.clear()
-        self._mode.accumulating = False
+        self._mode.start_window()
 
     def _present(self) -> list[Window]:
         """The windows, if their optimizer is still there."""
@@ -266,8 +265,7 @@ class BackwardHooks:
         self._wrappers.reset()
         for window in self._present():
             window.drop()
-        self._mode.touched.clear()
-        self._mode.accumulating = False
+        self._mode.start_window()
 
     def look(self) -> None:
         """Look whether somebody has dropped what the hooks left in `.grad`, and take back what came of it."""
@@ -301,13 +299,17 @@ class BackwardHooks:
 
     def gradient_of(self, weight: Tensor, output_gradient: Tensor, inputs: Tensor) -> Tensor | None:
         """The low-rank gradient from δ (T × m) and X (T × n) of one use of a target; `None` where G is needed."""
+        return self.gradient_of_stack(weight, FactoredGradient(output_gradient, inputs))
+
+    def gradient_of_embedding(self, weight: Tensor, gradient: EmbeddingGradient) -> Tensor | None:
+        """What autograd is to have of the gradient of one use of an embedding; `None` where its rows wait."""
         window = self._window_of(weight)
-        return None if window is None else window.gradient_of(FactoredGradient(output_gradient, inputs))
+        return gradient.whole() if window is None else window.late_rows.gradient_of(window, gradient)
 
     def gradient_of_stack(self, weight: Tensor, factors: FactoredGradient | GroupedGradient) -> Tensor | None:
         """The same of a stack."""
         window = self._window_of(weight)
-        return None if window is None else window.gradient_of(factors)
+        return None if window is None else window.late_rows.noted(window.gradient_of(factors))
 
     def not_recognised(self, module: nn.Module) -> None:
         """Say that a module's stacks are in no product whose factors are handed on."""
@@ -320,7 +322,7 @@ class BackwardHooks:
         Only a projection of the right side takes rows by themselves, and only between refreshes.
         """
         window = self._window_of(weight)
-        return None if window is None else window.bases_for_rows()
+        return None if window is None else window.late_rows.noted(window.bases_for_rows())
 
     def of_rows(self, weight: Tensor, low_rank: Tensor) -> LowRankGradient:
         """The low-rank gradient whose rows were projected with `bases_for_rows`."""

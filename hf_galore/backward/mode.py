@@ -39,6 +39,11 @@ class Mode:
         self.accumulating = self.accumulating or not closes_window()
         return not self.layerwise or self.hold_gradients or self.accumulating
 
+    def start_window(self) -> None:
+        """Forget what the backward passes have come to, and whether there were several."""
+        self.touched.clear()
+        self.accumulating = False
+
     def say_dropped(self, name: str) -> None:
         """Warn, once, that gradients were dropped after weights had been updated with them.
 

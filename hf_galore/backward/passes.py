@@ -74,6 +74,11 @@ class PassCounter:
         self._listener = listener
         self._module = module
 
+    @classmethod
+    def on(cls, module: nn.Module, listener: Callable[[], Listener | None]) -> Any:
+        """Put one on a module; what is returned takes it off, by `remove()`."""
+        return module.register_forward_pre_hook(cls(listener, weakref.ref(module)))
+
     def __call__(self, module: nn.Module, args: Any) -> None:
         # Recomputation during the backward pass is the same run again.
         listener = self._listener()

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import copyreg
 import types
+import weakref
 from typing import Any
 
 from torch import nn
+
+from ..integrations.accelerate import forward_attribute
+from ..integrations.fully_shard import as_unit, was
 
 
 class Patched:
@@ -71,3 +75,68 @@ def patched_class(cls: type[nn.Module], patch: type[Patched]) -> type[nn.Module]
         name = f"Projected{cls.__name__}"
         found = types.new_class(name, (patch, cls), exec_body=lambda body: body.update(original=cls))
     return found
+
+
+def why_forward_is_not_of(cls: type[nn.Module], module: nn.Module) -> str | None:
+    """Why a module does not run the `forward` of its class, in words; `None` where it does.
+
+    Args:
+        cls: the module's own class.
+        module: the module, of that class or of a patched one.
+    """
+    attribute = forward_attribute(module)
+    if attribute is not None and not _is_own(module.__dict__[attribute], module, cls):
+        return "its forward has been replaced"
+    return None
+
+
+def _is_own(forward: Any, module: nn.Module, cls: type) -> bool:
+    """Whether this is the `forward` of a class, of that module."""
+    function = getattr(forward, "__func__", None)
+    return getattr(forward, "__self__", None) is module and function is cls.forward  # type: ignore[attr-defined]
+
+
+def _rebind(module: nn.Module, old: type, new: type) -> None:
+    """Let a module of which somebody has bound `forward`, as accelerate's wrapper does, run that of its new class."""
+    for attribute in ("forward", "_old_forward"):
+        if _is_own(module.__dict__.get(attribute), module, old):
+            setattr(module, attribute, types.MethodType(new.forward, module))  # type: ignore[attr-defined]
+
+
+class ModulePatch:
+    """A patched module, to be put back with `remove()`; see `patch_module`."""
+
+    def __init__(self, module: nn.Module, cls: type[nn.Module]) -> None:
+        self._module = weakref.ref(module)
+        self._cls = cls  # that it had
+        self._patched = was(type(module))
+
+    def remove(self) -> None:
+        """Give the module its own class again."""
+        module = self._module()
+        if module is not None and was(type(module)) is self._patched:
+            del module.__dict__["_galore_sink"]
+            module.__class__ = self._cls
+            _rebind(module, self._patched, was(self._cls))
+
+
+def patch_module(module: nn.Module, patch: type[Patched], sink: weakref.ref[Any], why_not: str | None) -> ModulePatch:
+    """Give a module the class that sends its gradients to `sink`, which is referred to weakly.
+
+    Args:
+        module: not yet patched.
+        patch: what comes before the module's own class.
+        sink: where the gradients go.
+        why_not: why the module cannot be patched, if it cannot, in words.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if why_not is not None:
+        raise ValueError(f"The projected backward cannot serve this module: {why_not}.")
+    cls = type(module)
+    patched = patched_class(was(cls), patch)
+    module.__class__ = as_unit(patched, cls)
+    module.__dict__["_galore_sink"] = sink
+    _rebind(module, was(cls), patched)
+    return ModulePatch(module, cls)

@@ -28,15 +28,18 @@ PLAIN = "layerwise=False (with a Trainer: an optim without _layerwise)"
 """For messages: what has the gradients themselves until the step."""
 
 
-def window_for(trained: Trained, mode: Mode, handle: Any) -> Window:
+def window_for(trained: Trained, mode: Mode, handle: Any, is_tied: bool) -> Window:
     """The part that a parameter has in a step.
 
     Args:
         trained: the parameter.
         mode: of the hooks.
         handle: takes the hook off the parameter, by `remove()`.
+        is_tied: whether it is an embedding's and another module's. Of shards that is found out in the backward pass.
     """
-    return (Window if trained.needs_gradient is None else WholeWindow)(trained, mode, handle)
+    window = (Window if trained.needs_gradient is None else WholeWindow)(trained, mode, handle)
+    window.is_shared = is_tied and trained.ranks is None
+    return window
 
 
 def check_may_hold(parameters: Iterable[Trained], why: str, otherwise: str) -> None:

@@ -28,6 +28,7 @@ from torch import Tensor
 from ..lowrank.products import FactoredGradient, Gradient, GroupedGradient
 from ..lowrank.projection import Bases, norm_of
 from .gradient import BasisVersion, LowRankGradient, UncommittedRefresh, UsedGradient
+from .late_rows import LateRows
 from .mode import Mode
 from .passes import Passes
 from .processes import world_size
@@ -53,6 +54,7 @@ class Window:
         self.trained = trained
         self.param: Tensor = trained.local
         self.passes = Passes()
+        self.late_rows = LateRows()
         self._mode = mode
         self.is_shared = False  # whether several modules or functions have used the weight in one backward pass
         self._used: UsedGradient | None = None
@@ -103,6 +105,7 @@ class Window:
         if isinstance(self.param.grad, UsedGradient):
             self.param.grad = None
         self._forget()
+        self.late_rows.clear()
         self.passes.clear()
 
     def drop(self) -> None:
@@ -199,6 +202,7 @@ class Window:
             return
         # Backward may run inside somebody's autocast; the update's precision is its own business.
         with torch.no_grad(), torch.autocast(param.device.type, enabled=False):
+            self.late_rows.add_to_(param.grad)
             self.look()
             if isinstance(param.grad, UsedGradient):
                 param.grad = param.grad.addend
@@ -242,8 +246,7 @@ class Window:
         low_rank_norm = norm_of(gradient.low_rank)
         self._norm = low_rank_norm if gradient.norm_of_whole is None else gradient.norm_of_whole
         version, bases = self._bases_at_hand or (None, None)
-        if version is not target.version:
-            bases = None
+        bases = bases if version is target.version else None
         low_rank_norm = target.over_ranks(low_rank_norm)
         target.update(gradient.low_rank, low_rank_norm, before=self._before, bases=bases)
         self._before = self._bases_at_hand = None

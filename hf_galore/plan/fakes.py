@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_map_only
 from ..int8 import Int8Weight, products, update, weight
 from ..int8.products import tiles
 from ..integrations.stand_ins import without_numbers
+from ..integrations.triton_launches import without_launches
 from ..kernels import where as kernel_choice
 from ..lowrank import float8, nonfinite, quantize, refresh, rounding
 from ..lowrank.rounding import parts
@@ -112,6 +113,7 @@ def fake_training(target: Target) -> Iterator[Fakes]:
             (kernel_choice, "_look", lambda tensor: target == "cuda" and sys.platform != "win32"),
         ):
             enter(mock.patch.object(module, name, replacement))
+        enter(without_launches())
         forget_tables()  # no fake one may stay there, and no real one be used
         stack.callback(forget_tables)
         enter(mode)

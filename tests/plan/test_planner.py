@@ -214,6 +214,23 @@ def test_all_layers_with_the_head(options: str, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("options", ["", "gradient_bits=8", "projected_backward=false"])
+@pytest.mark.parametrize("targets", [["attn", "mlp"], ["attn", "mlp", "lm_head", "embed_tokens"]], ids=["some", "all"])
+def test_embeddings_in_windows(targets: list[str], options: str, tied: bool, tmp_path: Path) -> None:
+    """Their gradients come by rows, fewer than the vocabulary has, unless the backward pass is torch's own."""
+    make = sft(
+        tmp_path,
+        "galore_adamw_layerwise",
+        lambda: llama(tie_word_embeddings=tied, vocab_size=640),
+        optim_target_modules=targets,
+        optim_args=f"{OPTIM_ARGS}, {options}",
+        gradient_accumulation_steps=2,
+        max_grad_norm=1.0,
+    )
+    assert_plan_is_measured(make)
+
+
 @pytest.mark.parametrize("optim", ["galore_adamw", "galore_adamw_8bit_layerwise"])
 def test_stochastic_rounding_in_bfloat16(optim: str, tmp_path: Path) -> None:
     make = sft(

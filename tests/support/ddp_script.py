@@ -41,6 +41,10 @@ def runs() -> dict[str, tuple[str, Callable[[], nn.Module], dict[str, Any]]]:
     for name in LAYERWISE:
         found[f"{name}, at once"] = name, tied_llama, {"max_grad_norm": 0.0}
         found[f"{name}, accumulated"] = name, tied_llama, {"max_grad_norm": 0.5, "gradient_accumulation_steps": 2}
+    all_matrices = ["attn", "mlp", "embed_tokens", "lm_head"]
+    for make in (tiny_llama, tied_llama):
+        words = f"{LAYERWISE[0]}, all matrices of {make.__name__}"
+        found[words] = LAYERWISE[0], make, {"max_grad_norm": 0.5, "optim_target_modules": all_matrices}
     return found
 
 
