@@ -201,39 +201,39 @@ def test_a_person_reads_tables_and_a_verdict(
 
 def test_tables_of_a_plan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(command, "plan_recipe", lambda *args, **kwargs: a_plan(vram=kwargs["vram"]))
-    assert main(["plan", "--model_name_or_path", "[red]m", "--vram", "11.2GiB"]) == 0
+    assert main(["plan", "--model_name_or_path", "[red]m", "--vram", "11.3GiB"]) == 0
     shown = capsys.readouterr().out
     rows = [line.replace("│", " ").split() for line in shown.splitlines()]
     assert ["something", "new", "5.00", "50.0", "%"] in rows
     assert ["the", "peak", "10.00", "100.0", "%", "planned"] in rows
     assert ["torch's", "allocator", "0.10", "calculated"] in rows
     assert ["cuSOLVER", "0.18", "measured", "on", "an", "H200"] in rows
-    assert ["a", "card", "needs", "10.95"] in rows
+    assert ["a", "card", "needs", "11.05"] in rows
     assert "The allocator's share is that with expandable segments; without them it is 0.50 GiB.\n" in shown
     assert "Peaks elsewhere: forward 5.00 GiB; between steps 5.00 GiB.\n" in shown
     assert "1,000 parameters; planned for cuda in 1.0 s.\n" in shown
     # No markup of rich's.
     assert shown.splitlines()[-1] == (
-        "[red]m fits: it needs 10.95 GiB of a card's 11.20 GiB, and leaves 0.25 GiB: too little for a desktop, which "
+        "[red]m fits: it needs 11.05 GiB of a card's 11.30 GiB, and leaves 0.25 GiB: too little for a desktop, which "
         "takes 0.3 to 1 GiB. Give the screen to another GPU, or log in without one (ssh)."
     )
 
 
 def test_a_card_with_room_for_a_desktop(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(command, "plan_recipe", lambda *args, **kwargs: a_plan(vram=kwargs["vram"]))
-    assert main(["plan", "--model_name_or_path", "m", "--vram", "11.3GiB"]) == 0
+    assert main(["plan", "--model_name_or_path", "m", "--vram", "11.4GiB"]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last == f"m fits: it needs 10.95 GiB of a card's 11.30 GiB, and leaves 0.35 GiB. {DESKTOP}"
+    assert last == f"m fits: it needs 11.05 GiB of a card's 11.40 GiB, and leaves 0.35 GiB. {DESKTOP}"
 
 
 def test_without_expandable_segments_more_is_needed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(command, "plan_recipe", lambda *args, **kwargs: a_plan(vram=kwargs["vram"], expandable=False))
-    assert main(["plan", "--model_name_or_path", "m", "--vram", "11.2GiB"]) == 1
+    assert main(["plan", "--model_name_or_path", "m", "--vram", "11.3GiB"]) == 1
     shown = capsys.readouterr().out
     assert "The allocator's share is that without expandable segments; with them it is 0.10 GiB.\n" in shown
-    assert shown.splitlines()[-1] == "m does not fit: it needs 11.35 GiB of a card's 11.20 GiB, 0.15 GiB too much."
+    assert shown.splitlines()[-1] == "m does not fit: it needs 11.45 GiB of a card's 11.30 GiB, 0.15 GiB too much."
 
 
 @pytest.mark.parametrize(
@@ -324,7 +324,7 @@ def test_bars_are_as_long_as_what_they_stand_for() -> None:
     assert np.asarray(card.get_xdata()).tolist() == [16, 16]
     assert axes.get_xlim()[1] > 16
     assert axes.get_xlabel() == "GiB"
-    assert axes.get_title(loc="left") == "r.yaml: needs 10.95 GiB, fits into 16 GiB"
+    assert axes.get_title(loc="left") == "r.yaml: needs 11.05 GiB, fits into 16 GiB"
     (legend,) = figure.legends
     assert {"parameters, 5.00 GiB", "something new, 5.00 GiB", "the card, 16 GiB"} <= {
         text.get_text() for text in legend.get_texts()

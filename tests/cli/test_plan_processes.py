@@ -144,10 +144,10 @@ def a_plan(*, sharded: bool = True, vram: int | None = None) -> ProcessesPlan:
 @pytest.mark.parametrize(
     ("sharded", "vram", "status", "words"),
     [
-        (True, None, 0, ["r needs cards of 10.95 GiB, AdamW of 41.25 GiB. Which they are: give --vram 4090, or 24GB"]),
-        (False, "24GB", 0, ["r fits: it needs 10.95 GiB of 23.50 GiB of each card. AdamW does not fit: 41.25 GiB."]),
-        (True, "48GB", 0, ["r fits: it needs 10.95 GiB of 47.04 GiB of each card. AdamW fits: 41.25 GiB."]),
-        (True, "8GB", 1, ["r does not fit: it needs 10.95 GiB of 7.50 GiB of each card. AdamW does not fit"]),
+        (True, None, 0, ["r needs cards of 11.05 GiB, AdamW of 41.35 GiB. Which they are: give --vram 4090, or 24GB"]),
+        (False, "24GB", 0, ["r fits: it needs 11.05 GiB of 23.50 GiB of each card. AdamW does not fit: 41.35 GiB."]),
+        (True, "48GB", 0, ["r fits: it needs 11.05 GiB of 47.04 GiB of each card. AdamW fits: 41.35 GiB."]),
+        (True, "8GB", 1, ["r does not fit: it needs 11.05 GiB of 7.50 GiB of each card. AdamW does not fit"]),
     ],
 )
 def test_a_person_reads_tables_of_80_columns_and_a_verdict(
@@ -168,7 +168,7 @@ def test_a_person_reads_tables_of_80_columns_and_a_verdict(
     assert ["weights", "5.00", "20.00", "calculated"] in rows
     assert ["activations,", "temporaries", "5.00", "20.00", "planned", "for", "one"] in rows
     assert ["a", "rank", "10.00", "40.00"] in rows
-    assert ["a", "card", "needs", "10.95", "41.25"] in rows
+    assert ["a", "card", "needs", "11.05", "41.35"] in rows
     assert ["all-reduce", "2.00", "16.00", "calculated"] in rows
     assert ["sent", "by", "a", "rank", "2.00", "16.00", "by", "a", "ring"] in rows
     tables = [line for line in shown.splitlines() if line and line[0] in "┏┃┡│├└"]
