@@ -141,7 +141,7 @@ def test_a_plan_sees_the_tiles_of_the_kernels_and_nothing_else(dtype: torch.dtyp
         int8_linear(x, blocks, None)
         times_weight(delta, blocks)
     assert {shape for shape, _ in made.found} == {(5, 64), (32, 96), (5, 32), (5, 96), (64, 32)}
-    weight, skip = Int8Weight(*blocks, dtype), torch.zeros(())
+    weight, skip = Int8Weight(*blocks), torch.zeros(())
     update = torch.zeros(64, 96, dtype=dtype)
     generator = torch.Generator().manual_seed(5)
     with _Made() as made:
