@@ -171,6 +171,56 @@ def test_a_refresh_leaves_it(moments: str) -> None:
     assert np.abs(found - 0.95 * before).max() < 0.02 * np.abs(before).max()
 
 
+# ---- ways to the gradient
+
+
+class Net(nn.Module):
+    """Two targets whose M_S has codes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(M, N), nn.Linear(N, M)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.down(torch.tanh(self.up(x)))
+        return x + made
+
+
+def trained(cls: type[GaLoreOptimizer], dtype: torch.dtype, *, parts: int = 1, **way: Any) -> dict[str, Tensor]:
+    """The weights and the momenta of residuals after some steps, of as many micro-batches each."""
+    torch.manual_seed(0)
+    net = Net().to(dtype)
+    group = {"rank": 4, "update_proj_gap": 4, "scale": 0.5, **OPTIONS[OPTION]}
+    targets = {param: group for param in net.parameters() if param.ndim > 1}
+    optimizer = cls(net.parameters(), lr=1e-2, weight_decay=0.1, param_options=targets, module=net, **way)
+    for batch in torch.randn(9, 16, M).to(dtype):
+        for part in batch.chunk(parts):
+            ((net(part) - 1).square().mean() / parts).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = {name: param.detach() for name, param in net.named_parameters()}
+    states = {name: optimizer.state[param] for name, param in net.named_parameters() if param.ndim > 1}
+    for name, state in states.items():
+        found |= {f"{name}, {key}": state[key] for key in (RESIDUAL_MOMENTUM, ABSMAX)}
+    optimizer.close()
+    return found
+
+
+@pytest.mark.parametrize("cls", [GaLoreAdamW, GaLoreAdamW8bit])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layerwise_is_plain(cls: type[GaLoreOptimizer], dtype: torch.dtype) -> None:
+    plain, layerwise = (trained(cls, dtype, layerwise=way) for way in (False, True))
+    assert len(plain) == 8
+    for name, value in plain.items():
+        assert torch.equal(value, layerwise[name]), name
+
+
+def test_an_accumulation_is_a_large_batch() -> None:
+    whole, parts = (trained(GaLoreAdamW, torch.float64, parts=count) for count in (1, 4))
+    for name, value in whole.items():
+        assert torch.allclose(value.double(), parts[name].double(), rtol=1e-6, atol=1e-9), name
+
+
 # ---- saving and skipping
 
 
@@ -245,9 +295,7 @@ def test_without_bitsandbytes_it_is_refused_by_name(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("hf_galore.integrations.bitsandbytes.functional", missing)
     weight = nn.Parameter(torch.ones(M, N))
-    with pytest.raises(
-        ImportError, match=r"residual_bits=8 needs bitsandbytes: pip install bitsandbytes\. res"
-    ):
+    with pytest.raises(ImportError, match=r"residual_bits=8 needs bitsandbytes: pip install bitsandbytes\. res"):
         made(weight, OPTION)
     made(weight, OPTION, residual_bits=0)
 
