@@ -206,9 +206,9 @@ class GaLoreConfig:
             R, and limited in its growth; `sign` adds its sign; `muon`, of `rule=muon`, orthogonalises it together with
             R's momentum. Needs the gradient itself: no `projected_backward`.
         residual_scale: multiplies what the residual adds, besides `scale`.
-        residual_bits: with `residual=muon`, bits that an element of a momentum of the residual's own is kept in, by
-            bitsandbytes' codes of moments (in matrices of fewer than 4,096 elements 32); 0 for no such momentum. Ends
-            lower at small ranks, for a byte an element of the whole matrix.
+        residual_bits: with `residual=muon`, bits of an element of a momentum that the residual has for itself; 0 stands
+            for none. 8 takes a byte for each element of the whole matrix: bitsandbytes' codes of moments and, like
+            those, 32 bits in matrices of fewer than 4,096 elements.
         scaling: what a target moves along. `none` stands for the direction, projected back; `channel` and `tensor` for
             the gradient itself, each channel of it, or the whole, scaled by what the rule made of R, in random
             projections of which no basis is kept.

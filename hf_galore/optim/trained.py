@@ -67,7 +67,7 @@ class Trained:
     needs_gradient: str | None = None
     """What of its options needs the gradient itself, besides R, as a message says it; `None` where nothing does."""
     whole_keys: tuple[str, ...] = ()
-    """The keys of the state that hold what the part of its updates goes by that the gradient itself moves it by."""
+    """The keys of the state that hold what goes with the gradient itself: its limit, or a momentum of its residual."""
 
     def __init__(self, owner: Owner, param: Tensor, place: Place, index: int, rule: Rule) -> None:
         self.param = param

@@ -88,7 +88,7 @@ class WholeMuonTarget(TargetOfGradient):
             residual: S, finite also where the update is skipped.
             skip: whether it is.
         """
-        state, momentum = self.with_placed_bases(), float(self.group["momentum"])
+        state, momentum = self.with_placed_bases(), self.group["momentum"]
         if ABSMAX not in self.whole_keys:
             return look_ahead(residual, state[RESIDUAL_MOMENTUM], momentum, skip.flag)
         kept = Quantized(state[RESIDUAL_MOMENTUM], state[ABSMAX])
