@@ -35,6 +35,8 @@ Residual = Literal["none", "fira", "sign", "muon"]
 RESIDUALS: tuple[Residual, ...] = get_args(Residual)
 Scaling = Literal["none", "channel", "tensor"]
 SCALINGS: tuple[Scaling, ...] = get_args(Scaling)
+ResidualBits = Literal[0, 8]
+RESIDUAL_BITS: tuple[ResidualBits, ...] = get_args(ResidualBits)
 NORM_PROBES = 8
 """The default of `norm_probes`, also of what was saved before there was such an option."""
 
@@ -53,6 +55,7 @@ _GROUP_OPTIONS: dict[str, Option] = {
     "rule": or_none(one_of(RULE_NAMES)),
     "residual": one_of(RESIDUALS),
     "residual_scale": positive_float(),
+    "residual_bits": one_of(RESIDUAL_BITS),
     "scaling": one_of(SCALINGS),
 }
 # These concern the optimizer as a whole.
@@ -85,6 +88,7 @@ _MEANINGS = {
     "rule": "if not optim's rule",
     "residual": "what becomes of the rest of G",
     "residual_scale": "multiplies the residual's update",
+    "residual_bits": "of a momentum of its own; 0: none",
     "scaling": "G itself, scaled; no basis kept",
     "stochastic_rounding": "of bfloat16 weights",
     "projected_backward": "no full gradient; on if layerwise",
@@ -202,6 +206,9 @@ class GaLoreConfig:
             R, and limited in its growth; `sign` adds its sign; `muon`, of `rule=muon`, orthogonalises it together with
             R's momentum. Needs the gradient itself: no `projected_backward`.
         residual_scale: multiplies what the residual adds, besides `scale`.
+        residual_bits: with `residual=muon`, bits of an element of a momentum that the residual has for itself; 0 stands
+            for none. 8 takes a byte for each element of the whole matrix: bitsandbytes' codes of moments and, like
+            those, 32 bits in matrices of fewer than 4,096 elements.
         scaling: what a target moves along. `none` stands for the direction, projected back; `channel` and `tensor` for
             the gradient itself, each channel of it, or the whole, scaled by what the rule made of R, in random
             projections of which no basis is kept.
@@ -234,6 +241,7 @@ class GaLoreConfig:
     rule: RuleName | None = None
     residual: Residual = "none"
     residual_scale: float = 1.0
+    residual_bits: ResidualBits = 0
     scaling: Scaling = "none"
     stochastic_rounding: bool = False
     projected_backward: bool | None = None

@@ -35,6 +35,11 @@ def _check_residual(config: GaLoreConfig) -> None:
             f"GaLore's residual=muon is what rule=muon may do with a residual, and {config.rule or 'Adam'} cannot. "
             "Set rule=muon too, or residual to fira or sign, which go with any rule."
         )
+    if config.residual != "muon" and config.residual_bits != 0:
+        raise ValueError(
+            f"GaLore's residual_bits={config.residual_bits} keeps a momentum of the residual, and "
+            f"residual={config.residual} has none. Set rule=muon and residual=muon, or leave residual_bits out."
+        )
 
 
 def _check_scaling(config: GaLoreConfig) -> None:

@@ -19,6 +19,7 @@ from ..lowrank.nonfinite import has_numbers
 from ..lowrank.projection import is_projectable, norm_of
 from ..lowrank.scales import element_size, scale_of
 from ..rules import Rule, rule_of
+from ..rules.adam_8bit import check_installed
 from .groups import Group, is_target, shape_in
 from .shard import check_sharding, is_sharded, local_of
 
@@ -66,6 +67,8 @@ def check_group(group: Group, own: Rule, name_of: Callable[[Tensor], str]) -> No
     """
     rule = rule_of(own, group)
     rule.check(group)
+    if group.get("residual_bits"):
+        check_installed(f"residual_bits={group['residual_bits']} needs", "residual_bits=0 works without it.")
     check_refresh(group)
     too_small = []
     for param in group["params"]:

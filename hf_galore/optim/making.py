@@ -75,8 +75,9 @@ def _kinds_of_target(group: Group) -> tuple[type[Target], type[Target]]:
     Raises:
         ValueError: an option of the group has been changed to what it cannot be.
     """
-    chosen = {"residual": group.get("residual", "none"), "scaling": group.get("scaling", "none")}
-    config = GaLoreConfig(**chosen, rule=group.get("rule"))
+    config = GaLoreConfig(
+        **{key: group[key] for key in ("residual", "residual_bits", "scaling", "rule") if key in group}
+    )
     if config.scaling != "none":
         return ShardedScaledTarget, ScaledTarget
     if config.residual == "muon":

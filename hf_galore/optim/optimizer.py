@@ -309,7 +309,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
                 memory.count(
                     trained.present_state,
                     projected=trained.projected,
-                    moments=(*trained.moment_keys, *trained.limit_keys),
+                    moments=(*trained.moment_keys, *trained.whole_keys),
                     bases=trained.basis_keys,
                 )
         return memory

@@ -3,6 +3,8 @@
 State of one whose term is limited, besides that of a target::
 
     limited_norm    the norm that the limited term had at the last update, float32; of a stack k of them
+
+That of the momentum of a residual is in `hf_galore.optim.whole_muon`.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from ..lowrank.residual import (
 )
 from ..lowrank.rounding import add_whole_, decay_unless
 from ..lowrank.scales import channel_norms, ratios, sign_part
+from ..rules.rule import Moment
 from .bases import NewBasis, State
 from .movement import Movement, WholeGradient
 from .target import Target
@@ -45,19 +48,25 @@ class TargetOfGradient(Target):
         super()._derive()
         option = "residual" if self.group.get("scaling", "none") == "none" else "scaling"
         self.needs_gradient = f"{option}={self.group[option]}"
-        self.limit_keys = (LIMITED_NORM,) if self.is_limited else ()
+        self._of_whole = self._moments_of_whole()
+        self.whole_keys = tuple(self._of_whole)
+
+    def _moments_of_whole(self) -> dict[str, Moment]:
+        """What is kept besides the moments of R, by its keys in the state; it starts as zeros."""
+        norms = () if self.stack is None else (self.stack,)
+        return {LIMITED_NORM: Moment(norms, torch.float32)} if self.is_limited else {}
 
     def new_state(self, like: Tensor) -> State:
         """A state before the first refresh, on the device of `like`."""
         state = super().new_state(like)
-        for key in self.limit_keys:
-            state[key] = like.new_zeros(() if self.stack is None else (self.stack,), dtype=torch.float32)
+        for key, moment in self._of_whole.items():
+            state[key] = like.new_zeros(moment.shape, dtype=moment.dtype)
         return state
 
     def with_placed_bases(self) -> State:
-        """The state, with its bases and the norm of the limited term where the weight is."""
+        """The state, with its bases and what is kept for the gradient itself where the weight is."""
         state = super().with_placed_bases()
-        self._place(state, self.limit_keys)
+        self._place(state, self.whole_keys)
         return state
 
     def _step(self, gradient: Tensor, norm: Tensor | None) -> None:

@@ -66,8 +66,8 @@ class Trained:
     """The keys of the state that hold its bases."""
     needs_gradient: str | None = None
     """What of its options needs the gradient itself, besides R, as a message says it; `None` where nothing does."""
-    limit_keys: tuple[str, ...] = ()
-    """The keys of the state that hold norms which limit its updates."""
+    whole_keys: tuple[str, ...] = ()
+    """The keys of the state that hold what goes with the gradient itself: its limit, or a momentum of its residual."""
 
     def __init__(self, owner: Owner, param: Tensor, place: Place, index: int, rule: Rule) -> None:
         self.param = param
@@ -316,11 +316,14 @@ class FullRank(Trained):
         self._add_rounded(weight, group, rows.__getitem__, -factor, step, skip)
 
 
+_SHAPING = (
+    *("rank", "proj_type", "proj_bits", "rule", "lazy_refresh", "view_as", "residual", "residual_bits", "scaling"),
+)
+
+
 def _options_of(group: Group) -> tuple[Any, ...]:
     """The options of a group that shapes follow from."""
-    return tuple(
-        map(group.get, ("rank", "proj_type", "proj_bits", "rule", "lazy_refresh", "view_as", "residual", "scaling"))
-    )
+    return tuple(map(group.get, _SHAPING))
 
 
 def decay_of(group: Group) -> float:

@@ -1,20 +1,33 @@
-"""Targets that Muon moves along the whole gradient, of which only the part that their bases have has a momentum."""
+"""Targets that Muon moves along the whole gradient, of which only the part that their bases have has a momentum.
+
+State with `residual_bits=8`, besides that of a target::
+
+    residual_momentum           M_S of the whole matrix, in codes of bitsandbytes' signed 8-bit table; in 32 bits where
+                                `galore_adamw_8bit` would keep moments of the matrix so
+    residual_momentum_absmax    with 8 bits, one float32 scale for each 256 elements
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import cast
 
+import torch
 from torch import Tensor
 
+from ..integrations.bitsandbytes import Quantized
 from ..lowrank.nonfinite import Skip
 from ..lowrank.projection import add_projected_back_, at_least_float32, norm_of_each
 from ..lowrank.residual import Term, residual_of
-from ..rules.muon import Muon
+from ..rules.adam_8bit import codebooks, dequantize_moment, is_in_8_bits, moment_8bit, quantize_moment_
+from ..rules.muon import Muon, look_ahead
+from ..rules.rule import Moment, full_precision
 from .bases import State
 from .groups import Group
 from .movement import Movement
 from .residual import TargetOfGradient
+
+RESIDUAL_MOMENTUM, ABSMAX = "residual_momentum", "residual_momentum_absmax"
 
 
 class WholeMuonTarget(TargetOfGradient):
@@ -23,12 +36,24 @@ class WholeMuonTarget(TargetOfGradient):
     D = (1 − μ)R + μM is what Muon orthogonalises of R alone, and S = G − back(R) what the bases do not have of G: it
     takes part with no momentum. With bases of the whole space this is Muon, and with no bases Muon without a momentum.
 
+    With `residual_bits=8` S takes part as S' = (1 − μ)S + μM_S, with a momentum of its own, M_S ← μM_S + (1 − μ)S
+    before, which is rounded to 8 bits after S' is made of it. A refresh leaves M_S as it is, whatever becomes of M: it
+    is of the space outside of the bases that were, and what the new bases have of it counts beside D for a few steps.
+
     Sources: Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/). Of its relatives, GUM (Pan et al.,
     2025, arXiv:2510.17802) takes turns between the two parts, and MLorc (Shen et al., 2025, arXiv:2506.01897) has a
-    low-rank momentum of whole gradients too, which it compresses at every step.
+    low-rank momentum of whole gradients too, which it compresses at every step. Of codes in 8 bits: 8-bit Optimizers
+    via Block-wise Quantization (Dettmers et al., 2022, arXiv:2110.02861).
     """
 
     is_limited = False  # each of its steps has the same length
+
+    def _moments_of_whole(self) -> dict[str, Moment]:
+        if self.group.get("residual_bits", 0) == 0:
+            return {}
+        if is_in_8_bits(self.matrix_shape):
+            return moment_8bit(RESIDUAL_MOMENTUM, self.matrix_shape)
+        return {RESIDUAL_MOMENTUM: Moment(self.matrix_shape, full_precision(self.param.dtype))}
 
     def _direction(self, low_rank: Tensor, group: Group, step: int, skip: Skip) -> tuple[Tensor, float]:
         return self._ahead(low_rank, self.moments(), skip)
@@ -48,7 +73,27 @@ class WholeMuonTarget(TargetOfGradient):
         gradient, spare = self._whole_of(by, skip)
         norm = norm_of_each(gradient)
         low_rank = by.low_rank if skip.flag is None else by.low_rank.masked_fill(skip.flag.bool(), 0.0)
-        together = residual_of(gradient, low_rank, bases, spare=spare).mul_(self.group["residual_scale"])
+        together = residual_of(gradient, low_rank, bases, spare=spare)
+        if self.whole_keys:
+            together.copy_(self._residual_ahead(together, skip))
+        together.mul_(self.group["residual_scale"])
         add_projected_back_(together, by.direction, bases, 1.0)
         together.copy_(self._muon.made_alike(together.to(at_least_float32(together.dtype)), norm))
         self._add(Term(together, 1.0), self._alpha(by.factor), step, skip, spare=True)
+
+    def _residual_ahead(self, residual: Tensor, skip: Skip) -> Tensor:
+        """S', of at least float32; updates M_S.
+
+        Args:
+            residual: S, finite also where the update is skipped.
+            skip: whether it is.
+        """
+        state, momentum = self.with_placed_bases(), self.group["momentum"]
+        if ABSMAX not in self.whole_keys:
+            return look_ahead(residual, state[RESIDUAL_MOMENTUM], momentum, skip.flag)
+        kept = Quantized(state[RESIDUAL_MOMENTUM], state[ABSMAX])
+        table = codebooks(kept.codes.device).signed
+        buffer = dequantize_moment(kept, table).to(at_least_float32(residual.dtype))
+        ahead = look_ahead(residual, buffer, momentum, None)
+        quantize_moment_(kept, buffer.to(torch.float32), table, skip.flag)
+        return ahead

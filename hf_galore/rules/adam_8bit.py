@@ -36,12 +36,7 @@ class Adam32bit(Adam):
 
     def check(self, group: Group) -> None:
         """Check what Adam does, `optim_bits`, and that bitsandbytes is installed."""
-        try:
-            kernels.functional()
-        except ImportError as error:
-            raise ImportError(
-                "8-bit moments need bitsandbytes: pip install bitsandbytes. The 32-bit optimizers work without it."
-            ) from error
+        check_installed("8-bit moments need", "The 32-bit optimizers work without it.")
         super().check(group)
         if group["optim_bits"] not in (8, 32):
             raise ValueError(f"optim_bits has to be 8 or 32, but is {group['optim_bits']!r}.")
@@ -80,12 +75,7 @@ class Adam8bit(Adam32bit):
 
     def moments(self, shape: tuple[int, ...], dtype: torch.dtype, group: Group) -> dict[str, Moment]:
         """Codes of the gradient's shape and the scales of their blocks, for either moment."""
-        scales = (math.ceil(math.prod(shape) / kernels.MOMENT_BLOCK),)
-        found: dict[str, Moment] = {}
-        for key in ("exp_avg", "exp_avg_sq"):
-            found[key] = Moment(shape, torch.uint8)
-            found[f"{key}_absmax"] = Moment(scales, torch.float32)
-        return found
+        return {**moment_8bit("exp_avg", shape), **moment_8bit("exp_avg_sq", shape)}
 
     def direction(
         self, gradient: Tensor, moments: Moments, group: Group, step: int, skip: Skip
@@ -118,6 +108,35 @@ class Adam8bit(Adam32bit):
 
 
 _IN_32_BITS = Adam32bit()
+_IN_8_BITS = Adam8bit()
+
+
+def check_installed(needs: str, otherwise: str) -> None:
+    """Check that there is bitsandbytes, whose tables the codes of 8-bit moments point into.
+
+    Args:
+        needs: the beginning of the message.
+        otherwise: what works without it.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        kernels.functional()
+    except ImportError as error:
+        raise ImportError(f"{needs} bitsandbytes: pip install bitsandbytes. {otherwise}") from error
+
+
+def is_in_8_bits(shape: tuple[int, ...]) -> bool:
+    """Whether `Adam8bit` keeps moments of a matrix, or of each matrix of a stack, in 8 bits, and not in 32."""
+    rule = _IN_8_BITS.for_shape(shape[-2:], {"optim_bits": 8})
+    return isinstance(rule if len(shape) == 2 else rule.of_stack(shape[-2:]), Adam8bit)
+
+
+def moment_8bit(key: str, shape: tuple[int, ...]) -> dict[str, Moment]:
+    """A moment of this key in 8 bits: its codes, of the gradient's shape, and the scales of their blocks."""
+    scales = (math.ceil(math.prod(shape) / kernels.MOMENT_BLOCK),)
+    return {key: Moment(shape, torch.uint8), f"{key}_absmax": Moment(scales, torch.float32)}
 
 
 class QuantizedMoments(NamedTuple):
@@ -157,26 +176,39 @@ def codebooks(device: torch.device) -> Codebooks:
 def dequantize_moments(moments: QuantizedMoments) -> tuple[Tensor, Tensor]:
     """Both moments in float32."""
     tables = codebooks(moments.exp_avg.device)
-
-    def plain(codes: Tensor, absmax: Tensor, table: Tensor) -> Tensor:
-        return kernels.dequantize_8bit(kernels.Quantized(codes, absmax), table, kernels.MOMENT_BLOCK, torch.float32)
-
     return (
-        plain(moments.exp_avg, moments.exp_avg_absmax, tables.signed),
-        plain(moments.exp_avg_sq, moments.exp_avg_sq_absmax, tables.unsigned),
+        dequantize_moment(kernels.Quantized(moments.exp_avg, moments.exp_avg_absmax), tables.signed),
+        dequantize_moment(kernels.Quantized(moments.exp_avg_sq, moments.exp_avg_sq_absmax), tables.unsigned),
     )
+
+
+def dequantize_moment(kept: kernels.Quantized, table: Tensor) -> Tensor:
+    """A moment in float32, from its codes' table."""
+    return kernels.dequantize_8bit(kept, table, kernels.MOMENT_BLOCK, torch.float32)
 
 
 def quantize_moments_(moments: QuantizedMoments, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
     """Put float32 moments where the 8-bit ones are."""
     tables = codebooks(moments.exp_avg.device)
-    for values, codes, absmax, table in (
-        (exp_avg, moments.exp_avg, moments.exp_avg_absmax, tables.signed),
-        (exp_avg_sq, moments.exp_avg_sq, moments.exp_avg_sq_absmax, tables.unsigned),
-    ):
-        new = kernels.quantize_8bit(values.contiguous(), table, kernels.MOMENT_BLOCK)
-        codes.copy_(new.codes)
-        absmax.copy_(new.absmax)
+    quantize_moment_(kernels.Quantized(moments.exp_avg, moments.exp_avg_absmax), exp_avg, tables.signed)
+    quantize_moment_(kernels.Quantized(moments.exp_avg_sq, moments.exp_avg_sq_absmax), exp_avg_sq, tables.unsigned)
+
+
+def quantize_moment_(kept: kernels.Quantized, values: Tensor, table: Tensor, skip: Tensor | None = None) -> None:
+    """Put a float32 moment where an 8-bit one is, each value to the nearest in its codes' table.
+
+    Args:
+        kept: updated in place.
+        values: of its shape.
+        table: of its codes.
+        skip: 0-dimensional; at 1 the 8-bit one stays, to the bit: read and put back it might not. `None` for never.
+    """
+    new = kernels.quantize_8bit(values.contiguous(), table, kernels.MOMENT_BLOCK)
+    for old, value in zip(kept, new, strict=True):
+        if skip is None:
+            old.copy_(value)
+        else:
+            torch.where(skip.bool(), old, value, out=old)
 
 
 def adam_8bit_(weight: Tensor, gradient: Tensor, moments: QuantizedMoments, now: AdamStep) -> None:

@@ -134,6 +134,7 @@ CONTENDERS = {
         Contender("rule=muon", _galore(rule="muon")),
         Contender("rule=muon, residual=fira", _galore(rule="muon", residual="fira")),
         Contender("rule=muon, residual=muon", _galore(rule="muon", residual="muon")),
+        Contender("rule=muon, residual=muon, 8 bits", _galore(rule="muon", residual="muon", residual_bits=8)),
         Contender("LoRA", _adamw, adapters=True),
     )
 }

@@ -20,6 +20,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "tensor": {"scaling": "tensor"},
     "fira of muon": {"residual": "fira", "rule": "muon"},
     "muon": {"residual": "muon", "rule": "muon"},
+    "muon, momentum": {"residual": "muon", "rule": "muon", "residual_bits": 8},
 }
 
 

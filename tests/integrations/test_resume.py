@@ -185,13 +185,15 @@ def test_a_run_with_stochastic_rounding_resumes_within_a_gap(name: str, tmp_path
         ("galore_adafactor_layerwise", "residual=sign, residual_scale=0.1"),
         ("galore_adamw_8bit", "scaling=channel"),
         ("galore_adamw_layerwise", "scaling=tensor"),
+        ("galore_adamw_layerwise", "rule=muon, residual=muon, residual_bits=8"),
     ],
 )
 def test_a_run_that_needs_gradients_resumes_within_a_gap(name: str, options: str, tmp_path: Path) -> None:
-    """With the norm that limits what is added, and the random projections of the first process."""
+    """With the norm that limits what is added, the random projections of the first process, a residual's momentum."""
+    width = 64 if "residual_bits" in options else 16  # from where that is in 8 bits
 
     def model(seed: int) -> torch.nn.Module:
-        net: torch.nn.Module = tiny_llama(seed, hidden_size=16, intermediate_size=24, num_hidden_layers=1)
+        net: torch.nn.Module = tiny_llama(seed, hidden_size=width, intermediate_size=24, num_hidden_layers=1)
         return net
 
     optim_args = f"rank=4, update_proj_gap=4, {options}"
@@ -200,7 +202,9 @@ def test_a_run_that_needs_gradients_resumes_within_a_gap(name: str, options: str
     early, late = (saved_optimizer(expected[1], at)["state"] for at in (3, 7))
     assert any(after["refreshes"] > early[key]["refreshes"] for key, after in late.items() if "refreshes" in after)
     limited = [state["limited_norm"] for state in early.values() if "limited_norm" in state]
-    assert len(limited) == (0 if "sign" in options else 7)
+    assert len(limited) == (7 if "fira" in options or "scaling" in options else 0)
+    in_8_bits = [state for state in early.values() if "residual_momentum_absmax" in state]
+    assert len(in_8_bits) == (4 if "residual_bits" in options else 0)
     assert all(norm > 0 for norm in limited)
 
 

@@ -95,7 +95,7 @@ def documented() -> list[tuple[str, str, str]]:
     """The rows of docs/benchmarks.md that have options: these, and the GB of either optimizer."""
     text = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text("utf-8")
     rows = re.findall(r"^\| `(rank=[^`]*)` \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE)
-    assert len(rows) == 7
+    assert len(rows) == 9
     return rows
 
 
@@ -111,12 +111,12 @@ def test_the_documentation_has_what_each_option_takes(
 
 
 def test_what_the_options_add_and_save(llama: nn.Module, tmp_path: Path) -> None:
-    """A float32 for each matrix; no bases; one moment for two."""
+    """A float32 for each matrix; no bases; one moment for two; a byte for each element, and 4 for 256."""
 
     def memory(options: str) -> Memory:
         return trainers_optimizer(llama, "galore_adamw", tmp_path, f"rank={RANK}{options}").memory()
 
-    default, fira, sign, channel, muon, whole = map(
+    default, fira, sign, channel, muon, whole, momentum = map(
         memory,
         [
             "",
@@ -125,6 +125,7 @@ def test_what_the_options_add_and_save(llama: nn.Module, tmp_path: Path) -> None
             ", scaling=channel",
             ", rule=muon",
             ", rule=muon, residual=muon",
+            ", rule=muon, residual=muon, residual_bits=8",
         ],
     )
     assert fira.moment_bytes + fira.basis_bytes == default.moment_bytes + default.basis_bytes + 4 * default.targets
@@ -134,6 +135,9 @@ def test_what_the_options_add_and_save(llama: nn.Module, tmp_path: Path) -> None
     assert default.moment_bytes - muon.moment_bytes == 4 * low_rank
     assert muon.basis_bytes == default.basis_bytes
     assert whole == muon
+    elements = 24 * 2048 * (4 * 2048 + 3 * 5461)
+    assert momentum.moment_bytes - whole.moment_bytes == elements + 4 * elements // 256
+    assert momentum.basis_bytes == whole.basis_bytes
 
 
 def test_float32_moments_take_what_the_formula_says(llama: nn.Module, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fira": {"residual": "fira", "residual_scale": 0.7},
     "sign": {"residual": "sign", "residual_scale": 0.1},
     "muon": {"rule": "muon", "residual": "muon", "residual_scale": 0.3},
+    # Of matrices as small as most are here it is in 32 bits.
+    "muon, momentum": {"rule": "muon", "residual": "muon", "residual_scale": 0.3, "residual_bits": 8},
     "channel": {"scaling": "channel"},
     "tensor": {"scaling": "tensor"},
 }
@@ -46,7 +49,16 @@ def made(weight: nn.Parameter, option: str, **group: Any) -> GaLoreAdamW:
     return GaLoreAdamW([{"params": [weight], **group}], lr=0.01, weight_decay=0.1)
 
 
-SIDES = [(option, side) for option in ("fira", "sign", "muon") for side in ("left", "right", "full")]
+def reference_of(option: str, start: npt.NDArray[np.float64]) -> ReferenceResidual:
+    """What `made` makes, of one matrix."""
+    keys = ("residual_scale", "residual_bits")
+    options = {key: OPTIONS[option][key] for key in keys if key in OPTIONS[option]}
+    return ReferenceResidual(
+        start, option=option.split(",", maxsplit=1)[0], lr=0.01, scale=0.5, weight_decay=0.1, **options
+    )
+
+
+SIDES = [(option, side) for option in ("fira", "sign", "muon", "muon, momentum") for side in ("left", "right", "full")]
 SIDES += [(option, side) for option in ("channel", "tensor") for side in ("left", "right")]
 
 
@@ -58,10 +70,7 @@ def test_it_follows_its_paper_for_fifty_steps_with_refreshes(option: str, side: 
     optimizer = made(weight, option, proj_type=side)
     (target,) = optimizer.targets()
     start = weight.detach().numpy().copy().reshape(-1, 12, 20)
-    scales = {key: OPTIONS[option][key] for key in ("residual_scale",) if key in OPTIONS[option]}
-    references = [
-        ReferenceResidual(one, option=option, lr=0.01, scale=0.5, weight_decay=0.1, **scales) for one in start
-    ]
+    references = [reference_of(option, one) for one in start]
     for gradient in gradients(shape, 50):
         weight.grad = gradient.clone()
         optimizer.step()

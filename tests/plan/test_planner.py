@@ -118,9 +118,10 @@ def test_every_option_of_the_plain_optimizer(options: str, tmp_path: Path) -> No
 
 
 WHOLE_MUON = "rule=muon, residual=muon"
+NEED_GRADIENTS = ["residual=fira", "residual=sign", "scaling=channel", WHOLE_MUON, f"{WHOLE_MUON}, residual_bits=8"]
 
 
-@pytest.mark.parametrize("options", ["residual=fira", "residual=sign", "scaling=channel", WHOLE_MUON])
+@pytest.mark.parametrize("options", NEED_GRADIENTS)
 @pytest.mark.parametrize("optim", ["galore_adamw", "galore_adamw_8bit_layerwise"])
 def test_options_that_need_gradients(optim: str, options: str, tmp_path: Path) -> None:
     """Layerwise the gradient of one layer at a time is there, and the term in its place."""

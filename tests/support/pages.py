@@ -199,6 +199,7 @@ _OPTIMIZERS = {
     "rule=muon": "… `rule=muon`",
     "rule=muon, residual=fira": "… `rule=muon, residual=fira`",
     "rule=muon, residual=muon": "… `rule=muon, residual=muon`",
+    "rule=muon, residual=muon, 8 bits": "… `rule=muon, residual=muon, residual_bits=8`",
     "scaling=channel": "… `scaling=channel`",
     "scaling=tensor": "… `scaling=tensor`",
 }

@@ -32,6 +32,7 @@ class ReferenceResidual:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         momentum: float = 0.95,
+        residual_bits: int = 0,
     ) -> None:
         self.W = weight.astype(np.float64)
         self.option, self.lr, self.scale, self.residual_scale = option, lr, scale, residual_scale
@@ -42,6 +43,9 @@ class ReferenceResidual:
         self.limited_norm: float | None = None
         self.momentum = momentum
         self.buffer: Matrix | float = 0.0
+        self.residual_bits = residual_bits
+        # That of the residual: who knows how it is rounded puts that here between two steps.
+        self.of_residual: Matrix | float = 0.0
 
     def step(self, gradient: Matrix, left: Matrix | None, right: Matrix | None) -> None:
         """One update of W from its gradient, with the basis of either side that there is."""
@@ -55,7 +59,11 @@ class ReferenceResidual:
         if self.option == "muon":
             M = self.momentum * self.buffer + (1 - self.momentum) * R
             self.buffer, D = M, (1 - self.momentum) * R + self.momentum * M
-            X = self._back(D, P, Q) + self.residual_scale * (G - self._back(R, P, Q))
+            S = G - self._back(R, P, Q)
+            if self.residual_bits:
+                self.of_residual = self.momentum * self.of_residual + (1 - self.momentum) * S
+                S = (1 - self.momentum) * S + self.momentum * self.of_residual
+            X = self._back(D, P, Q) + self.residual_scale * S
             update = 0.2 * max(X.shape) ** 0.5 * self._newton_schulz(X)
             self.W = (1 - self.lr * self.weight_decay) * self.W - self.lr * self.scale * update
             return
