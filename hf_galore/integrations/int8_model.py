@@ -41,7 +41,8 @@ def quantize_weights_(model: nn.Module, modules_to_not_convert: list[str] | None
                 f"The model's weights are quantized already, with {other.quantization_config.quant_method}. Load it "
                 "without that."
             )
-    hooked = next((name for name, module in model.named_modules() if isinstance(module, Patched)), None)
+    linears = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    hooked = next((name for name in linears if isinstance(model.get_submodule(name), Patched)), None)
     if hooked is not None:
         raise ValueError(
             f"An optimizer's hooks are on {hooked or 'the model'}, which compute with the weights that are there now. "
