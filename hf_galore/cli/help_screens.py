@@ -123,9 +123,8 @@ SCREENS: dict[str, Screen] = {
         ),
         (
             "  hf-galore dpo --config dpo/qwen3_0.6b_ultrafeedback.yaml",
-            "  hf-galore dpo --model_name_or_path out --dataset_name folder \\",
-            "    --optim galore_adamw_layerwise --optim_target_modules attn mlp \\",
-            "    --optim_args 'rank=256, scale=2' --output_dir preferred",
+            "  hf-galore dpo --model_name_or_path out --dataset_name data --output_dir new \\",
+            "    --optim galore_adamw_layerwise --optim_target_modules attn mlp",
         ),
     ),
     "pretrain": Screen(
