@@ -30,10 +30,14 @@ def tiles(size: int, other: int, multiple: int = 1, times: int = 1) -> Iterator[
         multiple: that a slice's size is one of.
         times: how many of the usual tiles one is as large as.
     """
-    step = min(times * TILE_ELEMENTS // max(1, other), -(-size // 2))
-    step = max(1, step // multiple) * multiple
+    step = max(1, _largest(size, other, times) // multiple) * multiple
     for start in range(0, size, step):
         yield slice(start, min(start + step, size))
+
+
+def _largest(size: int, other: int, times: int) -> int:
+    """The most that a slice may have."""
+    return min(times * TILE_ELEMENTS // max(1, other), -(-size // 2))
 
 
 def product_tiles(size: int, other: int, multiple: int = 1) -> Iterator[slice]:
@@ -47,8 +51,7 @@ def product_tiles(size: int, other: int, multiple: int = 1) -> Iterator[slice]:
         other: of the other ones together.
         multiple: that a slice's size is one of; a power of 2.
     """
-    step = min(OF_PRODUCTS * TILE_ELEMENTS // max(1, other), -(-size // 2))
-    aligned = min(_ALIGNED, 1 << max(0, step.bit_length() - 1))
+    aligned = min(_ALIGNED, 1 << max(0, _largest(size, other, OF_PRODUCTS).bit_length() - 1))
     return tiles(size, other, max(multiple, aligned), OF_PRODUCTS)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,19 @@ def assert_identical(found: Any, expected: Any, path: str = "") -> None:
             assert_identical(left, right, f"{path}/{index}")
     else:
         assert found == expected, f"{path}: {found!r} is not {expected!r}"
+
+
+def assert_a_bad_gradient_changes_nothing(optimizer: torch.optim.Optimizer, weight: Tensor, gradient: Tensor) -> None:
+    """A step with a gradient that is not finite in one place leaves weight and state as they are, but for its count."""
+    before = {key: value.clone() for key, value in optimizer.state[weight].items() if key != "step"}
+    old = weight.detach().clone()
+    for value in (math.nan, math.inf):
+        weight.grad = gradient.clone()
+        weight.grad.view(-1)[7] = value
+        optimizer.step()
+        assert torch.equal(weight.detach(), old)
+        for key, value_before in before.items():
+            assert torch.equal(optimizer.state[weight][key], value_before), key
 
 
 def fraction_apart(found: Tensor, expected: Tensor, start: Tensor) -> float:
