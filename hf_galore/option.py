@@ -9,6 +9,8 @@ from typing import Any, Literal, NamedTuple
 
 AUTO: Literal["auto"] = "auto"
 """The `scale` that goes with the rank."""
+OF_WHOLE_MATRICES = ("muon", "normuon")
+"""The values of `residual` with which `rule=muon` orthogonalises whole matrices."""
 
 
 @dataclasses.dataclass(frozen=True)

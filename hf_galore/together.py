@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from .option import written
+from .option import OF_WHOLE_MATRICES, written
 
 if TYPE_CHECKING:
     from .config import GaLoreConfig
@@ -28,17 +28,17 @@ def _check_residual(config: GaLoreConfig) -> None:
     if config.residual == "none" and config.residual_scale != 1.0:
         raise ValueError(
             f"GaLore's residual_scale={config.residual_scale:g} multiplies what a residual adds, and residual=none "
-            "adds nothing. Set residual to fira, sign or muon, or leave residual_scale out."
+            "adds nothing. Set residual to fira, sign, muon or normuon, or leave residual_scale out."
         )
-    if config.residual == "muon" and config.rule != "muon":
+    if config.residual in OF_WHOLE_MATRICES and config.rule != "muon":
         raise ValueError(
-            f"GaLore's residual=muon is what rule=muon may do with a residual, and {config.rule or 'Adam'} cannot. "
-            "Set rule=muon too, or residual to fira or sign, which go with any rule."
+            f"GaLore's residual={config.residual} is what rule=muon may do with a residual, and {config.rule or 'Adam'} "
+            "cannot. Set rule=muon too, or residual to fira or sign, which go with any rule."
         )
-    if config.residual != "muon" and config.residual_bits != 0:
+    if config.residual not in OF_WHOLE_MATRICES and config.residual_bits != 0:
         raise ValueError(
             f"GaLore's residual_bits={config.residual_bits} keeps a momentum of the residual, and "
-            f"residual={config.residual} has none. Set rule=muon and residual=muon, or leave residual_bits out."
+            f"residual={config.residual} has none. Set rule=muon and residual=muon (or normuon), or leave residual_bits out."
         )
 
 

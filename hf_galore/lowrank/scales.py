@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..option import auto_factor
+from ..option import OF_WHOLE_MATRICES, auto_factor
 from .projection import Side, at_least_float32, for_each, low_rank_shape, norm_of_each, side_of
 
 AUTO_OF_OTHERS, AUTO_OF_MUON, AUTO_OF_SCALING, AUTO_OF_WHOLE_MUON = 1 / 32, 1 / 16, 1 / 8, 1 / 8
 """`scale=auto` at a rank of the smaller side, half of what it is at a quarter of it: of what is projected back, by Adam
-and most rules, and by Muon; and of what moves along the gradient itself. Of residual=muon it is that at any rank."""
+and most rules, and by Muon; and of what moves along the gradient itself. Of whole matrices that Muon orthogonalises it is that at any rank."""
 GROWTH = 1.01
 """γ, by which the norm of a limited term may grow from one step to the next (of Fira and of APOLLO)."""
 _LEAST_PART = 1 / 16
@@ -38,12 +38,12 @@ def scale_of(group: Mapping[str, Any], shape: Sequence[int]) -> float:
 def auto_scale(group: Mapping[str, Any], shape: Sequence[int]) -> float:
     """The scale that goes with the rank r of a group, for matrices of `shape` m × n: c over the size of an element.
 
-    That is c · √(min(m, n) / r) where the smaller side is projected, and c where residual=muon orthogonalises all of
-    the gradient. With this scale the length of a step depends
-    neither on the rank nor on the side. The constants c are those of the lowest loss in
+    That is c · √(min(m, n) / r) where the smaller side is projected, and c where all of the gradient is
+    orthogonalised (`residual=muon` and `normuon`). With this scale the length of a step depends neither on the rank nor
+    on the side. The constants c are those of the lowest loss in
     `tests.benchmarks.ranks`, from random weights; other tasks take a multiple.
     """
-    if group.get("residual") == "muon":
+    if group.get("residual") in OF_WHOLE_MATRICES:
         return AUTO_OF_WHOLE_MUON
     scaled, rule = group.get("scaling", "none") != "none", group.get("rule")
     constant = AUTO_OF_SCALING if scaled else AUTO_OF_MUON if rule == "muon" else AUTO_OF_OTHERS

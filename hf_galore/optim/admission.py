@@ -18,6 +18,7 @@ from ..lowrank.methods import METHODS
 from ..lowrank.nonfinite import has_numbers
 from ..lowrank.projection import is_projectable, norm_of
 from ..lowrank.scales import element_size, scale_of
+from ..option import OF_WHOLE_MATRICES
 from ..rules import Rule, rule_of
 from ..rules.adam_8bit import check_installed
 from .groups import Group, is_target, shape_in
@@ -130,9 +131,9 @@ def check_sharded(name: str, param: Tensor, group: Group) -> None:
             f"GaLore projects matrices that FSDP2 shards, but no stacks and convolutions yet, and {name} has shape "
             f"{tuple(param.shape)}. Move it to a group without a rank, or name other optim_target_modules."
         )
-    if is_target(param, group) and group.get("residual") == "muon":
+    if is_target(param, group) and group.get("residual") in OF_WHOLE_MATRICES:
         raise ValueError(
-            f"GaLore's residual=muon orthogonalises whole matrices, but {name} is sharded over processes. Take "
+            f"GaLore's residual={group['residual']} orthogonalises whole matrices, but {name} is sharded over processes. Take "
             "residual=fira, or DistributedDataParallel, where each process has all of it."
         )
     if is_target(param, group) and not METHODS[group["refresh"]].from_factors:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..config import GaLoreConfig
+from ..option import OF_WHOLE_MATRICES
 from ..rules import Rule, rule_of, rule_of_full_rank
 from .admission import check_sharded
 from .groups import Group, is_target
@@ -80,7 +81,7 @@ def _kinds_of_target(group: Group) -> tuple[type[Target], type[Target]]:
     )
     if config.scaling != "none":
         return ShardedScaledTarget, ScaledTarget
-    if config.residual == "muon":
+    if config.residual in OF_WHOLE_MATRICES:
         return ShardedTarget, WholeMuonTarget  # `check_sharded` refuses the first
     if config.residual != "none":
         return ShardedResidualTarget, ResidualTarget

@@ -1,10 +1,11 @@
 """Targets that Muon moves along the whole gradient, of which only the part that their bases have has a momentum.
 
-State with `residual_bits=8`, besides that of a target::
+State with `residual_bits=8`, and with `residual=normuon`, besides that of a target::
 
     residual_momentum           M_S of the whole matrix, in codes of bitsandbytes' signed 8-bit table; in 32 bits where
                                 `galore_adamw_8bit` would keep moments of the matrix so
     residual_momentum_absmax    with 8 bits, one float32 scale for each 256 elements
+    line_mean_squares           with normuon, v of each row, or column where these are more: m × 1 or 1 × n
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ..lowrank.nonfinite import Skip
 from ..lowrank.projection import add_projected_back_, at_least_float32, norm_of_each
 from ..lowrank.residual import Term, residual_of
 from ..rules.adam_8bit import codebooks, dequantize_moment, is_in_8_bits, moment_8bit, quantize_moment_
-from ..rules.muon import Muon, look_ahead
+from ..rules.muon import Muon, lines_of, look_ahead, make_lines_alike_
 from ..rules.rule import Moment, full_precision
 from .bases import State
 from .groups import Group
@@ -28,6 +29,7 @@ from .movement import Movement
 from .residual import TargetOfGradient
 
 RESIDUAL_MOMENTUM, ABSMAX = "residual_momentum", "residual_momentum_absmax"
+LINE_MEAN_SQUARES = "line_mean_squares"
 
 
 class WholeMuonTarget(TargetOfGradient):
@@ -40,6 +42,9 @@ class WholeMuonTarget(TargetOfGradient):
     before, which is rounded to 8 bits after S' is made of it. A refresh leaves M_S as it is, whatever becomes of M: it
     is of the space outside of the bases that were, and what the new bases have of it counts beside D for a few steps.
 
+    With `residual=normuon` the rows of what is orthogonalised, or the columns where these are more, are made equally
+    long, by a mean of their squares over the steps (`hf_galore.rules.muon.make_lines_alike_`).
+
     Sources: Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/). Of its relatives, GUM (Pan et al.,
     2025, arXiv:2510.17802) takes turns between the two parts, and MLorc (Shen et al., 2025, arXiv:2506.01897) has a
     low-rank momentum of whole gradients too, which it compresses at every step. Of codes in 8 bits: 8-bit Optimizers
@@ -49,11 +54,14 @@ class WholeMuonTarget(TargetOfGradient):
     is_limited = False  # each of its steps has the same length
 
     def _moments_of_whole(self) -> dict[str, Moment]:
-        if self.group.get("residual_bits", 0) == 0:
-            return {}
-        if is_in_8_bits(self.matrix_shape):
-            return moment_8bit(RESIDUAL_MOMENTUM, self.matrix_shape)
-        return {RESIDUAL_MOMENTUM: Moment(self.matrix_shape, full_precision(self.param.dtype))}
+        shape, dtype = self.matrix_shape, full_precision(self.param.dtype)
+        found: dict[str, Moment] = {}
+        if self.group.get("residual_bits", 0):
+            in_8_bits = is_in_8_bits(shape)
+            found |= moment_8bit(RESIDUAL_MOMENTUM, shape) if in_8_bits else {RESIDUAL_MOMENTUM: Moment(shape, dtype)}
+        if self.group["residual"] == "normuon":
+            found[LINE_MEAN_SQUARES] = Moment(lines_of(shape), dtype)
+        return found
 
     def _direction(self, low_rank: Tensor, group: Group, step: int, skip: Skip) -> tuple[Tensor, float]:
         return self._ahead(low_rank, self.moments(), skip)
@@ -74,11 +82,16 @@ class WholeMuonTarget(TargetOfGradient):
         norm = norm_of_each(gradient)
         low_rank = by.low_rank if skip.flag is None else by.low_rank.masked_fill(skip.flag.bool(), 0.0)
         together = residual_of(gradient, low_rank, bases, spare=spare)
-        if self.whole_keys:
+        if RESIDUAL_MOMENTUM in self.whole_keys:
             together.copy_(self._residual_ahead(together, skip))
         together.mul_(self.group["residual_scale"])
         add_projected_back_(together, by.direction, bases, 1.0)
-        together.copy_(self._muon.made_alike(together.to(at_least_float32(together.dtype)), norm))
+        direction = self._muon.made_alike(together.to(at_least_float32(together.dtype)), norm)
+        if LINE_MEAN_SQUARES in self.whole_keys:
+            moves = norm.ne(0).to(direction.dtype)
+            moves = moves if skip.flag is None else moves * (1 - skip.flag.to(moves.dtype))
+            make_lines_alike_(direction, self.with_placed_bases()[LINE_MEAN_SQUARES], moves)
+        together.copy_(direction)
         self._add(Term(together, 1.0), self._alpha(by.factor), step, skip, spare=True)
 
     def _residual_ahead(self, residual: Tensor, skip: Skip) -> Tensor:

@@ -18,8 +18,11 @@ from .rule import Group, Moment, Moments, Rule, check_not_negative, full_precisi
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """a, b and c of x ← ax + bx³ + cx⁵, which five times over takes what is between 0.002 and 1 to between 0.7 and 1.2."""
 STEPS = 5
+LINES_DECAY = 0.95
+"""β₂ of the mean squares of rows or columns, NorMuon's."""
 OF_ADAM = 0.2
 """The root mean square of an element of Adam's direction, as Moonlight has measured it."""
+_LEAST_LINE = 1 / 16
 _LEAST_NORM = 1e-15
 # Of momentum: squares of what is much smaller are nothing in float32, and a matrix divided by a norm of nothing is NaN
 # after the steps. What is below fades, as far as it is.
@@ -146,6 +149,35 @@ class Muon(Rule):
     def rotate_(self, moments: Moments, group: Group, rotation: Rotation, step: int) -> None:
         """Carry the momentum, a mean of gradients, into the new basis."""
         moments["momentum_buffer"].copy_(rotate(moments["momentum_buffer"], rotation))
+
+
+def lines_of(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a number for each row of m × n, or of a stack; for each column where these are more."""
+    *stack, m, n = shape
+    return (*stack, m, 1) if m >= n else (*stack, 1, n)
+
+
+def make_lines_alike_(direction: Tensor, mean_squares: Tensor, moves: Tensor) -> None:
+    """O ← O, each line divided by √v and all by one number, so that ‖O‖ stays; v ← β₂v + (1 − β₂)·mean(O²) before.
+
+    A line is a row, or a column where these are more: those of the shorter side orthogonalising has made equally long.
+    One of much less than the others, which may be the rounding of nothing, is none to make as long as they are: it
+    counts as at least a sixteenth of the root mean square of all.
+
+    Source: NorMuon (Li et al., 2025, arXiv:2510.05491), algorithm 1. The paper has rows only, and gives the matrix a
+    norm; its authors' code (https://github.com/zichongli5/NorMuon) leaves the norm that Muon has given.
+
+    Args:
+        direction: O, m × n, or a stack of them, float32 or float64; in place.
+        mean_squares: v, of the shape that `lines_of` says, and the same dtype; updated in place.
+        moves: 1, or of each of a stack; 0 where the matrix does not move, and v stays.
+    """
+    before = norm_of_each(direction)
+    along, across = (-2, -1) if mean_squares.shape[-1] == 1 else (-1, -2)
+    mean_squares.lerp_(direction.square().mean(across, keepdim=True), for_each(moves * (1 - LINES_DECAY)))
+    least = mean_squares.mean(along, keepdim=True).mul_(_LEAST_LINE**2)
+    direction.div_(torch.maximum(mean_squares, least).sqrt_().clamp_min_(_LEAST_NORM))
+    direction.mul_(for_each(before / norm_of_each(direction).clamp_min(_LEAST_NORM)))
 
 
 def look_ahead(gradient: Tensor, buffer: Tensor, momentum: float, skip: Tensor | None) -> Tensor:

@@ -135,6 +135,8 @@ CONTENDERS = {
         Contender("rule=muon, residual=fira", _galore(rule="muon", residual="fira")),
         Contender("rule=muon, residual=muon", _galore(rule="muon", residual="muon")),
         Contender("rule=muon, residual=muon, 8 bits", _galore(rule="muon", residual="muon", residual_bits=8)),
+        Contender("rule=muon, residual=normuon", _galore(rule="muon", residual="normuon")),
+        Contender("rule=muon, residual=normuon, 8 bits", _galore(rule="muon", residual="normuon", residual_bits=8)),
         Contender("LoRA", _adamw, adapters=True),
     )
 }
