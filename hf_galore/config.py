@@ -204,12 +204,12 @@ class GaLoreConfig:
         residual: what becomes of the residual S = G − back(R), the part of a gradient that no basis has. `none`
             throws it away, as published; `fira` adds it, each channel scaled by what the rule made of that channel of
             R, and limited in its growth; `sign` adds its sign; `muon`, of `rule=muon`, orthogonalises it together with
-            R's momentum; `normuon` does that too, and makes the rows of what comes of it, or the columns where these are more,
-            equally long. Needs the gradient itself: no `projected_backward`.
+            R's momentum; `normuon` does that too, and makes the rows of what comes of it, or the columns where these
+            are more, equally long. Needs the gradient itself: no `projected_backward`.
         residual_scale: multiplies what the residual adds, besides `scale`.
         residual_bits: with `residual=muon` or `normuon`, bits of an element of a momentum that the residual has for
-            itself; 0 stands for none. 8 takes a byte for each element of the whole matrix: bitsandbytes' codes of moments and, like
-            those, 32 bits in matrices of fewer than 4,096 elements.
+            itself; 0 stands for none. 8 takes a byte for each element of the whole matrix: bitsandbytes' codes of
+            moments and, like those, 32 bits in matrices of fewer than 4,096 elements.
         scaling: what a target moves along. `none` stands for the direction, projected back; `channel` and `tensor` for
             the gradient itself, each channel of it, or the whole, scaled by what the rule made of R, in random
             projections of which no basis is kept.

@@ -32,13 +32,14 @@ def _check_residual(config: GaLoreConfig) -> None:
         )
     if config.residual in OF_WHOLE_MATRICES and config.rule != "muon":
         raise ValueError(
-            f"GaLore's residual={config.residual} is what rule=muon may do with a residual, and {config.rule or 'Adam'} "
-            "cannot. Set rule=muon too, or residual to fira or sign, which go with any rule."
+            f"GaLore's residual={config.residual} is what rule=muon may do with a residual, and "
+            f"{config.rule or 'Adam'} cannot. Set rule=muon too, or residual to fira or sign, which go with any rule."
         )
     if config.residual not in OF_WHOLE_MATRICES and config.residual_bits != 0:
         raise ValueError(
             f"GaLore's residual_bits={config.residual_bits} keeps a momentum of the residual, and "
-            f"residual={config.residual} has none. Set rule=muon and residual=muon (or normuon), or leave residual_bits out."
+            f"residual={config.residual} has none. Set rule=muon and residual=muon (or normuon), or leave "
+            "residual_bits out."
         )
 
 

@@ -18,7 +18,8 @@ from .projection import Side, at_least_float32, for_each, low_rank_shape, norm_o
 
 AUTO_OF_OTHERS, AUTO_OF_MUON, AUTO_OF_SCALING, AUTO_OF_WHOLE_MUON = 1 / 32, 1 / 16, 1 / 8, 1 / 8
 """`scale=auto` at a rank of the smaller side, half of what it is at a quarter of it: of what is projected back, by Adam
-and most rules, and by Muon; and of what moves along the gradient itself. Of whole matrices that Muon orthogonalises it is that at any rank."""
+and most rules, and by Muon; and of what moves along the gradient itself. Of whole matrices that Muon orthogonalises it
+is that at any rank."""
 GROWTH = 1.01
 """γ, by which the norm of a limited term may grow from one step to the next (of Fira and of APOLLO)."""
 _LEAST_PART = 1 / 16

@@ -133,8 +133,8 @@ def check_sharded(name: str, param: Tensor, group: Group) -> None:
         )
     if is_target(param, group) and group.get("residual") in OF_WHOLE_MATRICES:
         raise ValueError(
-            f"GaLore's residual={group['residual']} orthogonalises whole matrices, but {name} is sharded over processes. Take "
-            "residual=fira, or DistributedDataParallel, where each process has all of it."
+            f"GaLore's residual={group['residual']} orthogonalises whole matrices, but {name} is sharded over "
+            "processes. Take residual=fira, or DistributedDataParallel, where each process has all of it."
         )
     if is_target(param, group) and not METHODS[group["refresh"]].from_factors:
         others = ", ".join(method for method, row in METHODS.items() if row.from_factors)

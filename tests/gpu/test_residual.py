@@ -21,6 +21,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fira of muon": {"residual": "fira", "rule": "muon"},
     "muon": {"residual": "muon", "rule": "muon"},
     "muon, momentum": {"residual": "muon", "rule": "muon", "residual_bits": 8},
+    "normuon": {"residual": "normuon", "rule": "muon", "residual_bits": 8},
 }
 
 

@@ -88,6 +88,7 @@ def length(rank: int, shape: tuple[int, ...], **options: Any) -> float:
         # Its singular values end between 0.7 and 1.2, by where they were.
         ({"rule": "muon"}, 1.2),
         (WHOLE, 1.05),
+        ({**WHOLE, "residual": "normuon"}, 1.05),
         # R has r² elements, few at the lowest rank; and of the other side r · min(m, n).
         ({"proj_type": "full"}, 1.2),
         ({"proj_type": "reverse_std"}, 1.05),

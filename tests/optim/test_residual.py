@@ -23,6 +23,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "muon": {"rule": "muon", "residual": "muon", "residual_scale": 0.3},
     # Of matrices as small as most are here it is in 32 bits.
     "muon, momentum": {"rule": "muon", "residual": "muon", "residual_scale": 0.3, "residual_bits": 8},
+    "normuon": {"rule": "muon", "residual": "normuon", "residual_scale": 0.3},
+    "normuon, momentum": {"rule": "muon", "residual": "normuon", "residual_scale": 0.3, "residual_bits": 8},
     "channel": {"scaling": "channel"},
     "tensor": {"scaling": "tensor"},
 }
@@ -57,8 +59,11 @@ def reference_of(option: str, start: npt.NDArray[np.float64]) -> ReferenceResidu
     )
 
 
-SIDES = [(option, side) for option in ("fira", "sign", "muon", "muon, momentum") for side in ("left", "right", "full")]
-SIDES += [(option, side) for option in ("channel", "tensor") for side in ("left", "right")]
+SIDES = [
+    (option, side)
+    for option, options in OPTIONS.items()
+    for side in (("left", "right") if "scaling" in options else ("left", "right", "full"))
+]
 
 
 @pytest.mark.parametrize(("option", "side"), SIDES)
@@ -178,18 +183,69 @@ def test_a_gradient_of_a_lower_rank_than_the_bases_has_no_residual(option: str, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("option", ["fira", "sign", "channel", "tensor"])
+@pytest.mark.parametrize("option", ["fira", "sign", "muon", "normuon", "normuon, momentum", "channel", "tensor"])
 def test_rows_that_never_have_a_gradient_stay(option: str, dtype: torch.dtype) -> None:
     """Bases have next to nothing of them, of which a sign would make a whole step."""
     torch.manual_seed(0)
     weight = nn.Parameter(torch.zeros(48, 64, dtype=dtype))
-    optimizer = made(weight, option, **({"refresh": "subspace"} if option in ("fira", "sign") else {}))
+    optimizer = made(weight, option, **({} if "scaling" in OPTIONS[option] else {"refresh": "subspace"}))
     for _ in range(9):
         weight.grad = torch.randn(48, 64, dtype=dtype) * 1e-2
         weight.grad[::4] = 0
         optimizer.step()
     assert weight[::4].norm() < 1e-6 * weight[1::4].norm()
     assert weight[1::4].norm() > 0.01
+
+
+# ---- rows and columns
+
+
+@pytest.mark.parametrize("shape", [(40, 16), (16, 40)], ids=str)
+def test_normuon_moves_each_line_of_the_longer_side_as_far(shape: tuple[int, int]) -> None:
+    """Where Muon moves one with a small gradient less; both move the matrix as far."""
+    wide = shape[0] < shape[1]
+    sizes = torch.logspace(0, -1, 40, dtype=torch.float64)[:, None]
+    moved = {}
+    for option in ("muon", "normuon"):
+        weight = nn.Parameter(torch.zeros(shape, dtype=torch.float64))
+        optimizer = made(weight, option, weight_decay=0.0)
+        generator = torch.Generator().manual_seed(0)
+        steps = []
+        for _ in range(60):
+            before = weight.detach().clone()
+            gradient = torch.randn(40, 16, generator=generator, dtype=torch.float64) * sizes
+            weight.grad = gradient.mT.clone() if wide else gradient
+            optimizer.step()
+            steps.append((weight.detach() - before).norm(dim=0 if wide else 1))
+        moved[option] = torch.stack(steps[20:]).square().mean(0).sqrt()  # of each line
+    assert moved["muon"].max() > 4 * moved["muon"].min()
+    assert moved["normuon"].max() < 1.3 * moved["normuon"].min()
+    assert moved["normuon"].norm() == pytest.approx(moved["muon"].norm().item(), rel=1e-6)
+
+
+def test_normuon_keeps_a_number_for_each_line_of_the_longer_side() -> None:
+    for shape, kept in (((12, 20), (1, 20)), ((20, 12), (20, 1)), ((12, 12), (12, 1)), ((3, 12, 20), (3, 1, 20))):
+        weight = nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16))
+        optimizer = made(weight, "normuon")
+        weight.grad = torch.ones(shape, dtype=torch.bfloat16)
+        optimizer.step()
+        numbers = optimizer.state[weight]["line_mean_squares"]
+        assert (tuple(numbers.shape), numbers.dtype) == (kept, torch.float32)
+
+
+def test_a_matrix_of_a_stack_without_a_gradient_keeps_its_numbers_and_stays() -> None:
+    """As an expert without tokens: for however long, so that its numbers may not fade to nothing."""
+    weight = nn.Parameter(torch.zeros(2, 20, 12))
+    optimizer = made(weight, "normuon", weight_decay=0.0)
+    for step, gradient in enumerate(gradients((2, 20, 12), 6, torch.float32)):
+        weight.grad = gradient
+        weight.grad[1] *= step < 3
+        if step == 3:
+            before, numbers = weight[1].detach().clone(), optimizer.state[weight]["line_mean_squares"][1].clone()
+        optimizer.step()
+    assert torch.equal(weight[1], before)
+    assert torch.equal(optimizer.state[weight]["line_mean_squares"][1], numbers)
+    assert (numbers > 0).all()
 
 
 # ---- scaling
@@ -288,5 +344,5 @@ def test_an_option_that_is_changed_to_nothing_there_is_is_refused() -> None:
     optimizer = GaLoreAdamW([{"params": [param], "rank": 2, "residual": "fira"}], lr=1e-2)
     optimizer.param_groups[0]["residual"] = "bogus"
     param.grad = torch.ones(8, 12)
-    with pytest.raises(ValueError, match="residual has to be one of none, fira, sign, muon, but was given 'bogus'"):
+    with pytest.raises(ValueError, match=r"residual has to be one of none, .*, normuon, but was given 'bogus'"):
         optimizer.step()

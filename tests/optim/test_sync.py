@@ -79,7 +79,7 @@ def questions(make_trainer: Callable[[], SFTTrainer], monkeypatch: pytest.Monkey
     + [("galore_adamw_8bit_layerwise", "plain", ", rule=muon, scale=auto")]
     + [("galore_adamw_8bit_layerwise", "plain", f", {option}") for option in ("residual=fira", "scaling=channel")]
     + [("galore_adamw", "clipped", f", {option}") for option in ("residual=sign", "scaling=tensor")]
-    + [("galore_adamw", "plain", ", rule=muon, residual=muon, residual_bits=8")],
+    + [("galore_adamw", "plain", ", rule=muon, residual=normuon, residual_bits=8")],
 )
 def test_a_steady_step_asks_no_more_than_with_adamw(
     optim: str, situation: str, more: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

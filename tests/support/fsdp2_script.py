@@ -471,6 +471,7 @@ def refused(mesh: DeviceMesh, with_replicas: DeviceMesh) -> dict[str, str]:
     asked = {
         "svd": Case(galore={"refresh": "svd"}),
         "muon": Case(galore={"rule": "muon", "residual": "muon"}),
+        "normuon": Case(galore={"rule": "muon", "residual": "normuon"}),
         "projected_backward": Case(options={"projected_backward": True}, replicas=True),
         "exchange": Case(options={"exchange": "low_rank"}),
     }

@@ -4,7 +4,9 @@ All but the last are AdamW on R, with its decay before the update; bases, and ra
 
 Sources: Fira (Chen et al., 2024, arXiv:2410.01623), equations 6 to 8; FRUGAL (Zmushko et al., 2024, arXiv:2411.07837),
 algorithm 1; APOLLO (Zhu et al., 2024, arXiv:2412.05270), algorithm 1 and section 4.2; Muon (Jordan et al., 2024,
-https://kellerjordan.github.io/posts/muon/) with the factor of Moonlight (Liu et al., 2025, arXiv:2502.16982).
+https://kellerjordan.github.io/posts/muon/) with the factor of Moonlight (Liu et al., 2025, arXiv:2502.16982);
+NorMuon (Li et al., 2025, arXiv:2510.05491), algorithm 1, on rows or, where these are more, on columns, with the norm of
+its authors' code.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ class ReferenceResidual:
         self.residual_bits = residual_bits
         # That of the residual: who knows how it is rounded puts that here between two steps.
         self.of_residual: Matrix | float = 0.0
+        self.v: Matrix | float = 0.0
 
     def step(self, gradient: Matrix, left: Matrix | None, right: Matrix | None) -> None:
         """One update of W from its gradient, with the basis of either side that there is."""
@@ -56,7 +59,7 @@ class ReferenceResidual:
         beta1, beta2 = self.betas
         self.M = beta1 * self.M + (1 - beta1) * R
         self.V = beta2 * self.V + (1 - beta2) * R**2
-        if self.option == "muon":
+        if self.option in ("muon", "normuon"):
             M = self.momentum * self.buffer + (1 - self.momentum) * R
             self.buffer, D = M, (1 - self.momentum) * R + self.momentum * M
             S = G - self._back(R, P, Q)
@@ -65,6 +68,8 @@ class ReferenceResidual:
                 S = (1 - self.momentum) * S + self.momentum * self.of_residual
             X = self._back(D, P, Q) + self.residual_scale * S
             update = 0.2 * max(X.shape) ** 0.5 * self._newton_schulz(X)
+            if self.option == "normuon":
+                update = self._lines_alike(update)
             self.W = (1 - self.lr * self.weight_decay) * self.W - self.lr * self.scale * update
             return
         N = (self.M / (1 - beta1**self.t)) / (np.sqrt(self.V / (1 - beta2**self.t)) + self.eps)
@@ -89,6 +94,14 @@ class ReferenceResidual:
             A = X @ X.T
             X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
         return X
+
+    def _lines_alike(self, matrix: Matrix) -> Matrix:
+        """Each row of O over the root of v, the mean of its squares over the steps, with the norm that O has."""
+        axis = 1 if matrix.shape[0] >= matrix.shape[1] else 0
+        self.v = 0.95 * self.v + 0.05 * (matrix**2).mean(axis=axis, keepdims=True)
+        alike: Matrix = matrix / np.sqrt(self.v)
+        alike *= np.linalg.norm(matrix) / np.linalg.norm(alike)
+        return alike
 
     @staticmethod
     def _back(matrix: Matrix, left: Matrix | None, right: Matrix | None) -> Matrix:
