@@ -171,6 +171,9 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
         "layerwise, scaling=tensor, rank 1": galore(gap=NEVER, rank=1, scaling="tensor"),
         "layerwise, rule=muon": galore(gap=NEVER, rule="muon"),
         "layerwise, rule=muon, residual=muon": galore(gap=NEVER, rule="muon", residual="muon"),
+        "layerwise, rule=muon, residual=normuon, residual_bits=8": galore(
+            gap=NEVER, rule="muon", residual="normuon", residual_bits=8
+        ),
     }
     trainings = {name: Training(4, build) for name, build in builds.items()}
     times: dict[str, list[float]] = {name: [] for name in trainings}

@@ -36,6 +36,7 @@ from torch.utils._pytree import tree_iter
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_galore import GaLoreAdamW, GaLoreAdamW8bit
+from hf_galore.option import OF_WHOLE_MATRICES
 
 BASELINE = "AdamW (fused)"
 NEVER = 10**9
@@ -94,6 +95,7 @@ def contenders(ranks: list[int], lr: float = 1e-4) -> Iterator[Contender]:
         for layerwise in (False, True):
             yield ours(GaLoreAdamW, rank, lr, layerwise, layerwise, rule="muon")
             yield ours(GaLoreAdamW, rank, lr, layerwise, False, rule="muon", residual="muon")
+            yield ours(GaLoreAdamW, rank, lr, layerwise, False, rule="muon", residual="normuon", residual_bits=8)
             yield ours(GaLoreAdamW, rank, lr, layerwise, False, residual="fira")
             yield ours(GaLoreAdamW, rank, lr, layerwise, False, scaling="channel")
     for layerwise in (False, True):
@@ -109,7 +111,7 @@ def published(rank: int, lr: float) -> Contender:
 
 
 def ours(
-    cls: type[GaLoreAdamW], rank: int, lr: float, layerwise: bool, projected_backward: bool, **options: str
+    cls: type[GaLoreAdamW], rank: int, lr: float, layerwise: bool, projected_backward: bool, **options: Any
 ) -> Contender:
     def build(model: nn.Module) -> torch.optim.Optimizer:
         return cls(
@@ -125,8 +127,9 @@ def ours(
         # R from δ and X, or the gradient and its projection; and the way back, which is G itself with scaling.
         low_rank = t * rank * (m + n) if projected_backward else t * m * n + rank * m * n
         residual = options.get("residual")
-        ways_back = {"fira": 2, "muon": 2, None: 1}[residual] if "scaling" not in options else 0
-        alike = of_muon(min(m, n) if residual == "muon" else rank, max(m, n)) if options.get("rule") == "muon" else 0
+        ways_back = 0 if "scaling" in options else 1 if residual is None else 2
+        of_whole = residual in OF_WHOLE_MATRICES
+        alike = of_muon(min(m, n) if of_whole else rank, max(m, n)) if options.get("rule") == "muon" else 0
         return low_rank + ways_back * rank * m * n + alike
 
     name = cls.__name__ + "".join(f", {key}={value}" for key, value in options.items())

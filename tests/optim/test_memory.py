@@ -95,7 +95,7 @@ def documented() -> list[tuple[str, str, str]]:
     """The rows of docs/benchmarks.md that have options: these, and the GB of either optimizer."""
     text = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text("utf-8")
     rows = re.findall(r"^\| `(rank=[^`]*)` \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE)
-    assert len(rows) == 9
+    assert len(rows) == 10
     return rows
 
 
@@ -111,12 +111,13 @@ def test_the_documentation_has_what_each_option_takes(
 
 
 def test_what_the_options_add_and_save(llama: nn.Module, tmp_path: Path) -> None:
-    """A float32 for each matrix; no bases; one moment for two; a byte for each element, and 4 for 256."""
+    """A float32 for each matrix; no bases; one moment for two; a byte for each element, and 4 for 256; a float32 for
+    each line of the longer side."""
 
     def memory(options: str) -> Memory:
         return trainers_optimizer(llama, "galore_adamw", tmp_path, f"rank={RANK}{options}").memory()
 
-    default, fira, sign, channel, muon, whole, momentum = map(
+    default, fira, sign, channel, muon, whole, momentum, lines = map(
         memory,
         [
             "",
@@ -126,6 +127,7 @@ def test_what_the_options_add_and_save(llama: nn.Module, tmp_path: Path) -> None
             ", rule=muon",
             ", rule=muon, residual=muon",
             ", rule=muon, residual=muon, residual_bits=8",
+            ", rule=muon, residual=normuon",
         ],
     )
     assert fira.moment_bytes + fira.basis_bytes == default.moment_bytes + default.basis_bytes + 4 * default.targets
@@ -138,6 +140,8 @@ def test_what_the_options_add_and_save(llama: nn.Module, tmp_path: Path) -> None
     elements = 24 * 2048 * (4 * 2048 + 3 * 5461)
     assert momentum.moment_bytes - whole.moment_bytes == elements + 4 * elements // 256
     assert momentum.basis_bytes == whole.basis_bytes
+    assert lines.moment_bytes - whole.moment_bytes == 4 * 24 * (4 * 2048 + 3 * 5461)
+    assert lines.basis_bytes == whole.basis_bytes
 
 
 def test_float32_moments_take_what_the_formula_says(llama: nn.Module, tmp_path: Path) -> None:

@@ -177,6 +177,7 @@ def losses_by_rank() -> dict[str, dict[str, list[float]]]:
         "scaling=tensor",
         "rule=muon",
         "rule=muon, residual=muon",
+        "rule=muon, residual=normuon, 8 bits",
     ):
         for (contender, rank), best in sorted(best_of_ranks().items()):
             if contender == name:
@@ -200,6 +201,8 @@ _OPTIMIZERS = {
     "rule=muon, residual=fira": "… `rule=muon, residual=fira`",
     "rule=muon, residual=muon": "… `rule=muon, residual=muon`",
     "rule=muon, residual=muon, 8 bits": "… `rule=muon, residual=muon, residual_bits=8`",
+    "rule=muon, residual=normuon": "… `rule=muon, residual=normuon`",
+    "rule=muon, residual=normuon, 8 bits": "… `rule=muon, residual=normuon, residual_bits=8`",
     "scaling=channel": "… `scaling=channel`",
     "scaling=tensor": "… `scaling=tensor`",
 }
