@@ -279,11 +279,13 @@ class Target(Projecting):
         if group["moments"] == "reset":
             self.rule.reset_(moments)
             return
-        old = self.layout.read(before.entries, self.param.dtype)
-        if self.stack is not None:
-            old = bases_of_matrices(old, some)
-        rotation = self._of_moments(rotation_between(new, old))
+        rotation = self._of_moments(rotation_between(new, self._old_bases(before, some)))
         self.rule.rotate_(moments, group, rotation, int(self.state["step"].item()))
+
+    def _old_bases(self, before: Before, some: Sequence[int]) -> Bases:
+        """Those that some matrices of a stack, or one matrix, had."""
+        old = self.layout.read(before.entries, self.param.dtype)
+        return old if self.stack is None else bases_of_matrices(old, some)
 
     def _of_moments(self, rotation: Rotation) -> Rotation:
         """A rotation of the low-rank gradient, for moments as they are kept."""

@@ -10,7 +10,7 @@ State with `residual_bits=8`, and with `residual=normuon`, besides that of a tar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -18,15 +18,16 @@ from torch import Tensor
 
 from ..integrations.bitsandbytes import Quantized
 from ..lowrank.nonfinite import Skip
-from ..lowrank.projection import add_projected_back_, at_least_float32, norm_of_each
+from ..lowrank.projection import Bases, add_projected_back_, at_least_float32, norm_of_each, project
 from ..lowrank.residual import Term, residual_of
 from ..rules.adam_8bit import codebooks, dequantize_moment, is_in_8_bits, moment_8bit, quantize_moment_
 from ..rules.muon import Muon, lines_of, look_ahead, make_lines_alike_
 from ..rules.rule import Moment, full_precision
-from .bases import State
+from .bases import Before, State
 from .groups import Group
 from .movement import Movement
 from .residual import TargetOfGradient
+from .stack import of_matrices, put_of_matrices
 
 RESIDUAL_MOMENTUM, ABSMAX = "residual_momentum", "residual_momentum_absmax"
 LINE_MEAN_SQUARES = "line_mean_squares"
@@ -39,8 +40,10 @@ class WholeMuonTarget(TargetOfGradient):
     takes part with no momentum. With bases of the whole space this is Muon, and with no bases Muon without a momentum.
 
     With `residual_bits=8` S takes part as S' = (1 − μ)S + μM_S, with a momentum of its own, M_S ← μM_S + (1 − μ)S
-    before, which is rounded to 8 bits after S' is made of it. A refresh leaves M_S as it is, whatever becomes of M: it
-    is of the space outside of the bases that were, and what the new bases have of it counts beside D for a few steps.
+    before, which is rounded to 8 bits after S' is made of it. With `moments=rotate` a refresh divides the momentum of
+    the whole, back(M) + M_S, anew between the new bases and what they do not have: but for rounding, with a
+    residual_scale of 1, this is Muon. With `keep` and `reset` M_S stays as it is: of the space outside of the bases
+    that were, and what the new bases have of it counts beside D for a few steps.
 
     With `residual=normuon` the rows of what is orthogonalised, or the columns where these are more, are made equally
     long, by a mean of their squares over the steps (`hf_galore.rules.muon.make_lines_alike_`).
@@ -89,6 +92,26 @@ class WholeMuonTarget(TargetOfGradient):
         together.copy_(self._made_alike(together, norm, skip))
         self._add(Term(together, 1.0), self._alpha(by.factor), step, skip, spare=True)
 
+    def _carry(self, moments: State, new: Bases, before: Before, some: Sequence[int]) -> None:
+        if RESIDUAL_MOMENTUM not in self.whole_keys or self.group["moments"] != "rotate":
+            super()._carry(moments, new, before, some)
+            return
+        state = self.with_placed_bases()
+        kept = {key: state[key] for key in (RESIDUAL_MOMENTUM, ABSMAX) if key in self.whole_keys}
+        count = self.stack or 1
+        part = kept if len(some) == count else of_matrices(kept, some, count)
+        buffer = moments["momentum_buffer"]
+        whole = _read_momentum(part)
+        # One that is not in 8 bits is itself what is written to.
+        old, new = (_in_dtype(bases, whole.dtype) for bases in (self._old_bases(before, some), new))
+        add_projected_back_(whole, buffer, old, 1.0)
+        buffer.copy_(project(whole, new))
+        add_projected_back_(whole, buffer, new, -1.0)
+        if ABSMAX in part:
+            _write_momentum_(part, whole, None)
+        if part is not kept:
+            put_of_matrices(kept, part, some, count)
+
     def _made_alike(self, together: Tensor, norm: Tensor, skip: Skip) -> Tensor:
         """0.2 √l · orth(X) of X, and of that the lines, where these are to be alike; of at least float32.
 
@@ -114,9 +137,25 @@ class WholeMuonTarget(TargetOfGradient):
         state, momentum = self.with_placed_bases(), self.group["momentum"]
         if ABSMAX not in self.whole_keys:
             return look_ahead(residual, state[RESIDUAL_MOMENTUM], momentum, skip.flag)
-        kept = Quantized(state[RESIDUAL_MOMENTUM], state[ABSMAX])
-        table = codebooks(kept.codes.device).signed
-        buffer = dequantize_moment(kept, table).to(at_least_float32(residual.dtype))
+        buffer = _read_momentum(state).to(at_least_float32(residual.dtype))
         ahead = look_ahead(residual, buffer, momentum, None)
-        quantize_moment_(kept, buffer.to(torch.float32), table, skip.flag)
+        _write_momentum_(state, buffer, skip.flag)
         return ahead
+
+
+def _read_momentum(kept: State) -> Tensor:
+    """M_S as its codes stand for it, in float32; the one that is kept where it is not in 8 bits."""
+    if ABSMAX not in kept:
+        return kept[RESIDUAL_MOMENTUM]
+    codes = Quantized(kept[RESIDUAL_MOMENTUM], kept[ABSMAX])
+    return dequantize_moment(codes, codebooks(codes.codes.device).signed)
+
+
+def _write_momentum_(kept: State, momentum: Tensor, skip: Tensor | None) -> None:
+    """Put M_S where its codes are, unless it is skipped."""
+    codes = Quantized(kept[RESIDUAL_MOMENTUM], kept[ABSMAX])
+    quantize_moment_(codes, momentum.to(torch.float32), codebooks(codes.codes.device).signed, skip)
+
+
+def _in_dtype(bases: Bases, dtype: torch.dtype) -> Bases:
+    return Bases(*(None if basis is None else basis.to(dtype) for basis in bases))

@@ -118,6 +118,7 @@ def _galore_torch(model: Llamas, rank: int) -> torch.optim.Optimizer:
     return Both(rest, OneByOne(model.matrices(), make))
 
 
+_NORMUON = {"rule": "muon", "residual": "normuon"}
 CONTENDERS = {
     contender.name: contender
     for contender in (
@@ -135,8 +136,11 @@ CONTENDERS = {
         Contender("rule=muon, residual=fira", _galore(rule="muon", residual="fira")),
         Contender("rule=muon, residual=muon", _galore(rule="muon", residual="muon")),
         Contender("rule=muon, residual=muon, 8 bits", _galore(rule="muon", residual="muon", residual_bits=8)),
-        Contender("rule=muon, residual=normuon", _galore(rule="muon", residual="normuon")),
-        Contender("rule=muon, residual=normuon, 8 bits", _galore(rule="muon", residual="normuon", residual_bits=8)),
+        Contender("rule=muon, residual=normuon", _galore(**_NORMUON)),
+        Contender("rule=muon, residual=normuon, 8 bits", _galore(**_NORMUON, residual_bits=8)),
+        Contender(
+            "rule=muon, residual=normuon, 8 bits, rotate", _galore(**_NORMUON, residual_bits=8, moments="rotate")
+        ),
         Contender("LoRA", _adamw, adapters=True),
     )
 }

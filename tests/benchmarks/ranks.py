@@ -54,6 +54,7 @@ OWN_SCALES = {
     "rule=muon, residual=muon": (1 / 64, 1 / 32, 1 / 16, 1 / 8),
     "rule=muon, residual=muon, 8 bits": (1 / 64, 1 / 32, 1 / 16, 1 / 8),
     "rule=muon, residual=normuon": (1 / 64, 1 / 32, 1 / 16, 1 / 8),
+    "rule=muon, residual=normuon, 8 bits, rotate": (1 / 64, 1 / 32, 1 / 16, 1 / 8),
     "rule=muon, residual=normuon, 8 bits": (1 / 64, 1 / 32, 1 / 16, 1 / 8),
     "residual=sign, 1": (1 / 32, 1 / 16, 1 / 8, 1 / 4),
     "LoRA": (1 / 4, 1 / 2, 1, 2),
