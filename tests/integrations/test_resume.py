@@ -185,7 +185,7 @@ def test_a_run_with_stochastic_rounding_resumes_within_a_gap(name: str, tmp_path
         ("galore_adafactor_layerwise", "residual=sign, residual_scale=0.1"),
         ("galore_adamw_8bit", "scaling=channel"),
         ("galore_adamw_layerwise", "scaling=tensor"),
-        ("galore_adamw_layerwise", "rule=muon, residual=normuon, residual_bits=8"),
+        ("galore_adamw_layerwise", "rule=muon, residual=normuon, residual_bits=8, moments=rotate"),
     ],
 )
 def test_a_run_that_needs_gradients_resumes_within_a_gap(name: str, options: str, tmp_path: Path) -> None:

@@ -197,6 +197,31 @@ def test_rows_that_never_have_a_gradient_stay(option: str, dtype: torch.dtype) -
     assert weight[1::4].norm() > 0.01
 
 
+# ---- momenta of all that there is
+
+
+@pytest.mark.parametrize("option", ["muon", "normuon"])
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12), (3, 12, 20)], ids=str)
+@pytest.mark.parametrize("side", ["left", "full"])
+def test_with_a_momentum_of_the_residual_that_refreshes_carry_it_is_that_of_the_whole(
+    option: str, shape: tuple[int, ...], side: str
+) -> None:
+    """Muon, or NorMuon, with no bases, whose momentum lies in two parts: in 32 bits, as of matrices this small."""
+    weight = nn.Parameter(torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2)))
+    options = {"residual_scale": 1.0, "residual_bits": 8, "moments": "rotate", "proj_type": side}
+    optimizer = made(weight, option, **options)
+    start = weight.detach().numpy().copy().reshape(-1, *shape[-2:])
+    references = [ReferenceResidual(one, option=option, lr=0.01, scale=0.5, weight_decay=0.1) for one in start]
+    for gradient in gradients(shape, 50):
+        weight.grad = gradient
+        optimizer.step()
+        for reference, one in zip(references, gradient.numpy().reshape(start.shape), strict=True):
+            reference.step(one, None, None)
+    assert int(np.max(optimizer.state[weight]["refreshes"].numpy())) == 7
+    for reference, found, one in zip(references, weight.detach().numpy().reshape(start.shape), start, strict=True):
+        assert np.linalg.norm(found - reference.W) < 1e-9 * np.linalg.norm(reference.W - one)
+
+
 # ---- rows and columns
 
 

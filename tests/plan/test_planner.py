@@ -119,7 +119,7 @@ def test_every_option_of_the_plain_optimizer(options: str, tmp_path: Path) -> No
 
 WHOLE_MUON = "rule=muon, residual=muon"
 NEED_GRADIENTS = ["residual=fira", "residual=sign", "scaling=channel", WHOLE_MUON]
-NEED_GRADIENTS += [f"{WHOLE_MUON}, residual_bits=8", "rule=muon, residual=normuon"]
+NEED_GRADIENTS += [f"{WHOLE_MUON}, residual_bits=8", "rule=muon, residual=normuon, residual_bits=8, moments=rotate"]
 
 
 @pytest.mark.parametrize("options", NEED_GRADIENTS)

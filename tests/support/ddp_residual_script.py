@@ -21,7 +21,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sign": {"residual": "sign", "residual_scale": 0.1, "proj_bits": 16},
     "muon": {"rule": "muon", "residual": "muon", "proj_bits": 16},
     "muon, momentum": {"rule": "muon", "residual": "muon", "residual_bits": 8, "proj_bits": 16},
-    "normuon": {"rule": "muon", "residual": "normuon", "residual_bits": 8, "proj_bits": 16},
+    "normuon": {"rule": "muon", "residual": "normuon", "residual_bits": 8, "moments": "rotate", "proj_bits": 16},
     "channel": {"scaling": "channel"},
     "tensor": {"scaling": "tensor"},
 }
