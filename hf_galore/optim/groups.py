@@ -15,6 +15,7 @@ from ..log import and_others
 from ..lowrank.matrices import matrix_shape
 from ..lowrank.methods import METHODS
 from ..lowrank.projection import is_projectable
+from ..option import written
 
 Group = dict[str, Any]
 ParamOptions = Mapping[Tensor, Mapping[str, Any]]
@@ -246,16 +247,17 @@ def check_same_options(group: Group, saved_group: Group) -> None:
     """Check that a saved group was made with the same of GaLore's options.
 
     Raises:
-        ValueError: it was not; the message has both.
+        ValueError: it was not; the message has those that differ.
     """
-    (own, own_rounding), (saved, saved_rounding) = (
-        (GaLoreConfig.from_group(g), bool(g.get("stochastic_rounding"))) for g in (group, saved_group)
-    )
-    if (own, own_rounding) != (saved, saved_rounding):
+    own, saved = (_described(g) for g in (group, saved_group))
+    if own != saved:
+        there, here = (
+            ", ".join(f"{key}={value}" if key else value for key, value in one.items() if other.get(key) != value)
+            for one, other in ((saved, own), (own, saved))
+        )
         raise ValueError(
-            f"The checkpoint was written with {_described(saved, saved_rounding)}, this optimizer was made with "
-            f"{_described(own, own_rounding)}. A resumed run continues the old one: give it the same, or start a new "
-            "one from the checkpoint's weights."
+            f"The checkpoint was written with {there}, this optimizer was made with {here}. A resumed run continues "
+            "the old one: give it the same, or start a new one from the checkpoint's weights."
         )
 
 
@@ -336,8 +338,8 @@ def check_fits(name: str, shape: Sequence[int], current: Mapping[str, Tensor], n
     )
 
 
-def _described(config: GaLoreConfig | None, stochastic_rounding: bool) -> str:
-    words = ["no projection"] if config is None else [f"{k}={v}" for k, v in config.group_options().items()]
-    if stochastic_rounding:
-        words.append("stochastic_rounding=True")
-    return ", ".join(words)
+def _described(group: Mapping[str, Any]) -> dict[str, str]:
+    """The options of a group by their keys, as `optim_args` has them; one without a key where nothing is projected."""
+    config = GaLoreConfig.from_group(group)
+    found = {"": "no projection"} if config is None else {k: written(v) for k, v in config.group_options().items()}
+    return {**found, "stochastic_rounding": written(bool(group.get("stochastic_rounding")))}
