@@ -86,7 +86,7 @@ _MEANINGS = {
     "gradient_bits": "of low-rank gradients that are held",
     "norm_probes": "columns for the true norm; 0: R's",
     "rule": "if not optim's rule",
-    "residual": "what becomes of the rest of G",
+    "residual": "use of the rest of G",
     "residual_scale": "multiplies the residual's update",
     "residual_bits": "of a momentum of its own; 0: none",
     "scaling": "G itself, scaled; no basis kept",
