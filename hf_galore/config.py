@@ -191,7 +191,8 @@ class GaLoreConfig:
             step makes all bases in any case.
         lazy_refresh: whether the gap of a matrix doubles, up to eight times its length, while its subspace is stable.
         moments: what happens to the moments when the basis changes. `keep` leaves them, as published; `rotate` carries
-            them into the new basis; `reset` starts them, and their bias correction, anew.
+            them into the new basis; `reset` starts them, and their bias correction, anew. Where the residual has a
+            momentum, `rotate` divides that of the whole anew, and loses nothing of it; the others leave it.
         proj_bits: bits that an element of a basis is kept in; 16 stands for the weight's own dtype.
         gradient_bits: bits that an element of a low-rank gradient is kept in while it is held until the step, by
             layerwise with accumulation or clipping and by the projected backward without layerwise; 16 stands for the
