@@ -13,7 +13,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # As many test processes as cores, each with one thread: torch's own threads would fight over them.
-# One that has run out of tests takes some of another: those that plan recipes of 7B models take long.
+# One that has run out of tests takes some of another: those that plan recipes of 7B models take long. Bytecode is
+# written, whatever the machine says: tests start hundreds of processes, each of which would compile anew.
 WORKERS ?= auto
 
 .PHONY: quickstart notebooks docs test test-gpu test-compat test-newest lint format dist clean
@@ -42,7 +43,7 @@ docs: $(VENV)/installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not gpu"
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not gpu"
 
 # Away from this checkout, in an environment each below .compat; docs/versions.md has what came of it (WRITE=1 puts it there).
 test-compat: $(VENV)/installed-dev

@@ -11,14 +11,15 @@ not clipped. Every target's basis is refreshed every 100 steps, and looked at be
 The table has, of each row: the loss on held-out files; steps after which the loss or a weight was not finite; the
 processor's time of a step, medians of the first and of the last twentieth of the steps, and how many times the step of
 a new optimizer the last ones take, by turns at the end, which other programs on the machine cannot make differ;
-resident memory and the optimizer's bytes after a twentieth and at the end; and max |PᵀP − I| over all bases, beside the
-same of as many random orthonormal bases of the same shapes, stored in the same bits. What is not as it should be is
-named below it, and the command ends with 1.
+resident memory, without what is free in it, and the optimizer's bytes after a twentieth and at the end; and
+max |PᵀP − I| over all bases, beside the same of as many random orthonormal bases of the same shapes, stored in the same
+bits. What is not as it should be is named below it, and the command ends with 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
 import functools
 import itertools
@@ -156,6 +157,17 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(value.nbytes for state in optimizer.state.values() for value in state.values())
 
 
+def resident() -> int:
+    """The bytes of this process that are in memory, once the C library has handed back those that are free.
+
+    It keeps what has been freed, or not, by where things happen to lie: after an evaluation up to 70 MB of it.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; other libraries hand back by themselves
+    if trim is not None:
+        trim(0)
+    return cast("int", psutil.Process().memory_info().rss)
+
+
 def saved(path: Path, values: dict[str, Any]) -> None:
     """Write a file whole, or not at all."""
     part = path.with_suffix(".part")
@@ -204,7 +216,7 @@ def run(row: Row, steps: int, folder: Path) -> dict[str, Any]:
         if done % gap == 0 or done in (steps, steps // 20):
             seen["looks"].append(done)
             seen["defect"].append(largest_defect(optimizer))
-            seen["resident"].append(psutil.Process().memory_info().rss)
+            seen["resident"].append(resident())
             seen["bytes"].append(optimizer_bytes(optimizer))
         if done % max(1, steps // 20) == 0 and done < steps:
             values = {"step": done, "seen": seen, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
@@ -299,7 +311,7 @@ class Figures:
             found.append(f"the loss does not fall: {self.losses}")
         if self.state[0] != self.state[1]:
             found.append(f"the optimizer's bytes change: {self.state}")
-        if self.resident[1] > 1.05 * self.resident[0]:
+        if self.resident[1] > 1.02 * self.resident[0]:  # of some 500 MB; a sound run takes less than 1 MB more
             found.append(f"resident memory grows: {self.resident}")
         if self.defect > 1.5 * self.random:
             found.append(f"a basis is off by {self.defect:.2g}, where a random one is by {self.random:.2g}")

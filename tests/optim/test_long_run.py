@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -31,6 +32,26 @@ def test_nothing_grows_drifts_or_is_not_finite(row: long.Row, tmp_path: Path) ->
     assert {16: 1e-7, 8: 1e-3, 4: 2e-2}[row.proj_bits] < figures.defect < {16: 1e-5, 8: 1e-2, 4: 0.2}[row.proj_bits]
     assert figures.state[0] < 2**20
     assert row.name in long.markdown([(row, figures)])
+
+
+def test_a_tensor_kept_of_every_step_is_a_fault(tmp_path: Path) -> None:
+    ended = warm.ran(leaking_run, ROWS[2], STEPS, tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    faults = long.Figures.of(long.run(ROWS[2], STEPS, tmp_path)).faults()
+    assert any("resident memory grows" in fault for fault in faults), faults
+
+
+def leaking_run(row: long.Row, steps: int, folder: Path) -> None:
+    """The run, of which a quarter of a MiB is never freed in each step."""
+    take_step = long.take_step
+    kept = []
+
+    def leaking(model: Any, optimizer: Any, step: int) -> Any:
+        kept.append(torch.ones(2**16))
+        return take_step(model, optimizer, step)
+
+    with mock.patch.object(long, "take_step", leaking):
+        long.run(row, steps, folder)
 
 
 def test_a_run_that_was_interrupted_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

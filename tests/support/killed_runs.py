@@ -1,8 +1,9 @@
 """Kill a run that saves after every step, again and again, each time where it went on from what the last one left.
 
 `python -m tests.support.killed_runs FOLDER SEED KILLS`. The children are forked: importing torch takes longer than all
-of their training. Writes, as JSON, how many kills left a half-written checkpoint; ends with an error where one did not
-go on.
+of their training, and what libraries make at the first training of a process (tables, compiled patterns) takes a third
+of it, so that this one trains two steps before. Writes, as JSON, how many kills left a half-written checkpoint; ends
+with an error where one did not go on.
 """
 
 from __future__ import annotations
@@ -81,6 +82,8 @@ def finish(child: int, log: Path) -> None:
 def main(folder: Path, seed: int, kills: int) -> None:
     """Kill `kills` runs, go on after each, and hold the end against a run that was left alone."""
     torch.set_num_threads(1)
+    for step in (1, 2):
+        train(folder / "first", 0, resume=step > 1, save_steps=1, max_steps=step)
     # A Trainer collects garbage when it begins: a child would copy all that the libraries made, to look through it.
     gc.collect()
     gc.freeze()
