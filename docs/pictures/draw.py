@@ -247,7 +247,7 @@ def ranks() -> Drawing:
     """The held-out loss of each option by rank, and of optimizers that have none."""
     found: dict[str, dict[str, list[float]]] = json.loads((HERE / "ranks.json").read_text("utf-8"))
     picture = Drawing(
-        860, 430, "Held-out loss by rank of GaLore's options, of AdamW and of Muon, at the best of two rates"
+        900, 430, "Held-out loss by rank of GaLore's options, of AdamW and of Muon, at the best of two rates"
     )
     picture.text(24, 34, "Held-out loss by rank, each optimizer at the best of its two rates", bold=True, size=15)
     left, right, top, bottom = 70, 560, 64, 360
@@ -268,7 +268,9 @@ def ranks() -> Drawing:
         (left + right) / 2, bottom + 46, "of a model 256 wide: 1/256, 1/64, 1/16 and 1/4 of it", FAINT, 12, "middle"
     )
     labels: list[tuple[float, str, str]] = []
-    for (name, by_rank), ink in zip(found.items(), (INK, FAINT, RED, BLUE, GREEN, PINK, ORANGE, SKY), strict=False):
+    # The last is where the first, whose line is dashed, is too.
+    inks = (INK, FAINT, RED, BLUE, GREEN, PINK, ORANGE, SKY, INK)
+    for (name, by_rank), ink in zip(found.items(), inks, strict=True):
         if "0" in by_rank:
             y = height(by_rank["0"][0])
             picture.line(left, y, right, y, ink, dashed=True)

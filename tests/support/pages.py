@@ -177,7 +177,7 @@ def losses_by_rank() -> dict[str, dict[str, list[float]]]:
         "scaling=tensor",
         "rule=muon",
         "rule=muon, residual=muon",
-        "rule=muon, residual=normuon, 8 bits",
+        "rule=muon, residual=normuon, 8 bits, rotate",
     ):
         for (contender, rank), best in sorted(best_of_ranks().items()):
             if contender == name:
@@ -203,6 +203,7 @@ _OPTIMIZERS = {
     "rule=muon, residual=muon, 8 bits": "… `rule=muon, residual=muon, residual_bits=8`",
     "rule=muon, residual=normuon": "… `rule=muon, residual=normuon`",
     "rule=muon, residual=normuon, 8 bits": "… `rule=muon, residual=normuon, residual_bits=8`",
+    "rule=muon, residual=normuon, 8 bits, rotate": "… `rule=muon, residual=normuon, residual_bits=8, moments=rotate`",
     "scaling=channel": "… `scaling=channel`",
     "scaling=tensor": "… `scaling=tensor`",
 }
