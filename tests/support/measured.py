@@ -43,7 +43,7 @@ class Best(NamedTuple):
 
 
 def best_of(lines: Iterable[Mapping[str, Any]], rates: tuple[str, str], step: tuple[float, float]) -> Best | None:
-    """The best point of a grid, by the seeds that all its points have.
+    """The best point of a grid: of those with the most seeds the lowest mean.
 
     Args:
         lines: the runs of one optimizer at one rank.
@@ -55,12 +55,9 @@ def best_of(lines: Iterable[Mapping[str, Any]], rates: tuple[str, str], step: tu
         points.setdefault((line[rates[0]], line[rates[1]]), []).append(dict(line))
     if not points:
         return None
-    seeds = set.intersection(*({line["seed"] for line in found} for found in points.values()))
-
-    def mean(point: tuple[float, float]) -> float:
-        return statistics.fmean(line["loss"] for line in points[point] if line["seed"] in seeds)
-
-    best = min(points, key=mean)
+    most = max(len(found) for found in points.values())
+    complete = {point: found for point, found in points.items() if len(found) == most}
+    best = min(complete, key=lambda point: statistics.fmean(line["loss"] for line in complete[point]))
     one_rate = len({first / second for first, second in points}) == 1 and len(points) > 1
     own = [(step[0], 1.0), (1 / step[0], 1.0)] if len({point[0] for point in points}) > 1 else []
     others = [] if one_rate else [(1.0, step[1]), (1.0, 1 / step[1])]
