@@ -99,7 +99,8 @@ def built(kind: str, source: Path, into: Path) -> Path:
 
 
 def files_of(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    found = (path for path in folder.rglob("*") if path.is_file() and path.parent.name != "__pycache__")
+    return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
 def test_an_editable_install_whose_checkout_is_gone_is_gone_too(checkout: Path, tmp_path: Path) -> None:

@@ -252,7 +252,7 @@ def check_same_options(group: Group, saved_group: Group) -> None:
     own, saved = (_described(g) for g in (group, saved_group))
     if own != saved:
         there, here = (
-            ", ".join(f"{key}={value}" if key else value for key, value in one.items() if other.get(key) != value)
+            ", ".join(f"{k}={written(v)}" if k else v for k, v in one.items() if k not in other or other[k] != v)
             for one, other in ((saved, own), (own, saved))
         )
         raise ValueError(
@@ -338,8 +338,8 @@ def check_fits(name: str, shape: Sequence[int], current: Mapping[str, Tensor], n
     )
 
 
-def _described(group: Mapping[str, Any]) -> dict[str, str]:
-    """The options of a group by their keys, as `optim_args` has them; one without a key where nothing is projected."""
+def _described(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a group by their keys; what has no key says that nothing is projected."""
     config = GaLoreConfig.from_group(group)
-    found = {"": "no projection"} if config is None else {k: written(v) for k, v in config.group_options().items()}
-    return {**found, "stochastic_rounding": written(bool(group.get("stochastic_rounding")))}
+    found = {"": "no projection"} if config is None else config.group_options()
+    return {**found, "stochastic_rounding": bool(group.get("stochastic_rounding"))}
