@@ -89,7 +89,7 @@ class WholeMuonTarget(TargetOfGradient):
             together.copy_(self._residual_ahead(together, skip))
         together.mul_(self.group["residual_scale"])
         add_projected_back_(together, by.direction, bases, 1.0)
-        together.copy_(self._made_alike(together, norm, skip))
+        together.copy_(self._made_alike(together, norm))
         self._add(Term(together, 1.0), self._alpha(by.factor), step, skip, spare=True)
 
     def _carry(self, moments: State, new: Bases, before: Before, some: Sequence[int]) -> None:
@@ -112,19 +112,17 @@ class WholeMuonTarget(TargetOfGradient):
         if part is not kept:
             put_of_matrices(kept, part, some, count)
 
-    def _made_alike(self, together: Tensor, norm: Tensor, skip: Skip) -> Tensor:
+    def _made_alike(self, together: Tensor, norm: Tensor) -> Tensor:
         """0.2 √l · orth(X) of X, and of that the lines, where these are to be alike; of at least float32.
 
         Args:
             together: X.
-            norm: ‖G‖, or k of a stack; nothing moves where it is zero.
-            skip: whether the update is skipped.
+            norm: ‖G‖, or k of a stack; nothing moves where it is zero, as of an update that is skipped.
         """
         direction = self._muon.made_alike(together.to(at_least_float32(together.dtype)), norm)
         if LINE_MEAN_SQUARES in self.whole_keys:
-            moves = norm.ne(0).to(direction.dtype)
-            moves = moves if skip.flag is None else moves * (1 - skip.flag.to(moves.dtype))
-            make_lines_alike_(direction, self.with_placed_bases()[LINE_MEAN_SQUARES], moves)
+            lines = self.with_placed_bases()[LINE_MEAN_SQUARES]
+            make_lines_alike_(direction, lines, norm.ne(0).to(direction.dtype))
         return direction
 
     def _residual_ahead(self, residual: Tensor, skip: Skip) -> Tensor:

@@ -55,9 +55,7 @@ def best_of(lines: Iterable[Mapping[str, Any]], rates: tuple[str, str], step: tu
         points.setdefault((line[rates[0]], line[rates[1]]), []).append(dict(line))
     if not points:
         return None
-    most = max(len(found) for found in points.values())
-    complete = {point: found for point, found in points.items() if len(found) == most}
-    best = min(complete, key=lambda point: statistics.fmean(line["loss"] for line in complete[point]))
+    best = min(points, key=lambda at: (-len(points[at]), statistics.fmean(line["loss"] for line in points[at])))
     one_rate = len({first / second for first, second in points}) == 1 and len(points) > 1
     own = [(step[0], 1.0), (1 / step[0], 1.0)] if len({point[0] for point in points}) > 1 else []
     others = [] if one_rate else [(1.0, step[1]), (1.0, 1 / step[1])]
